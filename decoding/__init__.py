@@ -1,0 +1,21 @@
+"""Dynamic-width speculative beam decoding: prompts in, several hypotheses out."""
+
+from decoding.config import DecodingConfig
+from decoding.decoder import DecodeResult, DecodeStats, DSBDDecoder, beam_sample
+from decoding.errors import UserError
+from decoding.pair import ModelPair
+from decoding.widths import FixedWidth, RandomWidth, ThresholdWidth, WidthPolicy
+
+__all__ = [
+    "DSBDDecoder",
+    "DecodeResult",
+    "DecodeStats",
+    "DecodingConfig",
+    "FixedWidth",
+    "ModelPair",
+    "RandomWidth",
+    "ThresholdWidth",
+    "UserError",
+    "WidthPolicy",
+    "beam_sample",
+]

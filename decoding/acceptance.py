@@ -1,0 +1,201 @@
+"""Judging drafts: the sequential verification rules and closed-form accepted-count tables.
+
+2409.16560 sections 3.2-3.3; without replacement also 2402.14160. Design sections 5.2 and 5.3. Everything
+here is numpy on the support of P and Q; `sampling.py` rolls, this module judges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from decoding.sampling import Dice, FloatArray, IntArray, Joint, draw
+
+_VOCABULARY_LIMIT = 1 << 32  # node * limit + token is one sortable key
+
+
+def joint_keys(joint: Joint) -> IntArray:
+    """One integer per (parent node, token); [S]."""
+    return joint.parents * _VOCABULARY_LIMIT + joint.tokens
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """P and Q of a layer on the union of their supports, size U."""
+
+    keys: IntArray  # [U] sorted, see joint_keys
+    p: FloatArray  # [U], zero where only Q has mass
+    q: FloatArray  # [U], zero where only P has mass
+
+    def nodes_and_tokens(self, index: list[int]) -> list[tuple[int, int]]:
+        """(parent node, token) of some entries."""
+        return [divmod(int(self.keys[i]), _VOCABULARY_LIMIT) for i in index]
+
+    def find(self, parents: IntArray, tokens: IntArray) -> IntArray:
+        """Entries that hold given (parent, token) pairs, which must be in the union."""
+        return np.searchsorted(self.keys, parents * _VOCABULARY_LIMIT + tokens)
+
+
+def align(target: Joint, draft: Joint) -> Aligned:
+    """Put P and Q on the union of their supports."""
+    target_keys, draft_keys = joint_keys(target), joint_keys(draft)
+    keys = np.union1d(target_keys, draft_keys)
+    p, q = np.zeros(len(keys)), np.zeros(len(keys))
+    p[np.searchsorted(keys, target_keys)] = target.probs
+    q[np.searchsorted(keys, draft_keys)] = draft.probs
+    return Aligned(keys, p, q)
+
+
+def normalise(share: FloatArray) -> FloatArray | None:
+    """Divide by the sum; None where nothing is left."""
+    total = share.sum()
+    return share / total if total > 0 else None
+
+
+@dataclass
+class LayerVerdict:
+    """What verification made of one layer; indices are into the union support of P and Q."""
+
+    slots: list[int] = field(default_factory=list)  # chosen, in slot order
+    accepted: int = 0  # how many of `slots` are drafts
+    passed: bool = False
+    bits: list[bool] = field(default_factory=list)  # every draft that was judged, in draw order
+    probabilities: list[float] = field(default_factory=list)  # Σ min(R, Q_i) before draft i was seen
+
+
+def verify_layer(
+    p: FloatArray,  # [U] P
+    q: FloatArray,  # [U] Q
+    drafts: IntArray,  # [w] in draw order
+    target_width: int,  # M
+    limit: int,  # slots that accepted drafts may fill, at least M
+    refill: int,  # slots after a failed layer, at least M
+    replacement: bool,
+    dice: Dice,
+    shadow: Dice | None = None,
+) -> LayerVerdict:
+    """Accept or reject the drafts of a layer in turn, then fill what is left of a failed layer.
+
+    The first M slots, in slot order, are distributed as M successive draws from P (with or without
+    replacement): 5.2 and 5.3. Coins are drawn from `dice`. With `shadow`, drafts that the decoder no longer
+    needs are judged too, by coins of that stream, so that a trace holds a bit for each draft; what is returned in
+    `slots` does not change.
+    """
+    judge = _Judge(p, q, replacement)
+    goal = target_width if replacement else min(target_width, int(np.count_nonzero(p)))
+    verdict = LayerVerdict()
+    coins = dice.uniform(len(drafts))
+    shadow_coins = shadow.uniform(len(drafts)) if shadow else None
+    for i, draft in enumerate(drafts):
+        real = len(verdict.slots) < limit and judge.anything_left
+        if not real and shadow_coins is None:
+            break
+        if shadow_coins is not None:
+            verdict.probabilities.append(judge.accept_share())
+        coin = coins[i] if real or shadow_coins is None else shadow_coins[i]
+        accepted = judge.judge(int(draft), float(coin))
+        verdict.bits.append(accepted)
+        if real and accepted:
+            verdict.slots.append(int(draft))
+    verdict.accepted = len(verdict.slots)
+    verdict.passed = len(verdict.slots) >= goal
+    while not verdict.passed and len(verdict.slots) < refill and judge.anything_left:
+        verdict.slots.append(judge.fill(dice))
+    return verdict
+
+
+class _Judge:
+    """The state of a layer's verification: T (the open slot's distribution), R (what is left of it), Q_i."""
+
+    def __init__(self, p: FloatArray, q: FloatArray, replacement: bool) -> None:
+        self.replacement = replacement
+        self.slot: FloatArray | None = p / p.sum()  # T [U]
+        self.residual = self.slot  # R [U]
+        self.draft = q / q.sum()  # Q_i [U]
+
+    @property
+    def anything_left(self) -> bool:
+        """Whether a further slot can be filled at all."""
+        return self.slot is not None
+
+    def accept_share(self) -> float:
+        """Σ min(R, Q_i): the probability that the next draft will be accepted, before it is drawn."""
+        return float(np.minimum(self.residual, self.draft).sum()) if self.slot is not None else 0.0
+
+    def judge(self, x: int, coin: float) -> bool:
+        """Accept draft x with probability min(1, R(x) / Q_i(x)); either way move on to Q_{i+1}."""
+        accepted = self.slot is not None and coin * self.draft[x] < self.residual[x]
+        if accepted:
+            self._close(x)
+        elif self.slot is not None:
+            rest = normalise(np.maximum(self.residual - self.draft, 0.0))
+            # Nothing left means R = Q_i up to rounding: that draft had accept probability 1.
+            self.residual = self.slot if rest is None else rest
+        if not self.replacement:
+            self.draft = self.draft.copy()
+            self.draft[x] = 0.0
+            rest = normalise(self.draft)
+            self.draft = self.draft if rest is None else rest
+        return accepted
+
+    def fill(self, dice: Dice) -> int:
+        """Draw the open slot from R, and open the next one."""
+        x = int(draw(self.residual, 1, True, dice)[0])
+        self._close(x)
+        return x
+
+    def _close(self, x: int) -> None:
+        """Slot filled by x: without replacement T loses x; R starts again from T."""
+        if not self.replacement and self.slot is not None:
+            rest = self.slot.copy()
+            rest[x] = 0.0
+            self.slot = normalise(rest)
+        if self.slot is not None:
+            self.residual = self.slot
+
+
+def accept_probabilities(p: FloatArray, q: FloatArray, width: int, as_shipped: bool = False) -> FloatArray:
+    """α_1..α_w: probability that a draft is accepted after j - 1 rejections in a row, with replacement.
+
+    One curve holds it all: with Z(c) = Σ max(P - c Q, 0), c_0 = 0 and c_{j+1} = c_j + Z(c_j), the residual
+    after j rejections is proportional to max(P - c_j Q, 0) and α_{j+1} = 1 - Z(c_{j+1}) / Z(c_j). Design 5.3.
+
+    Args:
+        p, q: P and Q on the union of their supports, both [U].
+        width: w.
+        as_shipped: subtract Q twice per rejection, as the published code does (not the true probabilities).
+
+    Returns:
+        [w] float64; after the residual is used up, the remaining entries are 1.
+    """
+    accept = np.ones(width)
+    c, z = 0.0, 1.0
+    for j in range(width):
+        after = float(np.maximum(p - (c + z) * q, 0.0).sum())  # Z(c + z)
+        accept[j] = 1.0 - after / z
+        c += 2.0 * z if as_shipped else z
+        z = float(np.maximum(p - c * q, 0.0).sum()) if as_shipped else after
+        if z <= 0.0:
+            break
+    return accept
+
+
+def accepted_count_table(accept: FloatArray) -> FloatArray:
+    """P(K_m = k) for all m, k ≤ w by the renewal recursion of design 5.3 (with replacement).
+
+    Args:
+        accept: α_1..α_w, [w], from `accept_probabilities`.
+
+    Returns:
+        [w + 1, w + 1] float64; row m is the distribution of the accepted count among m drafts.
+    """
+    width = len(accept)
+    survive = np.concatenate([[1.0], np.cumprod(1.0 - accept)])  # [w + 1] no acceptance in the first j drafts
+    first = accept * survive[:-1]  # [w] first acceptance at draft i
+    table = np.zeros((width + 1, width + 1))
+    for m in range(width + 1):
+        table[m, 0] = survive[m]
+        for k in range(1, m + 1):
+            table[m, k] = sum(first[i - 1] * table[m - i, k - 1] for i in range(1, m + 1))
+    return table

@@ -1,0 +1,248 @@
+"""What users would run instead, as functions of one shape: `method(prompts, generator) -> list[DecodeResult]`.
+
+`METHODS` names them all. Those of this engine are settings of DSBDDecoder, so that a comparison with it compares
+methods and not implementations; the `hf_` ones are transformers' own `generate`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from decoding.config import DecodingConfig
+from decoding.decoder import DecodeResult, DecodeStats, DSBDDecoder, Prompts, as_token_lists, beam_sample
+from decoding.pair import ModelPair, check_prompt, end_tokens
+from decoding.widths import FixedWidth, RandomWidth, ThresholdWidth, WidthPolicy
+
+Generate = Callable[[Prompts, torch.Generator], list[DecodeResult]]
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to decode.
+
+    Args:
+        build: (pair, config, settings) -> Generate.
+        axes: settings that are worth sweeping: the DecodingConfig fields target_width, draft_width and draft_depth, and
+            asked_width (M of fixed widths), threshold, width_value.
+        fixed: DecodingConfig fields that it always has.
+    """
+
+    build: Callable[[ModelPair, DecodingConfig, Settings], Generate]
+    axes: tuple[str, ...] = ()
+    fixed: Mapping[str, int] = field(default_factory=dict)
+
+    def configure(self, config: DecodingConfig, settings: Settings) -> DecodingConfig:
+        """The config with the method's and the row's settings; narrower widths pull their dependents along."""
+        changes = {key: settings[key] for key in ("target_width", "draft_width", "draft_depth") if key in settings}
+        changes.update(self.fixed)
+        width = changes.get("target_width", config.target_width)
+        changes["min_width"] = min(config.min_width, width)
+        changes["num_return_sequences"] = min(config.num_return_sequences, width)
+        if "draft_width" not in changes:
+            changes["draft_width"] = max(config.draft_width, width)
+        return config.with_changes(**changes)
+
+    def __call__(self, pair: ModelPair, config: DecodingConfig, settings: Settings | None = None) -> Generate:
+        """The method for a pair, with the row's settings."""
+        settings = settings or {}
+        return self.build(pair, self.configure(config, settings), settings)
+
+
+def policy_method(make: Callable[[ModelPair, DecodingConfig, Settings], WidthPolicy], axes: tuple[str, ...]) -> Method:
+    """DSBDDecoder with the policy that `make` returns; one policy object serves all prompts of a row."""
+
+    def build(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
+        return DSBDDecoder(pair, config, make(pair, config, settings)).generate
+
+    return Method(build, axes)
+
+
+def hf_generate(
+    pair: ModelPair,
+    prompts: Prompts,
+    config: DecodingConfig,
+    generator: torch.Generator,
+    assisted: bool = False,
+    num_beams: int = 1,
+) -> list[DecodeResult]:
+    """transformers' `generate(do_sample=True)`, one prompt at a time: sampling, beam sampling, assisted sampling.
+
+    Differences from this engine that a reader of a comparison should know: top_k and top_p cut each beam's row, not the
+    joint distribution; beam sampling draws 2 * num_beams candidates (more with several EOS tokens) and keeps the best
+    num_beams of them; `scores` are NaN, because asking for them would slow it down. The generation config that comes with
+    the target (temperature, penalties, ...) is set aside, so that nothing but `config` counts.
+
+    Args:
+        pair: the models; the draft is used where `assisted`.
+        prompts: as for DSBDDecoder.generate.
+        config: max_new_tokens, temperature, top_k, top_p, EOS, length_penalty, early_stopping, num_return_sequences.
+        generator: seeds torch's global generators within the call; they are restored after it.
+        assisted: speculative sampling with pair.draft as `assistant_model`; needs num_beams=1.
+        num_beams: beams; 1 is plain sampling.
+
+    Returns:
+        One DecodeResult per prompt. `iterations` counts the prompt's own pass, which gives a token here; `target_calls`
+        does not, as everywhere; kv_slots are those of one copy of the sequence per beam; all seconds are "other".
+    """
+    ends = end_tokens(pair, config)
+    options = {
+        "do_sample": True,
+        "num_beams": num_beams,
+        "num_return_sequences": min(config.num_return_sequences, num_beams),
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_k": config.top_k or 0,  # 0 is no cut; None would be transformers' default of 50
+        "top_p": 1.0 if config.top_p is None else config.top_p,
+        "eos_token_id": sorted(ends) or None,
+        "pad_token_id": min(ends, default=0),
+    }
+    if num_beams > 1:
+        options |= {"length_penalty": config.length_penalty, "early_stopping": config.early_stopping}
+    if assisted:
+        options["assistant_model"] = pair.draft
+    results = []
+    for i, row in enumerate(as_token_lists(prompts)):
+        check_prompt(pair, row, config, i)
+        results.append(_hf_one(pair, row, options, ends, generator))
+    return results
+
+
+def _hf_one(
+    pair: ModelPair, row: list[int], options: dict[str, Any], ends: frozenset[int], generator: torch.Generator
+) -> DecodeResult:
+    ids = torch.tensor([row], device=pair.device)  # [1, T]
+    beams, assisted = options["num_beams"], "assistant_model" in options
+    with ExitStack() as stack:
+        stack.enter_context(_seeded(generator, pair.device))
+        stack.enter_context(_own_settings_aside(pair.target))
+        target, draft = (stack.enter_context(_count_calls(model)) for model in (pair.target, pair.draft))
+        began = _now(pair.device)
+        output = pair.target.generate(ids, attention_mask=torch.ones_like(ids), **options)  # [N, T + new]
+        seconds = _now(pair.device) - began
+    ended = [_cut_at_end(tokens, ends) for tokens in output[:, len(row) :].tolist()]
+    sequences = [tokens for tokens, _ in ended]
+    stats = DecodeStats(
+        prompt_tokens=len(row),
+        new_tokens=len(sequences[0]) if assisted else target[0],  # unassisted, every pass makes all beams one longer
+        iterations=target[0],
+        target_calls=target[0] - 1,
+        draft_calls=draft[0],
+    )
+    stats.target_widths = [beams] * stats.new_tokens
+    stats.seconds["other"] = seconds
+    stats.kv_slots_peak = stats.kv_slots_end = beams * (len(row) + stats.new_tokens - 1)
+    return DecodeResult(sequences, [float("nan")] * len(sequences), [finished for _, finished in ended], stats)
+
+
+def _cut_at_end(tokens: list[int], ends: frozenset[int]) -> tuple[list[int], bool]:
+    """Tokens up to the first EOS, itself included, without the padding after it; and whether there is one."""
+    for i, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: i + 1], True
+    return tokens, False
+
+
+def _seed_from(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+
+
+@contextmanager
+def _seeded(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Global generators seeded from `generator`; restored afterwards. `generate` takes no generator of its own."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(_seed_from(generator))
+        yield
+
+
+@contextmanager
+def _own_settings_aside(model: Any) -> Iterator[None]:
+    """transformers' defaults instead of the generation config that came with the model."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def _count_calls(model: Any) -> Iterator[list[int]]:
+    """A one-element list that counts the model's forward passes."""
+    calls = [0]
+
+    def count(*_: object) -> None:
+        calls[0] += 1
+
+    hook = model.register_forward_pre_hook(count) if model is not None else None
+    try:
+        yield calls
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _engine_alone(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
+    return lambda prompts, generator: beam_sample(pair.target, prompts, config, generator=generator)
+
+
+def _hf(assisted: bool) -> Callable[[ModelPair, DecodingConfig, Settings], Generate]:
+    def build(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
+        def generate(prompts: Prompts, generator: torch.Generator) -> list[DecodeResult]:
+            return hf_generate(pair, prompts, config, generator, assisted, config.target_width)
+
+        return generate
+
+    return build
+
+
+def _random(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
+    def generate(prompts: Prompts, generator: torch.Generator) -> list[DecodeResult]:
+        policy = RandomWidth(seed=_seed_from(generator))  # the same widths for the same generator
+        return DSBDDecoder(pair, config, policy).generate(prompts, generator)
+
+    return generate
+
+
+def _widest(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
+    return DSBDDecoder(pair, config, FixedWidth()).generate
+
+
+def _fixed(pair: ModelPair, config: DecodingConfig, settings: Settings) -> WidthPolicy:
+    return FixedWidth(target_width=settings.get("asked_width"))
+
+
+def _threshold(as_shipped: bool) -> Callable[[ModelPair, DecodingConfig, Settings], WidthPolicy]:
+    return lambda pair, config, settings: ThresholdWidth(settings.get("threshold", 0.9), as_shipped=as_shipped)
+
+
+_DRAFT = ("draft_width", "draft_depth")
+_ONE = {"target_width": 1}
+_CHAIN = {"target_width": 1, "draft_width": 1}
+METHODS: dict[str, Method] = {
+    "multinomial": Method(_engine_alone, fixed=_CHAIN),
+    "beam_sample": Method(_engine_alone, ("target_width",)),
+    "speculative": Method(_widest, ("draft_depth",), _CHAIN),  # a chain of single drafts, 2211.17192
+    "multi_draft": Method(_widest, _DRAFT, _ONE),  # SpecInfer, 2305.09781: several drafts a layer, one sample
+    "fixed": policy_method(_fixed, ("target_width", *_DRAFT, "asked_width")),
+    "threshold": policy_method(_threshold(as_shipped=False), (*_DRAFT, "threshold")),
+    "threshold_as_shipped": policy_method(_threshold(as_shipped=True), (*_DRAFT, "threshold")),
+    "random": Method(_random, _DRAFT),
+    "hf_sample": Method(_hf(assisted=False), fixed=_CHAIN),
+    "hf_beam_sample": Method(_hf(assisted=False), ("target_width",)),
+    "hf_assisted": Method(_hf(assisted=True), fixed=_CHAIN),
+}

@@ -1,0 +1,154 @@
+"""Log decoding traces: `python -m decoding.collect pair=... data=...`. Design section 7.
+
+Prompts are decoded under a randomised width policy; a trace directory is named after everything that
+decides its content, so the same settings find it again, and an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from decoding.config import DecodingConfig
+from decoding.decoder import DSBDDecoder
+from decoding.entry import entry_point
+from decoding.errors import UserError
+from decoding.pair import ModelPair
+from decoding.provenance import git_sha, library_versions, to_plain
+from decoding.tasks.base import Prompt
+from decoding.traces import SCHEMA_VERSION, TraceRecorder, read_manifest, write_manifest, write_shard
+
+SHARD_PROMPTS = 25
+
+
+@entry_point(config_name="collect")
+def main(cfg: DictConfig) -> None:
+    """Collect the traces that the config describes, unless they are there."""
+    directory = ensure_traces(cfg)
+    manifest = read_manifest(directory) or {}
+    print(f"{manifest.get('rows', 0)} trace rows of {manifest.get('prompts', 0)} prompts are in {directory}")
+
+
+def ensure_traces(cfg: DictConfig, pair: ModelPair | None = None) -> Path:
+    """The directory of the traces that `cfg` describes; collected now if they are absent or incomplete.
+
+    Args:
+        cfg: with pair, data, decoding, policy, features, collect and seed, as in conf/collect.yaml.
+        pair: the models, where they are loaded already.
+
+    Raises:
+        UserError: settings that cannot work, or a directory with foreign traces.
+    """
+    pair = pair or instantiate(cfg.pair)
+    features = instantiate(cfg.features)
+    about = _describe(cfg, pair, features)
+    key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    directory = Path(cfg.collect.traces_dir) / f"{pair.name}-{key[:12]}"
+    manifest = read_manifest(directory)
+    if manifest is not None and manifest["trace_key"] != key:
+        raise UserError(f"{directory} holds traces of another collection; move it away or change collect.traces_dir.")
+    if manifest is None or not manifest["complete"]:
+        manifest = manifest or _new_manifest(about, key, pair)
+        _collect(cfg, pair, features, directory, manifest)
+    return directory
+
+
+def _describe(cfg: DictConfig, pair: ModelPair, features: Any) -> dict[str, Any]:
+    """Everything that decides the content of the traces."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "pair": pair.fingerprint,
+        "decoding": to_plain(cfg.decoding),
+        "policy": to_plain(cfg.policy),
+        "task": to_plain(cfg.data),
+        "features": {"version": features.version, "names": list(features.names)},
+        "train_prompts": cfg.collect.train_prompts,
+        "val_prompts": cfg.collect.val_prompts,
+        "seed": cfg.seed,
+    }
+
+
+def _new_manifest(about: dict[str, Any], key: str, pair: ModelPair) -> dict[str, Any]:
+    return about | {
+        "trace_key": key,
+        "pair": pair.describe(),
+        "versions": library_versions(),
+        "git_sha": git_sha(),
+        "complete": False,
+        "shards": [],
+        "done": [],
+        "rows": 0,
+        "prompts": 0,
+    }
+
+
+def _collect(cfg: DictConfig, pair: ModelPair, features: Any, directory: Path, manifest: dict[str, Any]) -> None:
+    """Decode what is not done yet, a shard at a time."""
+    config: DecodingConfig = instantiate(cfg.decoding)
+    policy = instantiate(cfg.policy)
+    decoder = DSBDDecoder(pair, config, policy)
+    sizes = tuple(m.config.get_text_config().hidden_size for m in (pair.target, pair.draft))
+    prompts = _prompts(cfg, pair)
+    directory.mkdir(parents=True, exist_ok=True)
+    todo = [p for p in prompts if p[1].id not in set(manifest["done"])]
+    columns = (TextColumn("logging traces"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=len(prompts), completed=len(prompts) - len(todo))
+        for first in range(0, len(todo), SHARD_PROMPTS):
+            chunk = todo[first : first + SHARD_PROMPTS]
+            rows = []
+            for split, prompt in chunk:
+                seed = prompt_seed(cfg.seed, prompt.id)
+                recorder = TraceRecorder(features, sizes, shadow_seed=seed + 1)
+                recorder.start(prompt.id, split)
+                if hasattr(policy, "reseed"):
+                    policy.reseed(seed + 2)
+                decoder.generate([prompt.tokens], torch.Generator().manual_seed(seed), recorder)
+                rows += recorder.take_rows()
+                progress.advance(task)
+            _add_shard(directory, manifest, rows, [prompt.id for _, prompt in chunk])
+    manifest["complete"] = True
+    write_manifest(directory, manifest)
+
+
+def _add_shard(directory: Path, manifest: dict[str, Any], rows: list[dict[str, Any]], done: list[str]) -> None:
+    """Write a shard, then the manifest that names it."""
+    about = {"trace_key": manifest["trace_key"], "feature_names": manifest["features"]["names"]}
+    name = f"traces-{len(manifest['shards']):05d}.parquet"
+    manifest["shards"].append(write_shard(directory, name, rows, about))
+    manifest["done"] += done
+    manifest["rows"] += len(rows)
+    manifest["prompts"] += len(done)
+    write_manifest(directory, manifest)
+
+
+def _prompts(cfg: DictConfig, pair: ModelPair) -> list[tuple[str, Prompt]]:
+    task = instantiate(cfg.data)
+    chosen = [
+        (split, prompt)
+        for split, limit in (("train", cfg.collect.train_prompts), ("val", cfg.collect.val_prompts))
+        for prompt in task.prompts(split, limit, pair.tokenizer)
+    ]
+    for split in ("train", "val"):
+        if not any(s == split for s, _ in chosen):
+            raise UserError(
+                f"The task {task.name!r} has no prompts in split {split!r}; a controller needs both train and val. Raise "
+                f"collect.{split}_prompts or choose another data=..."
+            )
+    return chosen
+
+
+def prompt_seed(seed: int, prompt_id: str) -> int:
+    """A prompt's own seed: independent of which other prompts are decoded, and in what order."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}".encode()).digest()[:6], "big")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""DecodingConfig: what to decode, and the checks that refuse what cannot work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from decoding.errors import UserError
+
+_CHOICES = {
+    "mode": ("beam_sample", "beam_search"),
+    "warp": ("joint", "beam"),
+    "surplus": ("keep", "drop"),
+    "refill": ("full", "width"),
+    "early_stopping": (True, False, "never"),
+}
+_COUNTS = ("target_width", "draft_width", "draft_depth", "min_width", "max_new_tokens", "num_return_sequences")
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """Settings of one decoding run; every field has the meaning it has in the README's table.
+
+    `exact=True` is shorthand for `surplus="drop", refill="width"`: what is kept and returned then follows
+    beam sampling of the chosen widths. With the defaults the first M beams of a layer are exact draws and
+    further beams may be added, never substituted.
+
+    Args:
+        mode: "beam_sample" draws from the joint distribution; "beam_search" is not implemented yet.
+        target_width: widest M, the beams kept after a layer.
+        draft_width: widest w, the beams drafted per layer; at least `target_width`.
+        draft_depth: deepest forest, in layers per iteration; 0 decodes with the target alone.
+        min_width: least M that a policy may ask for.
+        max_new_tokens: continuation length at which every beam stops, in tokens.
+        temperature: divides the logits of both models; > 0.
+        top_k, top_p: cut the distribution (None: whole vocabulary); see `warp`.
+        warp: cut the "joint" distribution over (beam, token), or each "beam"'s row as transformers does.
+        replacement: draw a layer's beams with replacement; equal draws are one beam.
+        surplus: "keep" accepted drafts beyond M (up to target_width) or "drop" them.
+        refill: a failed layer is filled to target_width ("full") or to its own M ("width").
+        one_beam_cache: only the best beam enters the next iteration (2409.16560, section 3.4).
+        length_penalty, early_stopping: as in transformers' beam search.
+        eos_token_id: a token id, several, None (the model's own) or -1 (never stop).
+        num_return_sequences: hypotheses returned per prompt; at most target_width.
+
+    Raises:
+        UserError: a value is not allowed; the message says which ones are.
+    """
+
+    mode: str = "beam_sample"
+    target_width: int = 4
+    draft_width: int = 6
+    draft_depth: int = 3
+    min_width: int = 1
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    warp: str = "joint"
+    replacement: bool = False
+    surplus: str = "keep"
+    refill: str = "full"
+    exact: bool = False
+    one_beam_cache: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    eos_token_id: int | list[int] | None = None
+    num_return_sequences: int = 1
+
+    def __post_init__(self) -> None:
+        if self.exact:
+            object.__setattr__(self, "surplus", "drop")
+            object.__setattr__(self, "refill", "width")
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if not any(value is a if isinstance(a, bool) else value == a for a in allowed):
+                raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
+        for name in _COUNTS:
+            self._check_count(name, least=0 if name == "draft_depth" else 1)
+        if self.top_k is not None:
+            self._check_count("top_k", least=1)
+        self._check_numbers()
+        self._check_widths()
+
+    def _check_count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{name} is {value!r}; give a whole number of at least {least}.")
+
+    def _check_numbers(self) -> None:
+        if not _is_number(self.temperature) or not 0 < self.temperature < float("inf"):
+            raise UserError(
+                f"temperature is {self.temperature!r}; give a number above 0 (1 leaves the model as it is; "
+                "for the most likely tokens use a small one such as 0.1)."
+            )
+        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
+            raise UserError(f"top_p is {self.top_p!r}; give a number in (0, 1], or null for no cut.")
+        if not _is_number(self.length_penalty):
+            raise UserError(f"length_penalty is {self.length_penalty!r}; give a number (1 is the default).")
+
+    def _check_widths(self) -> None:
+        if self.draft_depth and self.draft_width < self.target_width:
+            raise UserError(
+                f"draft_width ({self.draft_width}) is less than target_width ({self.target_width}): a layer could "
+                "never pass. Raise draft_width or lower target_width."
+            )
+        if self.min_width > self.target_width:
+            raise UserError(
+                f"min_width ({self.min_width}) is more than target_width ({self.target_width}), the widest M. "
+                "Lower min_width or raise target_width."
+            )
+        if self.num_return_sequences > self.target_width:
+            raise UserError(
+                f"num_return_sequences ({self.num_return_sequences}) is more than target_width ({self.target_width}): "
+                "there are never more beams than that. Lower it or raise target_width."
+            )
+        if self.warp == "joint" and self.top_k is not None and self.top_k < self.target_width:
+            raise UserError(
+                f"top_k ({self.top_k}) is less than target_width ({self.target_width}) and warp is 'joint': the cut "
+                "would leave fewer continuations than beams. Raise top_k, lower target_width, or set warp=beam."
+            )
+
+    def with_changes(self, **changes: Any) -> DecodingConfig:
+        """A checked copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,174 @@
+"""Measuring methods side by side: which rows, interleaved timing on the same prompts and seeds, scoring by the target.
+
+Used by evaluate.py. Nothing is averaged here: a `Measurement` is one prompt decoded by one row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from decoding.baselines import Generate, Method
+from decoding.config import DecodingConfig
+from decoding.decoder import DecodeStats
+from decoding.energy import EnergyMeter
+from decoding.errors import UserError
+from decoding.pair import ModelPair
+from decoding.tasks.base import Prompt, Task, stable_hash
+
+REFERENCE_METHODS = ("hf_beam_sample", "beam_sample")  # a row's speed-up is over these at its own target width
+_SYMBOLS = {"draft_width": "w", "draft_depth": "γ", "threshold": "threshold", "width_value": "value"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with settings: one row of the results."""
+
+    method: str
+    settings: Mapping[str, Any]
+    config: DecodingConfig  # as the method runs it
+
+    @property
+    def name(self) -> str:
+        """Method and settings in a line, such as `fixed M=2/4 w=6 γ=3` (M of at most 4)."""
+        asked, widest = self.settings.get("asked_width"), self.config.target_width
+        words = [self.method, f"M={widest}" if asked in (None, widest) else f"M={asked}/{widest}"]
+        return " ".join(words + [f"{_SYMBOLS[k]}={v}" for k, v in self.settings.items() if k in _SYMBOLS])
+
+
+@dataclass
+class Measurement:
+    """One prompt decoded by one row."""
+
+    prompt_id: str
+    wall_seconds: float
+    joules: float | None
+    stats: DecodeStats
+    tokens: list[int]  # best hypothesis
+    finished: bool
+    log_prob: float = 0.0  # of `tokens` under the target at temperature 1, summed
+    metrics: dict[str, float] = field(default_factory=dict)
+    text: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, as in results.json."""
+        return asdict(self)
+
+
+def make_rows(
+    names: Sequence[str], methods: Mapping[str, Method], config: DecodingConfig, grid: Mapping[str, Sequence[Any]]
+) -> list[Row]:
+    """Methods times the settings that they take, and the reference rows at every target width among them.
+
+    Args:
+        names: of `methods`; the rows' order.
+        config: what no axis sets.
+        grid: values of each axis; an axis that is absent or empty keeps the config's value. Methods that choose widths
+            themselves run at the widest target_width of the grid only.
+
+    Raises:
+        UserError: unknown name, or settings that cannot be.
+    """
+    for name in names:
+        if name not in methods:
+            raise UserError(f"policies holds {name!r}; choose among {', '.join(methods)}.")
+    axes = {axis: list(values) for axis, values in grid.items() if values}
+    config = config.with_changes(**{a: max(axes[a]) for a in ("target_width", "draft_width", "draft_depth") if a in axes})
+    rows = [row for name in dict.fromkeys(names) for row in _rows_of(name, methods[name], config, axes)]
+    widths = sorted({row.config.target_width for row in rows})
+    for name in REFERENCE_METHODS:
+        at = {row.config.target_width for row in rows if row.method == name}
+        missing = [width for width in widths if width not in at]
+        rows = [r for w in missing for r in _rows_of(name, methods[name], config, {"target_width": [w]})] + rows
+    return rows
+
+
+def _rows_of(name: str, method: Method, config: DecodingConfig, axes: Mapping[str, Sequence[Any]]) -> list[Row]:
+    """A method's rows, without the combinations that no layer could pass."""
+    own = [axis for axis in method.axes if axis in axes]
+    rows = []
+    for values in itertools.product(*(axes[axis] for axis in own)):
+        settings = dict(zip(own, values, strict=True))
+        width = {**settings, **method.fixed}.get("target_width", config.target_width)
+        if settings.get("draft_width", width) < width or (settings.get("asked_width") or width) > width:
+            continue
+        settings = {key: value for key, value in settings.items() if value is not None}
+        rows.append(Row(name, settings, method.configure(config, settings)))
+    if not rows:
+        raise UserError(f"The grid leaves no row for {name!r}: every draft width is less than the target width.")
+    return rows
+
+
+def run_rows(
+    rows: Sequence[Row],
+    methods: Mapping[str, Method],
+    pair: ModelPair,
+    prompts: Sequence[Prompt],
+    warmup: Sequence[Prompt],
+    seed: int,
+    advance: Callable[[str], None] = lambda what: None,
+) -> list[list[Measurement]]:
+    """Decode every prompt by every row, interleaved: machine drift hits all rows alike.
+
+    The order of the rows rotates from prompt to prompt; a prompt's seed is the same for all rows. Warm-up prompts are
+    decoded first and not reported.
+
+    Args:
+        advance: called with the row's name after each decoding.
+
+    Returns:
+        [rows][prompts] measurements, not yet scored.
+    """
+    calls = [methods[row.method](pair, row.config, row.settings) for row in rows]
+    meter = EnergyMeter(pair.device)
+    measured: list[list[Measurement]] = [[] for _ in rows]
+    for i, prompt in enumerate([*warmup, *prompts]):
+        for j in range(len(rows)):
+            at = (i + j) % len(rows)
+            measurement = measure(calls[at], prompt, seed, pair.device, meter)
+            if i >= len(warmup):
+                measured[at].append(measurement)
+            advance(rows[at].name)
+    return measured
+
+
+def measure(generate: Generate, prompt: Prompt, seed: int, device: torch.device, meter: EnergyMeter) -> Measurement:
+    """Decode one prompt, by the clock."""
+    generator = torch.Generator().manual_seed(stable_hash(f"{seed} {prompt.id}") % 2**62)
+    with meter:
+        began = _now(device)
+        (result,) = generate([prompt.tokens], generator)
+        seconds = _now(device) - began
+    return Measurement(
+        prompt.id, seconds, meter.joules, result.stats, list(result.sequences[0]), result.finished[0]
+    )
+
+
+def score(measurement: Measurement, prompt: Prompt, pair: ModelPair, task: Task) -> None:
+    """Fill in a measurement's log-probability under the target, text and metrics."""
+    measurement.log_prob = log_probability(pair.target, prompt.tokens, measurement.tokens)
+    if pair.tokenizer is not None:
+        text = pair.tokenizer.decode(measurement.tokens, skip_special_tokens=True)
+        measurement.text = text
+        measurement.metrics = task.metrics(text, prompt, measurement.finished)
+
+
+@torch.inference_mode()
+def log_probability(model: torch.nn.Module, prompt: list[int], continuation: list[int]) -> float:
+    """log p(continuation | prompt) at temperature 1, natural logarithm, teacher forced in one pass."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*prompt, *continuation]], device=device)  # [1, T]
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # [new, V]
+    picked = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])  # [new, 1]
+    return float(picked.double().sum())
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

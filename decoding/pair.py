@@ -1,0 +1,260 @@
+"""ModelPair: a target and a draft that share a vocabulary; loading, checks, description."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from decoding.config import DecodingConfig
+from decoding.errors import UserError
+from decoding.scorer import check_forest_pass
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelPair:
+    """Two transformers causal LMs with one vocabulary.
+
+    Args:
+        target, draft: models in hand; `draft` may be None where only the target is used.
+        tokenizer: for text in and out; None if you work with token ids.
+        name: shown in results.
+
+    Raises:
+        UserError: a model that cannot be decoded with a forest cache, or vocabularies that differ.
+    """
+
+    target: Any
+    draft: Any
+    tokenizer: Any = None
+    name: str = "custom"
+    _fingerprint: str | None = field(default=None, repr=False)
+    _checked: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for role, model in (("target", self.target), ("draft", self.draft)):
+            if model is not None:
+                check_architecture(model.config, role)
+                model.eval()
+        if self.draft is not None:
+            _check_vocabularies(self.target, self.draft)
+
+    @classmethod
+    def tiny(cls, device: str = "cpu") -> ModelPair:
+        """The built-in pair: offline, on the CPU by default, trained by `python -m decoding.tiny`."""
+        from decoding.tiny import load_tiny
+
+        target, draft, tokenizer = load_tiny()
+        return cls(target.to(device), draft.to(device), tokenizer, name="tiny")
+
+    @classmethod
+    def load(
+        cls,
+        target: str,
+        draft: str,
+        device: str = "cuda",
+        dtype: str = "bfloat16",
+        trust_remote_code: bool = False,
+        name: str | None = None,
+        **options: Any,
+    ) -> ModelPair:
+        """Load a pair from the Hugging Face hub or from local directories.
+
+        Args:
+            target, draft: hub ids or paths.
+            device: "cuda", "cuda:1", "cpu", ...
+            dtype: "bfloat16", "float16", "float32" or "auto".
+            trust_remote_code: run code that comes with a checkpoint; off unless you ask for it.
+            name: shown in results; the target's name if absent.
+            options: passed to `from_pretrained` (for instance attn_implementation).
+
+        Raises:
+            UserError: what cannot be loaded, and why.
+        """
+        if dtype not in _DTYPES:
+            raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"device is {device!r} but this machine has no CUDA device; set pair.device=cpu.")
+        models = {}
+        for role, source in (("target", target), ("draft", draft)):
+            config = _from_hub(AutoConfig, source, role, trust_remote_code=trust_remote_code)
+            check_architecture(config, role)
+            models[role] = _from_hub(
+                AutoModelForCausalLM,
+                source,
+                role,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                **options,
+            ).to(device)
+        tokenizers = {}
+        for role, source in (("target", target), ("draft", draft)):
+            tokenizers[role] = _from_hub(AutoTokenizer, source, role, trust_remote_code=trust_remote_code)
+        _check_tokenizers(tokenizers["target"], tokenizers["draft"])
+        return cls(models["target"], models["draft"], tokenizers["target"], name or Path(target).name)
+
+    def check_forest_passes(self) -> None:
+        """Make sure, once, that both models score forests as they score sequences (UserError otherwise)."""
+        if not self._checked:
+            for role, model in (("target", self.target), ("draft", self.draft)):
+                if model is not None:
+                    check_forest_pass(model, role)
+            self._checked = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the target lives."""
+        return next(self.target.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the target's output."""
+        return int(self.target.config.get_text_config().vocab_size)
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence that both models take, in tokens; None where they do not say."""
+        limits = [_context_of(m) for m in (self.target, self.draft) if m is not None]
+        known = [limit for limit in limits if limit is not None]
+        return min(known) if known else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of both configs and of a sample of the weights; equal for equal pairs."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for model in (self.target, self.draft):
+                if model is None:
+                    continue
+                text = model.config.get_text_config()
+                shape = [text.model_type, text.vocab_size, text.hidden_size, text.num_hidden_layers]
+                digest.update(json.dumps(shape).encode())
+                for weight in list(model.parameters())[:: max(1, len(list(model.parameters())) // 8)]:
+                    digest.update(weight.detach().flatten()[:64].to(torch.bfloat16).float().cpu().numpy().tobytes())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def describe(self) -> dict[str, Any]:
+        """What the pair is, for results, traces and controllers; JSON-able."""
+        models = {"target": self.target, "draft": self.draft}
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.vocab_size,
+            "device": str(self.device),
+            "dtype": str(next(self.target.parameters()).dtype).removeprefix("torch."),
+            "models": {
+                role: {
+                    "type": model.config.model_type,
+                    "parameters": sum(p.numel() for p in model.parameters()),
+                    "hidden_size": model.config.get_text_config().hidden_size,
+                    "layers": model.config.get_text_config().num_hidden_layers,
+                }
+                for role, model in models.items()
+                if model is not None
+            },
+        }
+
+
+def check_architecture(config: Any, role: str) -> None:
+    """Refuse models whose keys and values cannot live in a flat buffer of slots."""
+    kind = getattr(config, "model_type", type(config).__name__)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"The {role} model ({kind}) is an encoder-decoder; this decoder needs a decoder-only causal LM such as "
+            "Llama, Qwen or Mistral."
+        )
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers = set(getattr(text, "layer_types", None) or [])
+    recurrent = layers - {"full_attention", "sliding_attention", "chunked_attention"}
+    state = any(hasattr(text, name) for name in ("state_size", "ssm_state_size", "mamba_d_state", "conv_kernel", "rescale_every"))
+    if recurrent or state or not hasattr(text, "num_attention_heads"):
+        what = f" (layers: {', '.join(sorted(recurrent))})" if recurrent else ""
+        raise UserError(
+            f"The {role} model ({kind}) keeps a recurrent state{what}, which cannot branch into a forest of beams; use "
+            "a model whose layers are all attention."
+        )
+
+
+def check_prompt(pair: ModelPair, prompt: list[int], config: DecodingConfig, index: int) -> None:
+    """Refuse an empty prompt, foreign token ids, and what would not fit the models' contexts."""
+    if not prompt:
+        raise UserError(f"Prompt {index} is empty; give at least one token (for instance the BOS token).")
+    worst = max(prompt) if min(prompt) >= 0 else min(prompt)
+    if not 0 <= worst < pair.vocab_size:
+        raise UserError(
+            f"Prompt {index} holds token id {worst}, outside the vocabulary of {pair.vocab_size} (0 to "
+            f"{pair.vocab_size - 1}). Was it made with another tokenizer?"
+        )
+    for role, model in (("target", pair.target), ("draft", pair.draft)):
+        limit = _context_of(model) if model is not None else None
+        if limit is not None and len(prompt) + config.max_new_tokens > limit:
+            raise UserError(
+                f"Prompt {index} has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}, together more "
+                f"than the {role} model's context of {limit}. Shorten the prompt or lower max_new_tokens."
+            )
+
+
+def end_tokens(pair: ModelPair, config: DecodingConfig) -> frozenset[int]:
+    """Token ids that end a hypothesis."""
+    ids = config.eos_token_id
+    if ids is None:
+        generation = getattr(pair.target, "generation_config", None)
+        ids = getattr(generation, "eos_token_id", None)
+        if ids is None:
+            ids = pair.target.config.eos_token_id
+    if ids is None or ids == -1:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list | tuple) else [ids])
+
+
+def _context_of(model: Any) -> int | None:
+    """Tokens that one model takes; a sliding window counts as its limit until windows follow paths."""
+    text = model.config.get_text_config()
+    limits = [getattr(text, "max_position_embeddings", None)]
+    if getattr(text, "use_sliding_window", True):
+        limits.append(getattr(text, "sliding_window", None))
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return min(known) if known else None
+
+
+def _check_vocabularies(target: Any, draft: Any) -> None:
+    sizes = [m.config.get_text_config().vocab_size for m in (target, draft)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"The vocabularies differ: the target's has {sizes[0]} tokens, the draft's {sizes[1]}. A draft must come "
+            "from the same family, with the same tokenizer and the same number of embedding rows."
+        )
+
+
+def _check_tokenizers(target: Any, draft: Any) -> None:
+    a, b = target.get_vocab(), draft.get_vocab()
+    if a == b:
+        return
+    differing = sorted({*a.items()} ^ {*b.items()}, key=lambda item: (item[1], item[0]))
+    examples = ", ".join(f"{token!r} ({id_})" for token, id_ in differing[:3])
+    raise UserError(
+        f"The tokenizers differ: target {len(a)} entries, draft {len(b)}, {len(differing)} of them not shared, such as "
+        f"{examples}. Choose a draft of the target's own family."
+    )
+
+
+def _from_hub(loader: Any, source: str, role: str, **options: Any) -> Any:
+    """`from_pretrained` with a clear sentence when it fails."""
+    try:
+        return loader.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        first = reason[0] if reason else type(error).__name__
+        raise UserError(
+            f"The {role} model {source!r} could not be loaded: {first} Give a directory written by save_pretrained, or "
+            "a hub id that this machine can reach (pair.target=..., pair.draft=...)."
+        ) from error

@@ -1,0 +1,236 @@
+"""What a task is: prompts with references, and metrics of a continuation.
+
+Tasks that read a file (`FileTask`) share everything but how a row becomes text: `JsonlTask` here is for users' own
+prompts, the others have a file each.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from decoding.errors import UserError
+from decoding.tasks.metrics import line_metrics
+
+SPLITS = ("train", "val", "test")
+SHARES = {"train": 60, "val": 15, "test": 25}  # per cent of a file's prompts, by a hash of the prompt's text
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: token ids, and what it is compared with.
+
+    Args:
+        id: unique within its task, the same in every run.
+        tokens: prompt token ids.
+        reference: text that should follow; None where nothing is known.
+        text: the prompt as text.
+        references: all accepted texts where there are several; the first is `reference`.
+    """
+
+    id: str
+    tokens: list[int]
+    reference: str | None = None
+    text: str | None = None
+    references: tuple[str, ...] = ()
+
+
+class Task(Protocol):
+    """Prompts by split, and metrics of what follows them."""
+
+    name: str
+
+    def prompts(self, split: str, limit: int | None, tokenizer: PreTrainedTokenizerBase | None) -> list[Prompt]:
+        """The first `limit` prompts of a split ("train", "val" or "test"), in a fixed order."""
+
+    def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
+        """Metrics of a continuation, each in [0, 1], higher is better; empty where there is no reference.
+
+        `finished`: the continuation ended on EOS, so that its last line is complete.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Name and settings, JSON-able; equal for two tasks that give the same prompts."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row of a file as text, before it is tokenised."""
+
+    id: str
+    text: str
+    references: tuple[str, ...] = ()
+
+
+@dataclass
+class FileTask:
+    """Prompts read from a file that the user gives; subclasses say how a row becomes text.
+
+    Args:
+        path: the file.
+        shares: per cent of the prompts in each split, by a stable hash of the prompt's text, so that a controller is
+            never evaluated on prompts it was trained on; None puts every prompt in every split.
+        chat: wrap the prompt in the tokenizer's chat template.
+        max_prompt_tokens: leave out longer prompts; None keeps all of them.
+    """
+
+    path: str
+    shares: Mapping[str, int] | None = field(default_factory=lambda: dict(SHARES))
+    chat: bool = False
+    max_prompt_tokens: int | None = None
+
+    name = "file"
+
+    def __post_init__(self) -> None:
+        if self.shares is not None and (set(self.shares) != set(SPLITS) or sum(self.shares.values()) != 100):
+            raise UserError(
+                f"data.shares is {dict(self.shares)}; give per cents for train, val and test that add up to 100, "
+                "or null to use every prompt in every split."
+            )
+
+    def examples(self) -> Iterator[Example]:
+        """All rows of the file as text."""
+        raise NotImplementedError
+
+    def prompts(self, split: str, limit: int | None, tokenizer: PreTrainedTokenizerBase | None) -> list[Prompt]:
+        check_split(split)
+        tokenizer = check_tokenizer(tokenizer, self.name)
+        found: list[Prompt] = []
+        for example in self.examples():
+            if limit is not None and len(found) >= limit:
+                break
+            if self.shares is not None and self._split_of(example.text) != split:
+                continue
+            tokens = self._tokenise(example.text, tokenizer)
+            if self.max_prompt_tokens is None or len(tokens) <= self.max_prompt_tokens:
+                first = example.references[0] if example.references else None
+                found.append(Prompt(example.id, tokens, first, example.text, example.references))
+        if not found:
+            raise UserError(
+                f"{self.path} has no prompts in split {split!r}. Use a longer file, set data.shares=null to use every "
+                "prompt in every split, or raise data.max_prompt_tokens."
+            )
+        return found
+
+    def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
+        return line_metrics(prediction, prompt.reference, finished)
+
+    def describe(self) -> dict[str, Any]:
+        content = hashlib.sha256(read_bytes(self.path)).hexdigest()
+        settings = {key: value for key, value in vars(self).items() if key != "path"}
+        return {"name": self.name, **settings, "shares": self.shares and dict(self.shares), "sha256": content}
+
+    def _split_of(self, text: str) -> str:
+        assert self.shares is not None
+        bucket = stable_hash(text) % 100
+        for split in SPLITS:
+            if bucket < self.shares[split]:
+                return split
+            bucket -= self.shares[split]
+        raise AssertionError("shares add up to 100")
+
+    def _tokenise(self, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        if not self.chat:
+            return list(tokenizer(text, verbose=False)["input_ids"])
+        if not tokenizer.chat_template:
+            raise UserError("data.chat is true, but the pair's tokenizer has no chat template. Set data.chat=false.")
+        messages = [{"role": "user", "content": text}]
+        wrapped = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(wrapped, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@dataclass
+class JsonlTask(FileTask):
+    """Your own prompts: a JSON object a line (.jsonl or .jsonl.gz).
+
+    Args:
+        prompt_field: the field that holds the prompt's text.
+        reference_field: the field that holds the expected continuation; None where there is none.
+    """
+
+    prompt_field: str = "prompt"
+    reference_field: str | None = None
+
+    name = "jsonl"
+
+    def examples(self) -> Iterator[Example]:
+        for number, row in read_jsonl(self.path):
+            text = text_field(row, self.prompt_field, self.path, number)
+            if not text:
+                raise UserError(f"{self.path}, line {number}: {self.prompt_field!r} is empty; a prompt needs a token.")
+            references: tuple[str, ...] = ()
+            if self.reference_field is not None:
+                references = (text_field(row, self.reference_field, self.path, number),)
+            yield Example(f"{Path(self.path).name}:{number}", text, references)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The file's content, decompressed where its name ends in .gz; UserError where it cannot be read."""
+    try:
+        content = Path(path).read_bytes()
+        return gzip.decompress(content) if str(path).endswith(".gz") else content
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"Cannot read {path}: {reason}. Give the path of an existing file.") from None
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) of a .jsonl or .jsonl.gz file; blank lines are skipped."""
+    try:
+        lines = read_bytes(path).decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: a {type(row).__name__}; each line must be a JSON object.")
+        yield number, row
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a .json file."""
+    try:
+        return json.loads(read_bytes(path))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}.") from None
+
+
+def text_field(row: Mapping[str, Any], name: str, path: str | Path, number: int) -> str:
+    """The text in a field of a row; UserError where it is missing or no text."""
+    if name not in row:
+        raise UserError(f"{path}, line {number}: no field {name!r}; it has {', '.join(sorted(row)) or 'none'}.")
+    if not isinstance(row[name], str):
+        raise UserError(f"{path}, line {number}: {name!r} is a {type(row[name]).__name__}; it must be text.")
+    return row[name]
+
+
+def check_split(split: str) -> None:
+    """UserError unless the split is one that prompts may be taken from."""
+    if split not in SPLITS:
+        raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}.")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, task: str) -> PreTrainedTokenizerBase:
+    """The tokenizer; UserError where the pair has none."""
+    if tokenizer is None:
+        raise UserError(
+            f"The task {task!r} is text, and this pair has no tokenizer. Build it with ModelPair(..., tokenizer=...)."
+        )
+    return tokenizer
+
+
+def stable_hash(text: str) -> int:
+    """A hash that is the same on every machine and in every run."""
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)

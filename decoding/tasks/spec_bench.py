@@ -1,0 +1,39 @@
+"""Spec-Bench (2401.07851) and MT-Bench (2306.05685), one file format: the first turn of each conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from decoding.errors import UserError
+from decoding.tasks.base import Example, FileTask, read_jsonl
+
+
+@dataclass
+class SpecBenchTask(FileTask):
+    """Rows {question_id, category, turns, reference?} of question.jsonl.
+
+    Args:
+        categories: keep these only; None keeps all.
+    """
+
+    categories: list[str] | None = None
+
+    name = "spec_bench"
+
+    def examples(self) -> Iterator[Example]:
+        for number, row in read_jsonl(self.path):
+            turns, references = row.get("turns"), row.get("reference") or []
+            if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+                raise UserError(f"{self.path}, line {number}: 'turns' must be a list of texts, one for each turn.")
+            if self.categories is not None and row.get("category") not in self.categories:
+                continue
+            texts = references if isinstance(references, list) else [references]
+            yield Example(f"{self.name}:{row.get('question_id', number)}", turns[0], tuple(map(str, texts[:1])))
+
+
+@dataclass
+class MtBenchTask(SpecBenchTask):
+    """MT-Bench in the same format."""
+
+    name = "mt_bench"

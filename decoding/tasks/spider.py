@@ -1,0 +1,58 @@
+"""Spider (1809.08887): a database schema and a question; the reference is the SQL query. No query is run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from decoding.errors import UserError
+from decoding.tasks.base import Example, FileTask, Prompt, read_json
+
+
+@dataclass
+class SpiderTask(FileTask):
+    """Rows {db_id, question, query} of dev.json; schemas from `tables`, or from tables.json beside it.
+
+    Args:
+        tables: path of tables.json; None looks beside `path`.
+    """
+
+    tables: str | None = None
+
+    name = "spider"
+
+    def examples(self) -> Iterator[Example]:
+        try:
+            path = self.tables or Path(self.path).with_name("tables.json")
+            schemas = {schema["db_id"]: _tables(schema) for schema in read_json(path)}
+            for number, row in enumerate(read_json(self.path)):
+                text = f"{schemas[row['db_id']]}\n-- {row['question']}\n"
+                yield Example(f"spider:{row['db_id']}:{number}", text, (row["query"],))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{self.path} and its tables.json are not in Spider's format ({error!r}).") from None
+
+    def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
+        """`query_match`: the same query as text, up to case, spaces and quotes; it must be complete."""
+        if prompt.reference is None:
+            return {}
+        query, end, _ = re.split(r"(;|\n\s*\n|\n--|\Z)", prediction, maxsplit=1)
+        complete = bool(end) or finished
+        return {"query_match": float(complete and normalise(query) == normalise(prompt.reference))}
+
+
+def normalise(query: str) -> str:
+    """One form for queries that differ in case, spaces, quotes or a final semicolon."""
+    query = re.sub(r"\s*([(),=<>!]+)\s*", r" \1 ", query.replace('"', "'").strip().rstrip(";"))
+    return " ".join(query.lower().split())
+
+
+def _tables(schema: dict[str, Any]) -> str:
+    columns = [name for _, name in schema["column_names_original"]]
+    owners = [table for table, _ in schema["column_names_original"]]
+    return "\n".join(
+        f"CREATE TABLE {table} ({', '.join(c for c, owner in zip(columns, owners, strict=True) if owner == i)});"
+        for i, table in enumerate(schema["table_names_original"])
+    )

@@ -1,0 +1,286 @@
+"""The built-in pair: a small target and a draft distilled from it, trained on Python source code.
+
+    python -m decoding.tiny [--out DIR] [--steps N] [--compile]
+
+is the whole recipe: it reads the standard library of the running interpreter (`tasks/stdlib.py`, split
+"model"), trains a byte-level BPE tokenizer and two Llama-architecture models on it, measures both on the
+held-out modules and writes what `ModelPair.tiny()` loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from decoding.tasks.stdlib import split_of, stdlib_modules
+
+TINY_DIR = Path(__file__).parent / "tiny_weights"
+EOS = "<|endoftext|>"
+VOCABULARY = 2048
+CONTEXT = 1024
+TARGET_SHAPE = dict(hidden_size=256, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2)
+DRAFT_SHAPE = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+
+# Line ends and indentation are words of their own, so that a prefix cut at a line end is tokenised as it
+# would be inside the file.
+_WORDS = Regex(r"\n+| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Optimiser settings of one model of the pair."""
+
+    steps: int
+    rows: int = 8  # sequences per step
+    length: int = 512  # tokens per sequence
+    matrix_lr: float = 4e-3  # Muon, hidden matrices
+    other_lr: float = 4e-3  # AdamW, embeddings and norms
+    weight_decay: float = 0.1
+    seed: int = 0
+
+
+TARGET_FIT = FitConfig(steps=2800)
+DRAFT_FIT = FitConfig(steps=2200, seed=1)
+
+
+def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """Train the byte-level BPE tokenizer of the pair."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(_WORDS, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=[EOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
+    )
+
+
+def read_tokens(tokenizer: PreTrainedTokenizerFast, split: str, tests: bool) -> tuple[Tensor, int]:
+    """Tokenise all modules of a split, EOS after each; returns (tokens [N] int64, number of bytes)."""
+    texts = [text for name, text in stdlib_modules(tests=tests) if split_of(name) == split]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    ids = [token for row in encoded for token in [*row, tokenizer.eos_token_id]]
+    return torch.tensor(ids, dtype=torch.int64), sum(len(text.encode()) for text in texts)
+
+
+def draw_batches(tokens: Tensor, fit: FitConfig) -> Iterator[Tensor]:
+    """Yield `fit.steps` batches [rows, length] int64, each epoch a fresh shuffle at a fresh offset."""
+    generator = torch.Generator().manual_seed(fit.seed)
+    queue: list[Tensor] = []
+    for _ in range(fit.steps):
+        while len(queue) < fit.rows:
+            offset = int(torch.randint(fit.length, (1,), generator=generator))
+            rows = tokens[offset:]
+            rows = rows[: rows.numel() // fit.length * fit.length].view(-1, fit.length)
+            queue += list(rows[torch.randperm(len(rows), generator=generator)])
+        yield torch.stack([queue.pop() for _ in range(fit.rows)])
+
+
+def fit_model(
+    model: LlamaForCausalLM,
+    tokens: Tensor,
+    fit: FitConfig,
+    loss_of: Callable[[Tensor, Tensor, float], Tensor],
+    title: str,
+    compiled: bool = False,
+) -> None:
+    """Train `model` in place: Muon for matrices, AdamW for the rest, linear warm-up and decay to zero.
+
+    Args:
+        tokens: training tokens, [N] int64.
+        loss_of: (batch [B, T], logits [B, T, V] float32, share of the run done) -> scalar loss.
+    """
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [
+        torch.optim.Muon(
+            matrices, lr=fit.matrix_lr, weight_decay=fit.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=fit.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+    def share_of_lr(step: int) -> float:
+        return min((step + 1) / 100, 1.0) * (1 - step / fit.steps)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, share_of_lr) for o in optimizers]
+    forward = torch.compile(model) if compiled else model
+    model.train()
+    columns = (TextColumn(title), BarColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(title, total=fit.steps, status="")
+        for step, batch in enumerate(draw_batches(tokens, fit)):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = forward(input_ids=batch, use_cache=False).logits
+            loss = loss_of(batch, logits.float(), step / fit.steps)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            progress.update(task, advance=1, status=f"loss {loss.item():.3f}")
+            if step % 100 == 0:
+                progress.console.print(f"{title} step {step}: loss {loss.item():.3f}", highlight=False)
+    model.eval()
+
+
+def next_token_loss(batch: Tensor, logits: Tensor, done: float) -> Tensor:
+    """Cross entropy of the next token; batch [B, T], logits [B, T, V]."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+
+def distillation_loss(target: LlamaForCausalLM) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """KL(p || q) to the target, then, in the last third, mostly the total variation distance.
+
+    The accept probability of a draft is Σ min(p, q) = 1 - TV(p, q) (2211.17192, theorem 3.5), so the total
+    variation is what the draft is for; it gives no useful gradient far from the target, hence the KL first.
+    """
+
+    def loss(batch: Tensor, logits: Tensor, done: float) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            target_logits = target(input_ids=batch, use_cache=False).logits
+        p = target_logits.float().softmax(-1)  # [B, T, V]
+        log_q = logits.log_softmax(-1)
+        kl = F.kl_div(log_q, p, reduction="none").sum(-1).mean()
+        if done < 2 / 3:
+            return kl
+        return 0.2 * kl + 0.5 * (log_q.exp() - p).abs().sum(-1).mean() * 2
+
+    return loss
+
+
+@torch.no_grad()
+def bits_per_byte(model: LlamaForCausalLM, tokens: Tensor, num_bytes: int) -> float:
+    """Held-out loss in bits per byte; every token sees at least half a context before it."""
+    stride, nats = CONTEXT // 2, 0.0
+    for start in range(0, tokens.numel() - 1, stride):
+        window = tokens[max(0, start - stride) : start + stride + 1][None]
+        fresh = min(stride, tokens.numel() - 1 - start)
+        logits = model(input_ids=window[:, :-1], use_cache=False).logits.float()
+        nats += F.cross_entropy(logits[0, -fresh:], window[0, -fresh:], reduction="sum").item()
+    return nats / math.log(2) / num_bytes
+
+
+@torch.no_grad()
+def mean_overlap(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokens: Tensor, top_k: int = 10) -> float:
+    """Mean of Σ min(P, Q) over held-out positions, both cut to their `top_k` tokens and re-normalised."""
+    shares = []
+    rows = tokens[: tokens.numel() // 512 * 512].view(-1, 512)
+    for window in rows[:: max(1, len(rows) // 200)]:
+        cut = []
+        for model in (target, draft):
+            logits = model(input_ids=window[None], use_cache=False).logits[0].float()  # [T, V]
+            floor = logits.topk(top_k, dim=-1).values[:, -1:]
+            cut.append(logits.masked_fill(logits < floor, -torch.inf).softmax(-1))
+        shares.append(torch.minimum(*cut).sum(-1).mean())
+    return torch.stack(shares).mean().item()
+
+
+def build_model(shape: dict[str, int], intermediate_size: int, eos: int) -> LlamaForCausalLM:
+    """A Llama with tied embeddings and random weights."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **shape,
+            intermediate_size=intermediate_size,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=eos,
+            pad_token_id=None,
+        )
+    )
+
+
+def measure_pair(
+    target: LlamaForCausalLM, draft: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, float]:
+    """Held-out numbers of the pair, on the library modules of split "test"."""
+    tokens, num_bytes = read_tokens(tokenizer, "test", tests=False)
+    return {
+        "target_bits_per_byte": round(bits_per_byte(target, tokens, num_bytes), 4),
+        "draft_bits_per_byte": round(bits_per_byte(draft, tokens, num_bytes), 4),
+        "overlap_top_k_10": round(mean_overlap(target, draft, tokens), 4),
+        "held_out_bytes": num_bytes,
+        "held_out_tokens": tokens.numel(),
+    }
+
+
+def save_model(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write bf16 safetensors."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def load_tiny(folder: Path = TINY_DIR) -> tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Load (target, draft, tokenizer) of the built-in pair, in float32 on the CPU."""
+    target, draft = (
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, local_files_only=True)
+        for name in ("target", "draft")
+    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return target.eval(), draft.eval(), tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train both models and write them to `--out`."""
+    parser = argparse.ArgumentParser(prog="python -m decoding.tiny", description="Train the built-in pair.")
+    parser.add_argument("--out", type=Path, default=TINY_DIR, help="folder to write (default: the package's own)")
+    parser.add_argument("--steps", type=int, default=TARGET_FIT.steps, help="optimiser steps of the target")
+    parser.add_argument("--draft-steps", type=int, default=DRAFT_FIT.steps, help="optimiser steps of the draft")
+    parser.add_argument("--compile", action="store_true", help="torch.compile (about 1.2x, needs a C++ compiler)")
+    parser.add_argument("--draft-only", action="store_true", help="distil a new draft from the target in --out")
+    options = parser.parse_args(argv)
+    began = time.monotonic()
+    torch.manual_seed(0)
+    if options.draft_only:
+        target, _, tokenizer = load_tiny(options.out)
+    else:
+        tokenizer = train_tokenizer(text for name, text in stdlib_modules() if split_of(name) == "model")
+        target = build_model(TARGET_SHAPE, 640, tokenizer.eos_token_id)
+    draft = build_model(DRAFT_SHAPE, 384, tokenizer.eos_token_id)
+    tokens = torch.cat([read_tokens(tokenizer, "model", tests)[0] for tests in (False, True)])
+    sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in (("target", target), ("draft", draft))}
+    print(f"{tokens.numel():,} training tokens; parameters: {sizes}")
+    if not options.draft_only:
+        fit = FitConfig(steps=options.steps, seed=TARGET_FIT.seed)
+        fit_model(target, tokens, fit, next_token_loss, "target", options.compile)
+        tokenizer.save_pretrained(options.out / "tokenizer")
+        save_model(target, options.out / "target")
+        target.float()
+    fit = FitConfig(steps=options.draft_steps, seed=DRAFT_FIT.seed)
+    fit_model(draft, tokens, fit, distillation_loss(target), "draft", options.compile)
+    save_model(draft, options.out / "draft")
+    numbers = measure_pair(*load_tiny(options.out))
+    numbers |= {"parameters": sizes, "train_tokens": tokens.numel(), "minutes": round((time.monotonic() - began) / 60, 1)}
+    numbers |= {"steps": options.steps, "draft_steps": options.draft_steps, "python": platform.python_version()}
+    (options.out / "recipe.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    print(json.dumps(numbers, indent=2))
+
+
+if __name__ == "__main__":
+    main()

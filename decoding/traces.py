@@ -1,0 +1,242 @@
+"""Traces: one row per (iteration, committed layer), in Parquet shards beside a manifest. Design section 7."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, Features, List, Value
+
+from decoding.acceptance import accept_probabilities, accepted_count_table, align
+from decoding.decoder import LayerEvent
+from decoding.errors import UserError
+from decoding.sampling import Dice
+from decoding.widths import DraftContext
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+TRACE_FEATURES = Features(
+    {
+        "prompt_id": Value("string"),
+        "split": Value("string"),  # of the task: train / val / test
+        "iteration": Value("int32"),
+        "layer": Value("int32"),  # from 1
+        "drafted": Value("bool"),  # False at the layer drawn from the target
+        "remaining": Value("int32"),  # tokens left when the iteration began
+        "target_width": Value("int32"),  # M
+        "draft_width": Value("int32"),  # w
+        "kept_width": Value("int32"),  # beams committed, finished ones included
+        "accepted": Value("int32"),
+        "passed": Value("bool"),
+        "features": List(Value("float32")),  # [F], named in the manifest
+        "draft_hidden": List(Value("float32")),  # [H_q], mean over the layer's parents
+        "target_hidden": List(Value("float32")),  # [H_p], at the root
+        "accept_bits": List(Value("bool")),  # [w], continued in shadow past M
+        "accept_probs": List(Value("float32")),  # [w], Σ min(R, Q_i) given the layer's history before draft i
+        "count_probs": List(Value("float32")),  # [w + 1], P(K_w = k) with replacement, from P and Q
+        "survivor_rank": Value("int32"),  # 1..kept_width; 0 where the best hypothesis had ended before
+        "iteration_seconds": Value("float32"),
+        "draft_seconds": Value("float32"),  # these four: of the whole iteration
+        "target_seconds": Value("float32"),
+        "verify_seconds": Value("float32"),
+        "policy_seconds": Value("float32"),
+        "forest_nodes": Value("int32"),  # drafted in the iteration
+    }
+)
+
+
+class ContextFeatures(Protocol):
+    """What turns a context into the features of a row; the controller's own when logging for it."""
+
+    names: list[str]
+    version: int
+
+    def __call__(self, context: DraftContext) -> np.ndarray:
+        """Features of a layer before its drafts are drawn, [F] float32."""
+        ...
+
+
+class TraceRecorder:
+    """A decoder's recorder that turns layers into rows.
+
+    Args:
+        features: computes the feature columns.
+        hidden_sizes: (H_p, H_q), for zeros where a state is unknown.
+        shadow_seed: seed of the coins that judge the drafts a decoder no longer needs.
+    """
+
+    def __init__(
+        self, features: Callable[[DraftContext], np.ndarray], hidden_sizes: tuple[int, int], shadow_seed: int
+    ) -> None:
+        self.shadow: Dice | None = Dice(torch.Generator().manual_seed(shadow_seed))
+        self._features = features
+        self._hidden_sizes = hidden_sizes
+        self.rows: list[dict[str, Any]] = []
+        self._open: list[tuple[dict[str, Any], list[int]]] = []  # this prompt's rows with their kept nodes
+        self._iteration_start = 0
+        self._prompt_id, self._split = "", ""
+
+    def start(self, prompt_id: str, split: str) -> None:
+        """A prompt begins."""
+        self._prompt_id, self._split = prompt_id, split
+        self._open, self._iteration_start = [], 0
+
+    def layer(self, event: LayerEvent) -> None:
+        """Add a row; its seconds and survivor rank come later."""
+        context, record = event.context.draft, event.record
+        target_size, draft_size = self._hidden_sizes
+        row = {
+            "prompt_id": self._prompt_id,
+            "split": self._split,
+            "iteration": context.root.iteration,
+            "layer": context.layer,
+            "drafted": context.drafted,
+            "remaining": context.root.remaining,
+            "target_width": record.target_width,
+            "draft_width": record.draft_width,
+            "kept_width": len(event.kept),
+            "accepted": record.accepted,
+            "passed": record.passed,
+            "features": self._features(context),
+            "draft_hidden": _or_zeros(context.draft_hidden, draft_size),
+            "target_hidden": _or_zeros(context.root.target_hidden, target_size),
+            "accept_bits": [],
+            "accept_probs": [],
+            "count_probs": [],
+        }
+        if event.verdict is not None:
+            both = align(event.context.target, context.joint)
+            accept = accept_probabilities(both.p, both.q, record.draft_width)
+            row["accept_bits"] = event.verdict.bits
+            row["accept_probs"] = event.verdict.probabilities
+            row["count_probs"] = accepted_count_table(accept)[-1]
+        self._open.append((row, [node for node, _ in event.kept]))
+
+    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
+        """Fill in what is known when an iteration ends."""
+        for row, _ in self._open[self._iteration_start :]:
+            for phase in ("iteration", "draft", "target", "verify", "policy"):
+                row[f"{phase}_seconds"] = seconds[phase]
+            row["forest_nodes"] = forest_nodes
+        self._iteration_start = len(self._open)
+
+    def end(self, best_path: list[int]) -> None:
+        """Fill in survivor ranks: row d committed the tokens at depth d."""
+        for depth, (row, kept) in enumerate(self._open):
+            node = best_path[depth] if depth < len(best_path) else None
+            row["survivor_rank"] = kept.index(node) + 1 if node in kept else 0
+            self.rows.append(row)
+        self._open = []
+
+    def take_rows(self) -> list[dict[str, Any]]:
+        """Hand over the finished rows."""
+        rows, self.rows = self.rows, []
+        return rows
+
+
+def write_shard(directory: Path, name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+    """Write rows as one Parquet file, under a temporary name until it is whole.
+
+    Args:
+        about: `trace_key` and `feature_names`, written into the file's metadata.
+
+    Returns:
+        The shard's entry for the manifest.
+    """
+    columns = {column: [row[column] for row in rows] for column in TRACE_FEATURES}
+    table = Dataset.from_dict(columns, features=TRACE_FEATURES).data.table
+    metadata = {**(table.schema.metadata or {}), b"dsbd": json.dumps(about | {"schema_version": SCHEMA_VERSION}).encode()}
+    target = directory / name
+    partial = target.with_suffix(".partial")
+    try:
+        pq.write_table(table.replace_schema_metadata(metadata), partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return {"file": name, "rows": len(rows), "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, under a temporary name until it is whole."""
+    partial = directory / (MANIFEST + ".partial")
+    partial.write_text(json.dumps(manifest, indent=2, default=str) + "\n")
+    os.replace(partial, directory / MANIFEST)
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a trace directory, or None if there is none.
+
+    Raises:
+        UserError: it is not a manifest of this schema.
+    """
+    path = Path(directory) / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a trace manifest ({type(error).__name__}). Delete the directory to collect the traces again."
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema version {version}; this code reads version {SCHEMA_VERSION}. Collect the traces again."
+        )
+    return manifest
+
+
+def load_traces(directory: str | Path) -> tuple[Dataset, dict[str, Any]]:
+    """Read all shards of a trace directory.
+
+    Returns:
+        The rows, and the manifest.
+
+    Raises:
+        UserError: the directory, a shard or the manifest is missing, truncated, changed or foreign.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise UserError(
+            f"{directory} holds no {MANIFEST}: no traces were logged there. Run python -m decoding.collect, or point "
+            "collect.traces_dir elsewhere."
+        )
+    if not manifest.get("complete"):
+        raise UserError(
+            f"The traces in {directory} are incomplete ({manifest.get('rows', 0)} rows so far). Run python -m "
+            "decoding.collect with the same settings: it goes on where it stopped."
+        )
+    tables = [_read_shard(directory / entry["file"], entry, manifest["trace_key"]) for entry in manifest["shards"]]
+    if not tables:
+        raise UserError(f"The traces in {directory} hold no rows. Raise collect.train_prompts and collect again.")
+    return Dataset(pa.concat_tables(tables)), manifest
+
+
+def _read_shard(path: Path, entry: dict[str, Any], trace_key: str) -> pa.Table:
+    again = "Delete the directory to collect the traces again."
+    if not path.exists():
+        raise UserError(f"The trace shard {path} is named in the manifest but missing. {again}")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"The trace shard {path} cannot be read; it may be truncated ({error}). {again}") from error
+    about = json.loads((table.schema.metadata or {}).get(b"dsbd", b"{}"))
+    if about.get("trace_key") != trace_key:
+        raise UserError(f"The trace shard {path} belongs to another collection than its manifest. {again}")
+    if table.num_rows != entry["rows"]:
+        raise UserError(f"The trace shard {path} holds {table.num_rows} rows; its manifest says {entry['rows']}. {again}")
+    return table
+
+
+def _or_zeros(hidden: np.ndarray | None, size: int) -> np.ndarray:
+    return np.zeros(size, dtype=np.float32) if hidden is None else hidden

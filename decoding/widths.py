@@ -1,0 +1,244 @@
+"""Width policies: how many beams to draft, to ask for, and how deep. Design section 5.4.
+
+A policy decides before the roll. What it may see is what is in the context it is given: nothing about the
+drafts realised at the layer whose target width it sets, nor about deeper layers, nor the accept / reject
+coins of that layer. Contexts are built by the decoder from arrays that hold nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from decoding.acceptance import accept_probabilities, accepted_count_table, align
+from decoding.config import DecodingConfig
+from decoding.errors import UserError
+from decoding.sampling import FloatArray, Joint
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What is known of a committed layer: one entry of a policy's history."""
+
+    layer: int  # 1..γ, or γ + 1 for the layer drawn from the target
+    draft_width: int  # drafts drawn; 0 at the layer drawn from the target
+    target_width: int  # M
+    accepted: int  # drafts accepted, surplus included
+    passed: bool
+
+
+@dataclass(frozen=True)
+class RootContext:
+    """What is known when an iteration starts."""
+
+    config: DecodingConfig
+    iteration: int
+    remaining: int  # tokens that the beams may still grow by
+    weights: FloatArray  # [B] log-weights of the input beams, best first
+    history: tuple[LayerRecord, ...] = ()  # layers of the previous iteration
+    target_hidden: FloatArray | None = None  # [H_p] the target's last hidden state at the root
+
+
+@dataclass(frozen=True)
+class DraftContext:
+    """What is known of a layer before its drafts are drawn: earlier layers of the forest, and Q.
+
+    `joint` is Q at a drafted layer. At the layer that ends an iteration (nothing drafted) it is the target's P,
+    and `drafted` is False.
+    """
+
+    root: RootContext
+    layer: int  # 1..γ
+    weights: FloatArray  # [B] weights of the layer's parents, best first
+    joint: Joint
+    drafted: bool = True
+    widths: tuple[int, ...] = ()  # draft widths of the layers above
+    draft_hidden: FloatArray | None = None  # [H_q] the draft's last hidden state, mean over the parents
+
+
+@dataclass(frozen=True)
+class TargetContext:
+    """What is known of a layer when its target width is set: P and Q, not the drafts drawn from Q."""
+
+    draft: DraftContext  # the layer as it was before the drafts
+    target: Joint  # P
+    draft_width: int  # w, decided before the draw; 0 at the layer that ends an iteration
+    committed: tuple[LayerRecord, ...] = ()  # layers of this iteration above this one
+
+
+@dataclass(frozen=True)
+class IterationRecord:
+    """What an iteration gave, for policies that learn on line."""
+
+    layers: tuple[LayerRecord, ...]
+    tokens: int  # layers committed
+    seconds: float
+
+
+class WidthPolicy:
+    """Decides w, M and whether to draft a further layer; the base class asks for the config's widest.
+
+    A policy may be used for one prompt after another; `reset` is called before each.
+    """
+
+    name = "fixed"
+    needs_hidden = False  # ask the decoder for hidden states in the contexts
+
+    def check(self, config: DecodingConfig) -> None:
+        """Refuse a config that this policy cannot work with (UserError)."""
+
+    def reset(self, config: DecodingConfig) -> None:
+        """A new prompt starts."""
+
+    def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
+        """Whether to draft layer `layer` (at most config.draft_depth); asked before the draft model runs."""
+        return True
+
+    def draft_width(self, context: DraftContext) -> int:
+        """w: beams to draft at this layer; clipped to 1..config.draft_width."""
+        return context.root.config.draft_width
+
+    def target_width(self, context: TargetContext) -> int:
+        """M: beams that must be accepted; clipped to config.min_width..config.target_width."""
+        return context.draft.root.config.target_width
+
+    def observe(self, record: IterationRecord) -> None:
+        """An iteration ended."""
+
+    def describe(self) -> dict[str, Any]:
+        """Name and settings, for results and traces."""
+        return {"name": self.name}
+
+
+@dataclass
+class FixedWidth(WidthPolicy):
+    """The same widths at every layer; what is None comes from the config.
+
+    Args:
+        target_width, draft_width, draft_depth: M, w and γ; at most the config's.
+    """
+
+    fixed_target_width: int | None
+    fixed_draft_width: int | None
+    fixed_draft_depth: int | None
+
+    def __init__(
+        self, target_width: int | None = None, draft_width: int | None = None, draft_depth: int | None = None
+    ) -> None:
+        self.fixed_target_width, self.fixed_draft_width, self.fixed_draft_depth = target_width, draft_width, draft_depth
+
+    def check(self, config: DecodingConfig) -> None:
+        for name in ("target_width", "draft_width", "draft_depth"):
+            value, limit = getattr(self, f"fixed_{name}"), getattr(config, name)
+            least = 0 if name == "draft_depth" else 1
+            if value is not None and not least <= value <= limit:
+                raise UserError(
+                    f"FixedWidth({name}={value}) is outside {least}..{limit}, the range that the decoding config "
+                    f"allows. Lower it or raise decoding.{name}."
+                )
+        target = self.fixed_target_width or config.target_width
+        draft = self.fixed_draft_width or config.draft_width
+        if config.draft_depth and self.fixed_draft_depth != 0 and draft < target:
+            raise UserError(
+                f"FixedWidth: draft_width ({draft}) is less than target_width ({target}): a layer could never pass. "
+                "Raise draft_width or lower target_width."
+            )
+
+    def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
+        return self.fixed_draft_depth is None or layer <= self.fixed_draft_depth
+
+    def draft_width(self, context: DraftContext) -> int:
+        return self.fixed_draft_width or context.root.config.draft_width
+
+    def target_width(self, context: TargetContext) -> int:
+        return self.fixed_target_width or context.draft.root.config.target_width
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "target_width": self.fixed_target_width,
+            "draft_width": self.fixed_draft_width,
+            "draft_depth": self.fixed_draft_depth,
+        }
+
+
+@dataclass
+class ThresholdWidth(WidthPolicy):
+    """The paper's rule: the largest M with P(K_w >= M) >= threshold (2409.16560, section 3.3).
+
+    K_w is taken from the closed form of design 5.3, which is exact with replacement and an approximation
+    without. At the layer that ends an iteration nothing can be rejected, so M is the widest.
+
+    Args:
+        threshold: in (0, 1]; higher asks for fewer beams.
+        as_shipped: reproduce the widths of the published code, which subtracts Q twice in the residual. For
+            comparison only; the verification stays exact either way.
+    """
+
+    threshold: float = 0.9
+    as_shipped: bool = False
+    name: str = field(default="threshold", init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.threshold, bool) or not 0 < self.threshold <= 1:
+            raise UserError(f"threshold is {self.threshold!r}; give a number in (0, 1] (the paper uses 0.7 to 0.9).")
+
+    def target_width(self, context: TargetContext) -> int:
+        config = context.draft.root.config
+        if context.draft_width == 0:
+            return config.target_width
+        both = align(context.target, context.draft.joint)
+        accept = accept_probabilities(both.p, both.q, context.draft_width, as_shipped=self.as_shipped)
+        counts = accepted_count_table(accept)[-1]  # [w + 1] P(K_w = k)
+        at_least = counts[::-1].cumsum()[::-1]  # [w + 1] P(K_w >= k)
+        passing = np.flatnonzero(at_least >= self.threshold - 1e-12)
+        return int(passing[-1])
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "threshold": self.threshold, "as_shipped": self.as_shipped}
+
+
+@dataclass
+class RandomWidth(WidthPolicy):
+    """Widths and depth drawn uniformly: exploration while traces are logged.
+
+    Args:
+        seed: of the policy's own stream, separate from the decoder's.
+        full_share: share of the prompts decoded at full width, so that survivor ranks are seen uncensored.
+    """
+
+    seed: int = 0
+    full_share: float = 0.25
+    name: str = field(default="random", init=False)
+
+    def __post_init__(self) -> None:
+        self.reseed(self.seed)
+        self._full = False
+
+    def reseed(self, seed: int) -> None:
+        """Start the policy's stream anew, so that a prompt's widths do not depend on the prompts before it."""
+        self._random = np.random.default_rng(seed)
+
+    def reset(self, config: DecodingConfig) -> None:
+        self._full = bool(self._random.random() < self.full_share)
+        self._depth = config.draft_depth
+
+    def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
+        if layer == 1:
+            self._depth = int(self._random.integers(1, context.config.draft_depth + 1))
+        return layer <= self._depth
+
+    def draft_width(self, context: DraftContext) -> int:
+        config = context.root.config
+        return config.draft_width if self._full else int(self._random.integers(1, config.draft_width + 1))
+
+    def target_width(self, context: TargetContext) -> int:
+        config = context.draft.root.config
+        if self._full:
+            return config.target_width
+        return int(self._random.integers(config.min_width, config.target_width + 1))
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "seed": self.seed, "full_share": self.full_share}

@@ -1,0 +1,223 @@
+"""Traces: rows as decoding saw them, bit for bit; shards that are whole or refused; a second run finds the first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, UserError
+from decoding.collect import ensure_traces
+from decoding.decoder import LayerEvent
+from decoding.tasks.base import Prompt
+from decoding.traces import MANIFEST, TraceRecorder, load_traces
+from decoding.widths import DraftContext
+
+CONFIG = DecodingConfig(target_width=3, draft_width=5, draft_depth=2, max_new_tokens=10, top_k=8, eos_token_id=-1)
+
+
+class SimpleFeatures:
+    """Two numbers of a context."""
+
+    names = ("layer", "top_prob")
+    version = 1
+
+    def __call__(self, context: DraftContext) -> np.ndarray:
+        return np.array([context.layer, context.joint.probs.max()], dtype=np.float32)
+
+
+def small_llama(layers: int, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    shape = LlamaConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=16, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
+        initializer_range=0.4,
+    )
+    return LlamaForCausalLM(shape)
+
+
+def make_pair() -> ModelPair:
+    target = small_llama(2, 0)
+    draft = small_llama(1, 1)
+    draft.model.embed_tokens.weight.data.copy_(target.model.embed_tokens.weight.data)
+    return ModelPair(target, draft, name="small")
+
+
+class FixedTask:
+    """Prompts that need no tokenizer."""
+
+    name = "numbers"
+
+    def prompts(self, split: str, limit: int | None, tokenizer: object) -> list[Prompt]:
+        return [Prompt(f"{split}:{i}", [1 + i % 7, 2, 3], None, None) for i in range(limit or 3)]
+
+
+def collect_config(directory: Path, **collect: int) -> DictConfig:
+    here = __name__
+    return OmegaConf.create(
+        {
+            "pair": {"_target_": f"{here}.make_pair"},
+            "data": {"_target_": f"{here}.FixedTask"},
+            "features": {"_target_": f"{here}.SimpleFeatures"},
+            "policy": {"_target_": "decoding.RandomWidth", "seed": 0},
+            "decoding": {
+                "_target_": "decoding.DecodingConfig", "target_width": 3, "draft_width": 5, "draft_depth": 2,
+                "max_new_tokens": 10, "top_k": 8, "eos_token_id": -1,
+            },
+            "collect": {"train_prompts": 4, "val_prompts": 2, "traces_dir": str(directory)} | collect,
+            "seed": 3,
+        }
+    )  # fmt: skip
+
+
+@dataclass
+class Spy(TraceRecorder):
+    """Keeps what the recorder was told, beside the rows."""
+
+    events: list[LayerEvent] = field(default_factory=list)
+    path: list[int] = field(default_factory=list)
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(SimpleFeatures(), (16, 16), shadow_seed=seed)
+        self.events, self.path = [], []
+
+    def layer(self, event: LayerEvent) -> None:
+        self.events.append(event)
+        super().layer(event)
+
+    def end(self, best_path: list[int]) -> None:
+        self.path = best_path
+        super().end(best_path)
+
+
+def recorded(policy: RandomWidth | FixedWidth, seed: int = 0) -> tuple[Spy, list[dict]]:
+    spy = Spy()
+    spy.start("p", "train")
+    DSBDDecoder(make_pair(), CONFIG, policy).generate([[1, 2, 3]], torch.Generator().manual_seed(seed), spy)
+    return spy, spy.take_rows()
+
+
+def test_recording_changes_nothing():
+    pair, prompt = make_pair(), [[1, 2, 3]]
+    for seed in range(5):
+        plain = DSBDDecoder(pair, CONFIG, RandomWidth(seed=seed)).generate(prompt, torch.Generator().manual_seed(seed))
+        spy = Spy(seed=99)
+        spy.start("p", "train")
+        seen = DSBDDecoder(pair, CONFIG, RandomWidth(seed=seed)).generate(
+            prompt, torch.Generator().manual_seed(seed), spy
+        )
+        assert plain[0].sequences == seen[0].sequences
+
+
+def test_rows_say_what_the_decoder_did():
+    spy, rows = recorded(RandomWidth(seed=1))
+    assert len(rows) == CONFIG.max_new_tokens == len(spy.events)
+    features = SimpleFeatures()
+    for row, event in zip(rows, spy.events, strict=True):
+        np.testing.assert_array_equal(row["features"], features(event.context.draft))
+        assert (row["layer"], row["target_width"]) == (event.record.layer, event.record.target_width)
+        assert len(row["accept_bits"]) == len(row["accept_probs"]) == row["draft_width"]
+        assert len(row["count_probs"]) == (row["draft_width"] + 1 if row["drafted"] else 0)
+        assert row["kept_width"] == len(event.kept)
+        assert row["drafted"] == (row["draft_width"] > 0)
+    drafted = [row for row in rows if row["drafted"]]
+    assert drafted and all(abs(sum(row["count_probs"]) - 1) < 1e-9 for row in drafted)
+
+
+def test_survivor_rank_is_the_rank_of_the_best_hypothesis():
+    spy, rows = recorded(FixedWidth(), seed=4)
+    for depth, (row, event) in enumerate(zip(rows, spy.events, strict=True)):
+        nodes = [node for node, _ in event.kept]
+        assert nodes[row["survivor_rank"] - 1] == spy.path[depth]
+        weights = [weight for _, weight in event.kept]
+        assert weights == sorted(weights, reverse=True)
+    assert rows[-1]["survivor_rank"] == 1  # the best hypothesis is the best beam of the last layer
+
+
+def test_every_draft_has_a_bit_and_its_probability_is_right():
+    """Over many layers the bits follow the logged closed form: sum of (bit - prob) has mean 0, variance Σ p(1 - p)."""
+    excess, variance = 0.0, 0.0
+    pair = make_pair()
+    for seed in range(60):
+        spy = Spy(seed=seed)
+        spy.start("p", "train")
+        DSBDDecoder(pair, CONFIG, RandomWidth(seed=seed)).generate([[1, 2, 3]], torch.Generator().manual_seed(seed), spy)
+        for row in spy.take_rows():
+            excess += sum(bit - prob for bit, prob in zip(row["accept_bits"], row["accept_probs"], strict=True))
+            variance += sum(prob * (1 - prob) for prob in row["accept_probs"])
+    assert variance > 50
+    assert abs(excess) < 4 * variance**0.5  # 4 standard deviations
+
+
+def test_a_second_run_finds_the_traces(tmp_path: Path):
+    cfg = collect_config(tmp_path)
+    directory = ensure_traces(cfg)
+    written = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
+    assert ensure_traces(cfg) == directory
+    assert {path.name: path.stat().st_mtime_ns for path in directory.iterdir()} == written
+    other = collect_config(tmp_path, train_prompts=5)
+    assert ensure_traces(other) != directory
+
+
+def test_traces_come_back_as_written(tmp_path: Path):
+    dataset, manifest = load_traces(ensure_traces(collect_config(tmp_path)))
+    assert len(dataset) == manifest["rows"] == 6 * CONFIG.max_new_tokens
+    assert manifest["features"]["names"] == list(SimpleFeatures.names)
+    assert set(dataset["split"]) == {"train", "val"}
+    assert manifest["pair"]["fingerprint"] == make_pair().fingerprint
+
+
+def test_an_interrupted_collection_goes_on_with_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("decoding.collect.SHARD_PROMPTS", 2)
+    whole, _ = load_traces(ensure_traces(collect_config(tmp_path / "whole")))
+    calls = {"n": 0}
+    original = DSBDDecoder.generate
+
+    def stops(self: DSBDDecoder, *args: object, **kwargs: object) -> object:
+        calls["n"] += 1
+        if calls["n"] == 4:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    cfg = collect_config(tmp_path / "parts")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DSBDDecoder, "generate", stops)
+        ensure_traces(cfg)
+    (directory,) = (tmp_path / "parts").iterdir()
+    with pytest.raises(UserError, match="incomplete"):
+        load_traces(directory)
+    assert not list(directory.glob("*.partial"))
+    parts, _ = load_traces(ensure_traces(cfg))
+    timeless = [c for c in whole.column_names if not c.endswith("_seconds")]
+    assert whole.select_columns(timeless).to_list() == parts.select_columns(timeless).to_list()
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "foreign", "manifest", "schema", "nothing"])
+def test_damaged_traces_are_refused(tmp_path: Path, harm: str):
+    directory = ensure_traces(collect_config(tmp_path))
+    (shard,) = directory.glob("*.parquet")
+    manifest = json.loads((directory / MANIFEST).read_text())
+    if harm == "missing":
+        shard.unlink()
+    elif harm == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif harm == "foreign":
+        table = pq.read_table(shard)
+        pq.write_table(table.replace_schema_metadata({b"dsbd": b'{"trace_key": "other"}'}), shard)
+    elif harm == "manifest":
+        (directory / MANIFEST).write_text("{")
+    elif harm == "schema":
+        (directory / MANIFEST).write_text(json.dumps(manifest | {"schema_version": 99}))
+    else:
+        directory = tmp_path / "empty"
+    with pytest.raises(UserError) as caught:
+        load_traces(directory)
+    assert str(directory) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
