@@ -77,8 +77,8 @@ def hf_generate(
 
     Differences from this engine that a reader of a comparison should know: top_k and top_p cut each beam's row, not the
     joint distribution; beam sampling draws 2 * num_beams candidates (more with several EOS tokens) and keeps the best
-    num_beams of them; `scores` are NaN, because asking for them would slow it down. The generation config that comes with
-    the target (temperature, penalties, ...) is set aside, so that nothing but `config` counts.
+    num_beams of them; `scores` are NaN, because asking for them would slow it down. The generation config that comes
+    with the target (temperature, penalties, ...) is set aside, so that nothing but `config` counts.
 
     Args:
         pair: the models; the draft is used where `assisted`.
@@ -93,7 +93,7 @@ def hf_generate(
         does not, as everywhere; kv_slots are those of one copy of the sequence per beam; all seconds are "other".
     """
     ends = end_tokens(pair, config)
-    options = {
+    options: dict[str, Any] = {
         "do_sample": True,
         "num_beams": num_beams,
         "num_return_sequences": min(config.num_return_sequences, num_beams),

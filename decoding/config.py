@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,6 +82,7 @@ class DecodingConfig:
         if self.top_k is not None:
             self._check_count("top_k", least=1)
         self._check_numbers()
+        self._check_end_tokens()
         self._check_widths()
 
     def _check_count(self, name: str, least: int) -> None:
@@ -95,8 +98,20 @@ class DecodingConfig:
             )
         if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
             raise UserError(f"top_p is {self.top_p!r}; give a number in (0, 1], or null for no cut.")
-        if not _is_number(self.length_penalty):
+        if not _is_number(self.length_penalty) or not math.isfinite(self.length_penalty):
             raise UserError(f"length_penalty is {self.length_penalty!r}; give a number (1 is the default).")
+
+    def _check_end_tokens(self) -> None:
+        ids = self.eos_token_id
+        if isinstance(ids, Iterable) and not isinstance(ids, str):
+            ids = list(ids)  # also what Hydra passes for a list
+            object.__setattr__(self, "eos_token_id", ids)
+        for id_ in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            if isinstance(id_, bool) or not isinstance(id_, int) or id_ < -1:
+                raise UserError(
+                    f"eos_token_id is {self.eos_token_id!r}; give a token id, a list of them, null for the model's "
+                    "own, or -1 to never stop."
+                )
 
     def _check_widths(self) -> None:
         if self.draft_depth and self.draft_width < self.target_width:

@@ -13,16 +13,18 @@ from __future__ import annotations
 import collections.abc
 import difflib
 import functools
+import importlib
 import inspect
 import os
 import re
 import shutil
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -34,8 +36,16 @@ from decoding.errors import UserError
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_BUGS = (LookupError, AttributeError, NameError, AssertionError, ArithmeticError)  # inside a callable that we built
 _NODE_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
 
 
 def entry_point(
@@ -57,8 +67,10 @@ def entry_point(
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[..., Any]:
         @functools.wraps(task)
         def job(cfg: DictConfig) -> Any:
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(lightning|torch)\.")  # not ours to mend
             with _one_sentence(config_name, tracebacks):  # inside the job: Hydra reports failed jobs itself
                 check_settings(cfg, _compose(config_name, _chosen_groups()))
+                hydra.utils.instantiate(cfg.get("decoding"))  # widths that cannot work, before a pair is loaded
                 return task(cfg)
 
         launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)
@@ -146,11 +158,10 @@ def _check_kinds(path: str, node: dict[str, Any], default: dict[str, Any]) -> No
 def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
     """Parameters of a `_target_` with their annotations, and whether it takes further ones (**options)."""
     try:
-        target = hydra.utils.get_object(name)
+        target = _locate(name)
         signature = inspect.signature(target)
-    except (ImportError, ValueError, TypeError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"{path}._target_ is {name!r}, which cannot be used: {first}") from error
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(f"{path}._target_ is {name!r}, which cannot be used: {error}.") from error
     try:
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except (NameError, TypeError, AttributeError):  # annotations that only a type checker can see
@@ -159,6 +170,17 @@ def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
     parameters = signature.parameters.values()
     takes = {p.name: hints.get(p.name, Any) for p in parameters if p.kind not in variable and p.name[0] != "_"}
     return takes, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def _locate(name: str) -> Any:
+    """The object with a dotted name; unlike Hydra's own function it leaves the report to the caller."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if not module or error.name is None or not module.startswith(error.name):
+            raise  # the module is there, one that it needs is not
+        return getattr(_locate(module), attribute)  # a method: module.Class.method
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -195,12 +217,12 @@ def _words(hint: Any) -> str:
     origin = get_origin(hint)
     if isinstance(origin, type) and issubclass(origin, collections.abc.Collection):
         hint = dict if issubclass(origin, collections.abc.Mapping) else list
-    return _KINDS.get(hint) or getattr(hint, "__name__", str(hint))
+    return _KINDS.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 def _unknown(path: str, owner: str, allowed: Iterable[str]) -> str:
     """The sentence for a setting that does not exist."""
-    names = sorted(key for key in map(str, allowed) if key not in _NODE_KEYS)
+    names = sorted({key for key in map(str, allowed) if key not in _NODE_KEYS})
     key = path.rpartition(".")[2]
     close = difflib.get_close_matches(key, names, n=1)
     guess = f" Did you mean {path.removesuffix(key)}{close[0]}?" if close else ""
@@ -220,7 +242,7 @@ def _one_sentence(config_name: str, tracebacks: bool) -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        if tracebacks:
+        if tracebacks or (isinstance(error, InstantiationException) and isinstance(error.__cause__, _BUGS)):
             raise
         _discard_empty_output()
         print(f"error: {_sentence(error, config_name)}", file=sys.stderr)
@@ -253,7 +275,7 @@ def _sentence(error: BaseException, config_name: str) -> str:
         if group and error.options is not None:
             return f"{group}={option} is not known; choose one of {', '.join(error.options)}."
     if isinstance(error, OverrideParseException):
-        return f"The argument {error.override!r} cannot be read ({lines[-1]}); write settings as name=value."
+        return f"The argument {error.override!r} cannot be read ({lines[0]}); write settings as name=value."
     if isinstance(error, InstantiationException):
         return f"{' '.join(lines)} ({_FULL_ERROR}=1 shows where.)"
     refused = re.match(r"Could not (?:override|append to config) '([^']+)'", lines[0])
@@ -270,19 +292,30 @@ def _unknown_override(key: str, config_name: str) -> str:
     chosen = [f"{g}={o}" for g, o in groups.items() if (CONF_DIR / g / f"{o}.yaml").is_file()]
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         node: Any = _compose(config_name, [c for c in chosen if c.partition("=")[0] != key])
-    if node is None:
-        return f"{key} is not a setting of {config_name}.yaml."
     path: list[str] = []
     for part in key.split("."):
         if not isinstance(node, DictConfig) or part not in node:
             break
         path, node = [*path, part], node._get_node(part)
-    owner = ".".join(path)
+    owner, wrong = ".".join(path), ".".join(key.split(".")[: len(path) + 1])
     if not isinstance(node, DictConfig):
-        return f"{key} is not a setting: {owner} is a single value."
-    if "_target_" in node and key.rpartition(".")[2] in _parameters(owner, node["_target_"])[0]:
-        return f"{key} is a parameter of {node['_target_']} that conf/ leaves alone; to set it, write +{key}=..."
-    return _unknown(key, owner or f"{config_name}.yaml", node)
+        return f"{key} is not a setting: {owner or config_name} is a single value."
+    if "_target_" in node:
+        with suppress(UserError):
+            takes, _ = _parameters(owner, node["_target_"])
+            if key.removeprefix(f"{owner}.") in takes:
+                return (
+                    f"{key} is a parameter of {node['_target_']} that conf/ leaves alone; to set it, write +{key}=..."
+                )
+            return _unknown(wrong, owner, [*takes, *node])
+    return _unknown(wrong, owner or f"{config_name}.yaml", [*node, *(() if owner else _groups(config_name))])
+
+
+def _groups(config_name: str) -> set[str]:
+    """Groups in the defaults list of a primary config."""
+    primary = cast(DictConfig, OmegaConf.load(CONF_DIR / f"{config_name}.yaml"))
+    entries = primary.get("defaults", [])
+    return {str(key) for entry in entries if isinstance(entry, DictConfig) for key in entry}
 
 
 def _discard_empty_output() -> None:

@@ -22,6 +22,14 @@ from decoding.pair import ModelPair
 from decoding.tasks.base import Prompt, Task, stable_hash
 
 REFERENCE_METHODS = ("hf_beam_sample", "beam_sample")  # a row's speed-up is over these at its own target width
+GRID_AXES = {
+    "widths": "target_width",
+    "draft_widths": "draft_width",
+    "depths": "draft_depth",
+    "asked_widths": "asked_width",
+    "thresholds": "threshold",
+    "width_values": "width_value",
+}
 _SYMBOLS = {"draft_width": "w", "draft_depth": "γ", "threshold": "threshold", "width_value": "value"}
 
 
@@ -61,15 +69,15 @@ class Measurement:
 
 
 def make_rows(
-    names: Sequence[str], methods: Mapping[str, Method], config: DecodingConfig, grid: Mapping[str, Sequence[Any]]
+    names: Sequence[str], methods: Mapping[str, Method], config: DecodingConfig, grid: Mapping[str, Any]
 ) -> list[Row]:
     """Methods times the settings that they take, and the reference rows at every target width among them.
 
     Args:
         names: of `methods`; the rows' order.
         config: what no axis sets.
-        grid: values of each axis; an axis that is absent or empty keeps the config's value. Methods that choose widths
-            themselves run at the widest target_width of the grid only.
+        grid: values of each axis (GRID_AXES); one that is absent or empty keeps the config's value. Methods that choose
+            M themselves run at the widest of `widths` only.
 
     Raises:
         UserError: unknown name, or settings that cannot be.
@@ -77,8 +85,13 @@ def make_rows(
     for name in names:
         if name not in methods:
             raise UserError(f"policies holds {name!r}; choose among {', '.join(methods)}.")
-    axes = {axis: list(values) for axis, values in grid.items() if values}
-    config = config.with_changes(**{a: max(axes[a]) for a in ("target_width", "draft_width", "draft_depth") if a in axes})
+    unknown = set(grid) - set(GRID_AXES)
+    if unknown:
+        raise UserError(f"grid holds {', '.join(sorted(unknown))}; its axes are {', '.join(GRID_AXES)}.")
+    axes = {GRID_AXES[name]: list(values) for name, values in grid.items() if values}
+    config = config.with_changes(
+        **{a: max(axes[a]) for a in ("target_width", "draft_width", "draft_depth") if a in axes}
+    )
     rows = [row for name in dict.fromkeys(names) for row in _rows_of(name, methods[name], config, axes)]
     widths = sorted({row.config.target_width for row in rows})
     for name in REFERENCE_METHODS:
@@ -98,7 +111,9 @@ def _rows_of(name: str, method: Method, config: DecodingConfig, axes: Mapping[st
         if settings.get("draft_width", width) < width or (settings.get("asked_width") or width) > width:
             continue
         settings = {key: value for key, value in settings.items() if value is not None}
-        rows.append(Row(name, settings, method.configure(config, settings)))
+        own_config = method.configure(config, settings)
+        taken = {axis: getattr(own_config, axis) for axis in method.axes if hasattr(own_config, axis)}
+        rows.append(Row(name, {**taken, **settings}, own_config))
     if not rows:
         raise UserError(f"The grid leaves no row for {name!r}: every draft width is less than the target width.")
     return rows
@@ -106,11 +121,11 @@ def _rows_of(name: str, method: Method, config: DecodingConfig, axes: Mapping[st
 
 def run_rows(
     rows: Sequence[Row],
-    methods: Mapping[str, Method],
-    pair: ModelPair,
+    calls: Sequence[Generate],
     prompts: Sequence[Prompt],
     warmup: Sequence[Prompt],
     seed: int,
+    device: torch.device,
     advance: Callable[[str], None] = lambda what: None,
 ) -> list[list[Measurement]]:
     """Decode every prompt by every row, interleaved: machine drift hits all rows alike.
@@ -119,18 +134,19 @@ def run_rows(
     decoded first and not reported.
 
     Args:
+        rows, calls: each row and its method, built.
+        device: of the models; on CUDA the clock waits for it, and joules are measured.
         advance: called with the row's name after each decoding.
 
     Returns:
         [rows][prompts] measurements, not yet scored.
     """
-    calls = [methods[row.method](pair, row.config, row.settings) for row in rows]
-    meter = EnergyMeter(pair.device)
+    meter = EnergyMeter(device)
     measured: list[list[Measurement]] = [[] for _ in rows]
     for i, prompt in enumerate([*warmup, *prompts]):
         for j in range(len(rows)):
             at = (i + j) % len(rows)
-            measurement = measure(calls[at], prompt, seed, pair.device, meter)
+            measurement = measure(calls[at], prompt, seed, device, meter)
             if i >= len(warmup):
                 measured[at].append(measurement)
             advance(rows[at].name)
@@ -144,9 +160,7 @@ def measure(generate: Generate, prompt: Prompt, seed: int, device: torch.device,
         began = _now(device)
         (result,) = generate([prompt.tokens], generator)
         seconds = _now(device) - began
-    return Measurement(
-        prompt.id, seconds, meter.joules, result.stats, list(result.sequences[0]), result.finished[0]
-    )
+    return Measurement(prompt.id, seconds, meter.joules, result.stats, list(result.sequences[0]), result.finished[0])
 
 
 def score(measurement: Measurement, prompt: Prompt, pair: ModelPair, task: Task) -> None:

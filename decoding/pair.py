@@ -51,6 +51,7 @@ class ModelPair:
         """The built-in pair: offline, on the CPU by default, trained by `python -m decoding.tiny`."""
         from decoding.tiny import load_tiny
 
+        _check_device(device)
         target, draft, tokenizer = load_tiny()
         return cls(target.to(device), draft.to(device), tokenizer, name="tiny")
 
@@ -80,8 +81,7 @@ class ModelPair:
         """
         if dtype not in _DTYPES:
             raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"device is {device!r} but this machine has no CUDA device; set pair.device=cpu.")
+        _check_device(device)
         models = {}
         for role, source in (("target", target), ("draft", draft)):
             config = _from_hub(AutoConfig, source, role, trust_remote_code=trust_remote_code)
@@ -224,6 +224,17 @@ def _context_of(model: Any) -> int | None:
         limits.append(getattr(text, "sliding_window", None))
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
     return min(known) if known else None
+
+
+def _check_device(device: str) -> None:
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device is {device!r}; give cpu, cuda, or one of several GPUs as in cuda:1.") from error
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {device!r} but this machine has no CUDA device; set pair.device=cpu.")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device is {device!r} but this machine has {torch.cuda.device_count()}, counted from cuda:0.")
 
 
 def _check_vocabularies(target: Any, draft: Any) -> None:

@@ -58,7 +58,7 @@ def library_versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, usable cores, threads of torch, GPU name (None without one), operating system; no host or user name."""
+    """CPU model, usable cores, torch threads, GPU name (None without one), system; neither host nor user name."""
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "cpu": _cpu_model(),

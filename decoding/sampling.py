@@ -138,7 +138,7 @@ def _nucleus(share: FloatArray, top_p: float) -> NDArray[np.bool_]:
     order = np.argsort(-share, kind="stable")
     before = np.cumsum(share[order]) - share[order]
     keep = np.zeros(len(share), dtype=bool)
-    keep[order[before < top_p]] = True
+    keep[order[~(before >= top_p)]] = True  # NaN stays, for the caller to see
     return keep
 
 

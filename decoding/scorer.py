@@ -6,6 +6,7 @@ import inspect
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from decoding.cache import ForestCache
 from decoding.errors import UserError
@@ -41,7 +42,8 @@ class ForestScorer:
         self._rows: dict[int, tuple[Tensor, int]] = {}  # node -> (log-probabilities of a pass [N, V], row)
         self._hidden: dict[int, tuple[Tensor, int]] = {}  # node -> (hidden states of a pass [N, H], row)
         self._hidden_pass: Tensor | None = None
-        self._hook = model.get_output_embeddings().register_forward_pre_hook(self._keep) if keep_hidden else None
+        self._keep_hidden = keep_hidden
+        self._hook: RemovableHandle | None = None
         config = model.config.get_text_config()
         dtype = next(model.parameters()).dtype
         self.cache = ForestCache(len(prompt), len(prompt) + spare_slots, config.num_hidden_layers, self.device, dtype)
@@ -54,6 +56,8 @@ class ForestScorer:
 
     def prefill(self) -> None:
         """Score the prompt; its last token is node 0."""
+        if self._keep_hidden:  # hooked here rather than above: who could not build all scorers closes none
+            self._hook = self.model.get_output_embeddings().register_forward_pre_hook(self._keep)
         mask = self.cache.begin_prompt()
         positions = torch.arange(len(self._prompt), device=self.device)[None]
         self._forward(self._prompt, positions, mask, [0], **self._last_only)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -30,7 +30,7 @@ from decoding.tasks.stdlib import split_of, stdlib_modules
 TINY_DIR = Path(__file__).parent / "tiny_weights"
 EOS = "<|endoftext|>"
 VOCABULARY = 2048
-CONTEXT = 1024
+CONTEXT = 512  # tokens, also the length of the training sequences
 TARGET_SHAPE = dict(hidden_size=256, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2)
 DRAFT_SHAPE = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
@@ -44,8 +44,7 @@ class FitConfig:
     """Optimiser settings of one model of the pair."""
 
     steps: int
-    rows: int = 8  # sequences per step
-    length: int = 512  # tokens per sequence
+    rows: int = 8  # sequences of CONTEXT tokens per step
     matrix_lr: float = 4e-3  # Muon, hidden matrices
     other_lr: float = 4e-3  # AdamW, embeddings and norms
     weight_decay: float = 0.1
@@ -53,7 +52,8 @@ class FitConfig:
 
 
 TARGET_FIT = FitConfig(steps=2800)
-DRAFT_FIT = FitConfig(steps=2200, seed=1)
+DRAFT_FIT = FitConfig(steps=4500, seed=1)
+TEACHER_TOP = 32  # of the target's distribution, per token, that the draft learns from
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -88,32 +88,47 @@ def read_tokens(tokenizer: PreTrainedTokenizerFast, split: str, tests: bool) -> 
     return torch.tensor(ids, dtype=torch.int64), sum(len(text.encode()) for text in texts)
 
 
-def draw_batches(tokens: Tensor, fit: FitConfig) -> Iterator[Tensor]:
-    """Yield `fit.steps` batches [rows, length] int64, each epoch a fresh shuffle at a fresh offset."""
+def draw_sequences(tokens: Tensor, fit: FitConfig) -> Iterator[Tensor]:
+    """Yield `fit.steps` batches [rows, CONTEXT] int64, each epoch a fresh shuffle at a fresh offset."""
     generator = torch.Generator().manual_seed(fit.seed)
     queue: list[Tensor] = []
     for _ in range(fit.steps):
         while len(queue) < fit.rows:
-            offset = int(torch.randint(fit.length, (1,), generator=generator))
-            rows = tokens[offset:]
-            rows = rows[: rows.numel() // fit.length * fit.length].view(-1, fit.length)
+            rows = cut_rows(tokens[int(torch.randint(CONTEXT, (1,), generator=generator)) :])
             queue += list(rows[torch.randperm(len(rows), generator=generator)])
         yield torch.stack([queue.pop() for _ in range(fit.rows)])
 
 
+def draw_rows(count: int, fit: FitConfig) -> Iterator[Tensor]:
+    """Yield `fit.steps` batches [rows] of row numbers below `count`, each epoch a fresh shuffle."""
+    generator = torch.Generator().manual_seed(fit.seed)
+    queue: list[int] = []
+    for _ in range(fit.steps):
+        while len(queue) < fit.rows:
+            queue += torch.randperm(count, generator=generator).tolist()
+        yield torch.tensor([queue.pop() for _ in range(fit.rows)])
+
+
+def cut_rows(tokens: Tensor) -> Tensor:
+    """[N] -> [N // CONTEXT, CONTEXT]; the rest is dropped."""
+    return tokens[: tokens.numel() // CONTEXT * CONTEXT].view(-1, CONTEXT)
+
+
+Forward = Callable[[Tensor], Tensor]  # tokens [B, T] -> logits [B, T, V] float32
+
+
 def fit_model(
     model: LlamaForCausalLM,
-    tokens: Tensor,
+    batches: Iterator[Tensor],
     fit: FitConfig,
-    loss_of: Callable[[Tensor, Tensor, float], Tensor],
+    loss_of: Callable[[Forward, Tensor, float], Tensor],
     title: str,
     compiled: bool = False,
 ) -> None:
     """Train `model` in place: Muon for matrices, AdamW for the rest, linear warm-up and decay to zero.
 
     Args:
-        tokens: training tokens, [N] int64.
-        loss_of: (batch [B, T], logits [B, T, V] float32, share of the run done) -> scalar loss.
+        loss_of: (the model's forward, a batch, share of the run done) -> scalar loss.
     """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -123,20 +138,22 @@ def fit_model(
         ),
         torch.optim.AdamW(others, lr=fit.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / 100, 1.0) * (1 - step / fit.steps))
+        for o in optimizers
+    ]
+    module = torch.compile(model) if compiled else model
 
-    def share_of_lr(step: int) -> float:
-        return min((step + 1) / 100, 1.0) * (1 - step / fit.steps)
+    def forward(tokens: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return module(input_ids=tokens, use_cache=False).logits.float()
 
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, share_of_lr) for o in optimizers]
-    forward = torch.compile(model) if compiled else model
     model.train()
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task(title, total=fit.steps, status="")
-        for step, batch in enumerate(draw_batches(tokens, fit)):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits = forward(input_ids=batch, use_cache=False).logits
-            loss = loss_of(batch, logits.float(), step / fit.steps)
+        for step, batch in enumerate(batches):
+            loss = loss_of(forward, batch, step / fit.steps)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -149,29 +166,47 @@ def fit_model(
     model.eval()
 
 
-def next_token_loss(batch: Tensor, logits: Tensor, done: float) -> Tensor:
-    """Cross entropy of the next token; batch [B, T], logits [B, T, V]."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+def next_token_loss(forward: Forward, batch: Tensor, done: float) -> Tensor:
+    """Cross entropy of the next token; batch [B, T]."""
+    return F.cross_entropy(forward(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
 
-def distillation_loss(target: LlamaForCausalLM) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """KL(p || q) to the target, then, in the last third, mostly the total variation distance.
+@dataclass(frozen=True)
+class Lessons:
+    """What the target says after every token of some sequences: its TEACHER_TOP likeliest tokens."""
 
-    The accept probability of a draft is Σ min(p, q) = 1 - TV(p, q) (2211.17192, theorem 3.5), so the total
-    variation is what the draft is for; it gives no useful gradient far from the target, hence the KL first.
-    """
+    rows: Tensor  # [N, CONTEXT] int64
+    likely: Tensor  # [N, CONTEXT, TEACHER_TOP] int16
+    probs: Tensor  # [N, CONTEXT, TEACHER_TOP] bfloat16
 
-    def loss(batch: Tensor, logits: Tensor, done: float) -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            target_logits = target(input_ids=batch, use_cache=False).logits
-        p = target_logits.float().softmax(-1)  # [B, T, V]
-        log_q = logits.log_softmax(-1)
-        kl = F.kl_div(log_q, p, reduction="none").sum(-1).mean()
-        if done < 2 / 3:
+    @classmethod
+    @torch.no_grad()
+    def from_target(cls, target: LlamaForCausalLM, tokens: Tensor, batch: int = 8) -> Lessons:
+        """Run the target once over all sequences."""
+        rows = cut_rows(tokens)
+        likely, probs = [], []
+        for part in track(rows.split(batch), "target's lessons"):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = target(input_ids=part, use_cache=False).logits
+            top = logits.float().softmax(-1).topk(TEACHER_TOP)
+            likely.append(top.indices.short())
+            probs.append(top.values.bfloat16())
+        return cls(rows, torch.cat(likely), torch.cat(probs))
+
+    def loss(self, forward: Forward, batch: Tensor, done: float) -> Tensor:
+        """KL(p || q), then, from the middle of the run, mostly the total variation distance; batch [B] of rows.
+
+        The accept probability of a draft is Σ min(p, q) = 1 - TV(p, q) (2211.17192, theorem 3.5), so the total
+        variation is what the draft is for; it gives no useful gradient far from the target, hence the KL first.
+        """
+        likely, p = self.likely[batch].long(), self.probs[batch].float()  # [B, T, K]
+        log_q = forward(self.rows[batch]).log_softmax(-1).gather(-1, likely)
+        kl = (p * (p.clamp_min(1e-9).log() - log_q)).sum(-1).mean()
+        if done < 0.5:
             return kl
-        return 0.2 * kl + 0.5 * (log_q.exp() - p).abs().sum(-1).mean() * 2
-
-    return loss
+        q = log_q.exp()
+        rest = ((1 - p.sum(-1)) - (1 - q.sum(-1))).abs()  # tokens outside of the target's likeliest, as one
+        return 0.1 * kl + ((q - p).abs().sum(-1) + rest).mean()
 
 
 @torch.no_grad()
@@ -190,7 +225,7 @@ def bits_per_byte(model: LlamaForCausalLM, tokens: Tensor, num_bytes: int) -> fl
 def mean_overlap(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokens: Tensor, top_k: int = 10) -> float:
     """Mean of Σ min(P, Q) over held-out positions, both cut to their `top_k` tokens and re-normalised."""
     shares = []
-    rows = tokens[: tokens.numel() // 512 * 512].view(-1, 512)
+    rows = cut_rows(tokens)
     for window in rows[:: max(1, len(rows) // 200)]:
         cut = []
         for model in (target, draft):
@@ -262,18 +297,20 @@ def main(argv: list[str] | None = None) -> None:
     else:
         tokenizer = train_tokenizer(text for name, text in stdlib_modules() if split_of(name) == "model")
         target = build_model(TARGET_SHAPE, 640, tokenizer.eos_token_id)
-    draft = build_model(DRAFT_SHAPE, 384, tokenizer.eos_token_id)
-    tokens = torch.cat([read_tokens(tokenizer, "model", tests)[0] for tests in (False, True)])
+    draft = build_model(DRAFT_SHAPE, 512, tokenizer.eos_token_id)
+    library, tests = (read_tokens(tokenizer, "model", tests)[0] for tests in (False, True))
+    tokens = torch.cat([library, tests])
     sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in (("target", target), ("draft", draft))}
-    print(f"{tokens.numel():,} training tokens; parameters: {sizes}")
+    print(f"{tokens.numel():,} training tokens, {library.numel():,} of them for the draft; parameters: {sizes}")
     if not options.draft_only:
         fit = FitConfig(steps=options.steps, seed=TARGET_FIT.seed)
-        fit_model(target, tokens, fit, next_token_loss, "target", options.compile)
+        fit_model(target, draw_sequences(tokens, fit), fit, next_token_loss, "target", options.compile)
         tokenizer.save_pretrained(options.out / "tokenizer")
         save_model(target, options.out / "target")
         target.float()
+    lessons = Lessons.from_target(target, library)
     fit = FitConfig(steps=options.draft_steps, seed=DRAFT_FIT.seed)
-    fit_model(draft, tokens, fit, distillation_loss(target), "draft", options.compile)
+    fit_model(draft, draw_rows(len(lessons.rows), fit), fit, lessons.loss, "draft", options.compile)
     save_model(draft, options.out / "draft")
     numbers = measure_pair(*load_tiny(options.out))
     numbers |= {"parameters": sizes, "train_tokens": tokens.numel(), "minutes": round((time.monotonic() - began) / 60, 1)}

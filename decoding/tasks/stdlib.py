@@ -112,18 +112,22 @@ class StdlibTask:
         tokens = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         prefix = list(tokenizer("")["input_ids"])  # BOS where the tokenizer adds one
         length = self.prompt_tokens - len(prefix)
-        line_end = {token: tokenizer.decode([token]).endswith("\n") for token in set(tokens)}
+
+        def text_of(part: list[int]) -> str:
+            return str(tokenizer.decode(part))
+
+        line_end = {token: text_of([token]).endswith("\n") for token in set(tokens)}
         cut, start = [], 0
         for end in range(length, len(tokens) - self.reference_tokens + 1):
             if end - length < start or not line_end[tokens[end - 1]]:
                 continue
-            reference = tokenizer.decode(tokens[end : end + self.reference_tokens])
+            reference = text_of(tokens[end : end + self.reference_tokens])
             line, complete = first_line(reference)
             if not (line and complete):
                 continue
-            number = tokenizer.decode(tokens[:end]).count("\n") + 1
+            number = text_of(tokens[:end]).count("\n") + 1
             prompt = tokens[end - length : end]
-            cut.append(Prompt(f"{name}:{number}", prefix + prompt, reference, tokenizer.decode(prompt), (reference,)))
+            cut.append(Prompt(f"{name}:{number}", prefix + prompt, reference, text_of(prompt), (reference,)))
             start = end + self.reference_tokens
         return cut
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from itertools import permutations, product
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +26,14 @@ class TableModel(nn.Module):
         self.table = nn.Parameter(table.clone())
         self.head = nn.Identity()
         self.config = LlamaConfig(
-            vocab_size=vocabulary, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-            max_position_embeddings=MAX_POSITIONS, bos_token_id=None, eos_token_id=None,
+            vocab_size=vocabulary,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+            max_position_embeddings=MAX_POSITIONS,
+            bos_token_id=None,
+            eos_token_id=None,
         )
         self.calls: list[int] = []  # nodes of each pass
 
@@ -49,68 +54,102 @@ def random_pair(vocabulary: int, seed: int = 0, closeness: float = 0.5, scale: f
     return ModelPair(TableModel(target), TableModel(closeness * target + (1 - closeness) * noise))
 
 
-Beams = frozenset[tuple[int, ...]]
+Path = tuple[int, ...]
+Beams = frozenset[Path]
 
 
 class Reference:
     """Exact beam sampling by enumeration, written from design 5.1 alone: dictionaries and loops, float64."""
 
-    def __init__(self, model: TableModel, prompt: list[int], config: DecodingConfig) -> None:
-        self.table = model.table.detach().double().numpy()
-        self.prompt, self.config = prompt, config
+    def __init__(self, model: nn.Module, prompt: list[int], config: DecodingConfig) -> None:
+        self.model, self.prompt, self.config = model, prompt, config
+        self._log_p: dict[Path, np.ndarray] = {}
 
-    def log_p(self, path: tuple[int, ...]) -> np.ndarray:
+    def log_p(self, path: Path) -> np.ndarray:
         """Temperature-scaled log-probabilities after prompt + path, [V]."""
-        sequence = [*self.prompt, *path]
-        logits = self.table[len(sequence) - 1, sequence[-1]] / self.config.temperature
-        return logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+        if path not in self._log_p:
+            sequence = torch.tensor([[*self.prompt, *path]])
+            with torch.inference_mode():
+                everything = self.model(input_ids=sequence, position_ids=torch.arange(sequence.shape[1])[None])
+            logits = everything.logits[0, -1].double() / self.config.temperature
+            self._log_p[path] = logits.log_softmax(-1).numpy()
+        return self._log_p[path]
 
-    def weight(self, path: tuple[int, ...]) -> float:
-        return sum(self.log_p(path[:i])[token] for i, token in enumerate(path))
+    def weight(self, path: Path) -> float:
+        return float(sum(self.log_p(path[:i])[token] for i, token in enumerate(path)))
 
-    def joint(self, beams: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+    def score(self, path: Path) -> float:
+        return self.weight(path) / len(path) ** self.config.length_penalty
+
+    def joint(self, beams: Iterable[Path]) -> dict[Path, float]:
         """P over children of `beams`, cut as the config says."""
         config = self.config
-        shares: dict[tuple[int, ...], float] = {}
+        shares: dict[Path, float] = {}
         for beam in beams:
             row = {(*beam, v): float(np.exp(lp)) for v, lp in enumerate(self.log_p(beam))}
             if config.warp == "beam":
                 row = _cut(row, config)
-            shares |= {child: np.exp(self.weight(beam)) * share for child, share in row.items()}
+            shares |= {child: float(np.exp(self.weight(beam))) * share for child, share in row.items()}
         if config.warp == "joint":
             shares = _cut(shares, config)
         total = sum(shares.values())
         return {child: share / total for child, share in shares.items()}
 
     def step(self, beams: Beams, width: int) -> dict[Beams, float]:
-        """Distribution of the next set of beams."""
+        """Distribution of the next set of beams: `width` draws from the joint, one after the other."""
         joint = self.joint(sorted(beams))
-        out: dict[Beams, float] = defaultdict(float)
-        if self.config.replacement:
-            for draws in product(joint, repeat=width):
-                out[frozenset(draws)] += float(np.prod([joint[x] for x in draws]))
-            return out
-        for draws in permutations(joint, min(width, len(joint))):
-            chance, left = 1.0, 1.0
-            for x in draws:
-                chance *= joint[x] / left
-                left -= joint[x]
-            out[frozenset(draws)] += chance
-        return out
-
-    def distribution(self, steps: int, width_of: Callable[[Reference, Beams, int], int]) -> dict[Beams, float]:
-        """Distribution of the set of beams after `steps` layers of widths `width_of(reference, beams, layer)`."""
-        now: dict[Beams, float] = {frozenset({()}): 1.0}
-        for layer in range(steps):
+        now: dict[Beams, float] = {frozenset(): 1.0}
+        for _ in range(width if self.config.replacement else min(width, len(joint))):
             after: dict[Beams, float] = defaultdict(float)
-            for beams, chance in now.items():
-                for children, share in self.step(beams, width_of(self, beams, layer)).items():
-                    after[children] += chance * share
+            for drawn, chance in now.items():
+                left = 1.0 if self.config.replacement else sum(p for x, p in joint.items() if x not in drawn)
+                for x, p in joint.items():
+                    if self.config.replacement or x not in drawn:
+                        after[drawn | {x}] += chance * p / left
             now = after
         return dict(now)
 
+    def returned(self, width_of: Callable[[Reference, Beams, int], int] | None = None) -> dict[Beams, float]:
+        """Distribution of the set of returned sequences, with layers of widths `width_of(reference, beams, layer)`.
 
-def _cut(shares: dict[tuple[int, ...], float], config: DecodingConfig) -> dict[tuple[int, ...], float]:
+        Beams that end leave for a pool of the best target_width; decoding stops by transformers' rule.
+        """
+        config = self.config
+        ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id or [])
+        out: dict[Beams, float] = defaultdict(float)
+        now: dict[tuple[Beams, Beams], float] = {(frozenset({()}), frozenset()): 1.0}
+        for layer in range(1, config.max_new_tokens + 1):
+            after: dict[tuple[Beams, Beams], float] = defaultdict(float)
+            for (beams, pool), chance in now.items():
+                width = width_of(self, beams, layer) if width_of else config.target_width
+                for children, share in self.step(beams, width).items():
+                    growing = frozenset(child for child in children if child[-1] not in ends)
+                    ended = self._best(pool | (children - growing), config.target_width)
+                    if self._stops(growing, ended, layer):
+                        out[self._best(ended | growing, config.num_return_sequences)] += chance * share
+                    else:
+                        after[growing, ended] += chance * share
+            now = after
+        return dict(out)
+
+    def _best(self, paths: Beams, count: int) -> Beams:
+        return frozenset(sorted(paths, key=lambda path: -self.score(path))[:count])
+
+    def _stops(self, growing: Beams, ended: Beams, layer: int) -> bool:
+        config = self.config
+        if not growing or layer == config.max_new_tokens:
+            return True
+        if len(ended) < config.target_width:
+            return False
+        if config.early_stopping is True:
+            return True
+        longest = config.early_stopping == "never" and config.length_penalty > 0
+        length = config.max_new_tokens if longest else layer
+        hope = max(self.weight(path) for path in growing) / length**config.length_penalty
+        return min(self.score(path) for path in ended) >= hope
+
+
+def _cut(shares: dict[Path, float], config: DecodingConfig) -> dict[Path, float]:
     """Top-k, then top-p, of un-normalised shares; what stays keeps its share."""
     ranked = sorted(shares, key=lambda child: -shares[child])[: config.top_k]
     if config.top_p is not None:
@@ -123,24 +162,29 @@ def _cut(shares: dict[tuple[int, ...], float], config: DecodingConfig) -> dict[t
     return {child: shares[child] for child in ranked}
 
 
-def chi_square_p(counts: Counter[Any], expected: dict[Any, float], least: float = 5.0) -> float:
-    """p-value of observed counts under exact probabilities; rare outcomes are pooled to at least `least` expected.
+def chi_square_p(counts: Mapping[Any, int], expected: dict[Any, float], least: float = 8.0) -> float:
+    """p-value of observed counts under exact probabilities.
 
-    An outcome that the exact distribution excludes gives 0.
+    Neighbours in sorted order (beams that begin alike) are pooled until at least `least` are expected. An outcome
+    that the exact distribution excludes gives 0.
     """
     if any(outcome not in expected for outcome in counts):
         return 0.0
     total = sum(counts.values())
-    rows, pooled = [], [0.0, 0.0]
-    for outcome, chance in expected.items():
-        seen, mean = counts.get(outcome, 0), chance * total
-        if mean < least:
-            pooled[0] += seen
-            pooled[1] += mean
-        else:
-            rows.append((seen, mean))
-    if pooled[1] > 0:
-        rows.append((pooled[0], pooled[1]))
-    statistic = sum((seen - mean) ** 2 / mean for seen, mean in rows)
-    freedom = torch.tensor(max(len(rows) - 1, 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
+    bins, seen, mean = [], 0.0, 0.0
+    for outcome in sorted(expected, key=lambda o: sorted(o) if isinstance(o, frozenset) else o):
+        seen, mean = seen + counts.get(outcome, 0), mean + expected[outcome] * total
+        if mean >= least:
+            bins.append((seen, mean))
+            seen, mean = 0.0, 0.0
+    if mean > 0 and bins:
+        bins[-1] = (bins[-1][0] + seen, bins[-1][1] + mean)
+    return chi_square_tail(sum((o - e) ** 2 / e for o, e in bins), len(bins) - 1)
+
+
+def chi_square_tail(statistic: float, freedom: int) -> float:
+    """P(chi-square with `freedom` degrees of freedom >= statistic); 1 where nothing is free."""
+    if freedom < 1:
+        return 1.0
+    half = torch.tensor([freedom, statistic], dtype=torch.float64) / 2
+    return float(torch.special.gammaincc(half[0], half[1]))

@@ -36,8 +36,16 @@ class SimpleFeatures:
 def small_llama(layers: int, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     shape = LlamaConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=16, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+        tie_word_embeddings=True,
         initializer_range=0.4,
     )
     return LlamaForCausalLM(shape)
@@ -148,7 +156,9 @@ def test_every_draft_has_a_bit_and_its_probability_is_right():
     for seed in range(60):
         spy = Spy(seed=seed)
         spy.start("p", "train")
-        DSBDDecoder(pair, CONFIG, RandomWidth(seed=seed)).generate([[1, 2, 3]], torch.Generator().manual_seed(seed), spy)
+        DSBDDecoder(pair, CONFIG, RandomWidth(seed=seed)).generate(
+            [[1, 2, 3]], torch.Generator().manual_seed(seed), spy
+        )
         for row in spy.take_rows():
             excess += sum(bit - prob for bit, prob in zip(row["accept_bits"], row["accept_probs"], strict=True))
             variance += sum(prob * (1 - prob) for prob in row["accept_probs"])

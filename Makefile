@@ -1,0 +1,49 @@
+# make help lists the targets. Nothing but Python 3.11+ is needed; everything is installed into .venv.
+# On Linux without an NVIDIA card, torch without the CUDA packages is a smaller download:
+#     make demo PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11; do \
+	$$p $(IS_NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
+PIP_OPTIONS ?=
+PYTEST_OPTIONS ?= -n 2
+RUN := .venv/bin/python
+
+.PHONY: help demo test check format pair clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv: .venv/.installed ## the virtual environment: this package and its tools, versions as in constraints.txt
+
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; install one, or give it: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) $(IS_NEW_ENOUGH) || { echo "error: $(PYTHON) is older than Python 3.11; give a newer one: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; rm -rf .venv; exit 2; }
+	$(RUN) -m pip install --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/.installed ## log traces, train a controller, evaluate it; about 10 minutes on 2 cores, offline after the install
+	$(RUN) train.py experiment=demo
+	$(RUN) evaluate.py experiment=demo_evaluate
+	@echo "controller: outputs/demo/controller    table and plots: outputs/demo/evaluation"
+
+test: .venv/.installed ## run the tests (PYTEST_OPTIONS="-n 4" for more processes)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not gpu" $(PYTEST_OPTIONS)
+
+check: .venv/.installed ## ruff lint, ruff format, types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: .venv/.installed ## let ruff format and fix what it can
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+pair: .venv/.installed ## train the built-in pair again, from the recipe (about 40 minutes on 2 cores)
+	$(RUN) -m decoding.tiny
+
+clean: ## remove outputs and caches; .venv stays
+	rm -rf outputs multirun wandb lightning_logs .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,130 @@
+"""Contexts and traces made up for the controller's tests; their accept probabilities and survivor ranks are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controller.features import ContextFeatures
+from decoding.config import DecodingConfig
+from decoding.sampling import Joint
+from decoding.traces import SCHEMA_VERSION, TRACE_FEATURES, write_manifest, write_shard
+from decoding.widths import DraftContext, LayerRecord, RootContext, TargetContext
+
+CONFIG = DecodingConfig(target_width=4, draft_width=6, draft_depth=3, max_new_tokens=64, top_k=10)
+PAIR = {"name": "synthetic", "fingerprint": "0123456789abcdef"}
+H_Q, H_P = 6, 8  # sizes of the hidden vectors
+
+
+def joint(rng: np.random.Generator, support: int = 10, parents: int = 3) -> Joint:
+    """A random distribution over (beam, token)."""
+    probs = rng.dirichlet(np.full(support, 0.5)) + 1e-9
+    weights = np.sort(rng.normal(size=support))[::-1]
+    return Joint(rng.integers(0, parents, support), np.arange(support), probs / probs.sum(), weights)
+
+
+def draft_context(
+    seed: int = 0,
+    layer: int = 1,
+    drafted: bool = True,
+    config: DecodingConfig = CONFIG,
+    hidden: bool = True,
+    history: tuple[LayerRecord, ...] = (LayerRecord(1, 6, 2, 3, True), LayerRecord(2, 0, 4, 0, True)),
+) -> DraftContext:
+    """A layer as a policy would see it."""
+    rng = np.random.default_rng(seed)
+    root = RootContext(
+        config,
+        1,
+        40,
+        np.array([-1.0, -1.5, -3.0]),
+        history,
+        rng.normal(size=H_P).astype(np.float32) if hidden else None,
+    )
+    return DraftContext(
+        root,
+        layer,
+        np.array([-1.2, -2.0, -4.5]),
+        joint(rng),
+        drafted,
+        widths=(5,) * (layer - 1),
+        draft_hidden=rng.normal(size=H_Q).astype(np.float32) if hidden else None,
+    )
+
+
+def target_context(draft: DraftContext, draft_width: int, seed: int = 1) -> TargetContext:
+    """The same layer when its target width is set."""
+    return TargetContext(draft, joint(np.random.default_rng(seed)), draft_width)
+
+
+def write_traces(directory: Path, prompts: int = 60, seed: int = 0, **changes: Any) -> Path:
+    """Traces whose accept probabilities and survivor ranks depend on one feature; `changes` override manifest entries.
+
+    A fifth of the prompts is validation. Feature 6 of a row is u ~ U(0, 1): a draft is accepted with probability
+    0.1 + 0.8 u - 0.05 k, and rank r survives with probability in proportion to exp(-2 u r).
+    """
+    rng = np.random.default_rng(seed)
+    names = changes.get("features", {}).get("names", ContextFeatures().names)
+    rows = [row for prompt in range(prompts) for row in _rows(rng, prompt, len(names))]
+    directory.mkdir(parents=True, exist_ok=True)
+    about = {"trace_key": "key", "feature_names": names}
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "trace_key": "key",
+        "pair": PAIR,
+        "decoding": {"target_width": CONFIG.target_width, "draft_width": CONFIG.draft_width, "top_k": CONFIG.top_k},
+        "policy": {"name": "random"},
+        "features": {"version": 1, "names": names},
+        "complete": True,
+        "shards": [write_shard(directory, "traces-00000.parquet", rows, about)],
+        "rows": len(rows),
+        "prompts": prompts,
+    }
+    write_manifest(directory, manifest | changes)
+    return directory
+
+
+def _rows(rng: np.random.Generator, prompt: int, features: int) -> list[dict[str, Any]]:
+    return [_row(rng, prompt, iteration, features) for iteration in range(20)]
+
+
+def _row(rng: np.random.Generator, prompt: int, iteration: int, features: int) -> dict[str, Any]:
+    drafted = iteration % 4 != 3
+    width = int(rng.integers(1, CONFIG.draft_width + 1)) if drafted else 0
+    values = rng.normal(size=features).astype(np.float32)
+    u = values[6] = rng.random()
+    bits, probs = accept_bits(rng, width, u)
+    kept = int(rng.integers(1, CONFIG.target_width + 1))
+    ranks = np.exp(-2.0 * u * np.arange(1, kept + 1))
+    row = dict.fromkeys(TRACE_FEATURES, 0)
+    return row | {
+        "prompt_id": f"prompt-{prompt}",
+        "split": "val" if prompt % 5 == 0 else "train",
+        "iteration": iteration,
+        "layer": 1,
+        "drafted": drafted,
+        "target_width": min(kept, max(width, 1)),
+        "draft_width": width,
+        "kept_width": kept,
+        "accepted": sum(bits),
+        "passed": True,
+        "features": values,
+        "draft_hidden": rng.normal(size=H_Q).astype(np.float32),
+        "target_hidden": rng.normal(size=H_P).astype(np.float32),
+        "accept_bits": bits,
+        "accept_probs": probs,
+        "count_probs": [1.0] * (width + 1),
+        "survivor_rank": int(rng.choice(kept, p=ranks / ranks.sum())) + 1,
+    }
+
+
+def accept_bits(rng: np.random.Generator, width: int, u: float) -> tuple[list[bool], list[float]]:
+    """Bits drawn in turn, and the probabilities they were drawn with."""
+    bits: list[bool] = []
+    probs = []
+    for _ in range(width):
+        probs.append(0.1 + 0.8 * u - 0.05 * sum(bits))
+        bits.append(bool(rng.random() < max(probs[-1], 0.0)))
+    return bits, probs

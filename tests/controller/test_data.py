@@ -1,0 +1,89 @@
+"""TraceDataModule: padding, splits, batches, and traces that are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from controller.data import TraceDataModule
+from controller.features import ContextFeatures
+from decoding.errors import UserError
+from decoding.traces import TRACE_FEATURES, load_traces, read_manifest, write_manifest, write_shard
+from tests.controller.synthetic import CONFIG, H_P, H_Q, write_traces
+
+
+def rewrite(directory: Path, **columns: object) -> None:
+    """Write the shard again with one value in every row of some columns; a list gives the first rows theirs."""
+    rows, manifest = load_traces(directory)
+    changed = [dict(row) for row in rows]
+    for name, values in columns.items():
+        for i, row in enumerate(changed):
+            row[name] = values[i] if isinstance(values, list) and i < len(values) else row[name]
+    assert set(columns) <= set(TRACE_FEATURES)
+    manifest["shards"] = [write_shard(directory, "traces-00000.parquet", changed, {"trace_key": "key"})]
+    write_manifest(directory, manifest)
+
+
+def test_rows_are_padded_and_split_by_prompt(tmp_path: Path) -> None:
+    data = TraceDataModule(write_traces(tmp_path, prompts=10), ContextFeatures().names, batch_size=16)
+    assert data.sizes == {
+        "features": len(ContextFeatures().names),
+        "draft_width": CONFIG.draft_width,
+        "target_width": CONFIG.target_width,
+        "draft_hidden": H_Q,
+        "target_hidden": H_P,
+    }
+    assert [len(data.rows[split]) for split in ("train", "val", "test")] == [160, 40, 0]
+    table, _ = load_traces(tmp_path)
+    first = next(row for row in table if row["split"] == "train")
+    columns = data.rows["train"].columns
+    w = first["draft_width"]
+    assert columns["bits"][0].tolist() == first["accept_bits"] + [False] * (CONFIG.draft_width - w)
+    torch.testing.assert_close(columns["accept_probs"][0, :w], torch.tensor(first["accept_probs"]))
+    assert columns["features"][0].tolist() == first["features"]
+
+
+def test_batches_cover_every_row_once(tmp_path: Path) -> None:
+    data = TraceDataModule(write_traces(tmp_path, prompts=10), batch_size=50)
+    batches = list(data.train_dataloader())
+    assert [len(batch["bits"]) for batch in batches] == [50, 50, 50, 10]
+    seen = torch.cat([batch["features"] for batch in batches])
+    torch.testing.assert_close(seen.sort(0).values, data.rows["train"].columns["features"].sort(0).values)
+    assert torch.equal(next(iter(data.val_dataloader()))["bits"], data.rows["val"].columns["bits"][:50])
+
+
+def test_hidden_vectors_can_be_left_out(tmp_path: Path) -> None:
+    sizes = TraceDataModule(write_traces(tmp_path, prompts=10), use_hidden=False).sizes
+    assert sizes["draft_hidden"] == sizes["target_hidden"] == 0
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no traces were logged"):
+        TraceDataModule(tmp_path / "absent")
+    with pytest.raises(UserError, match="no rows in split 'val'"):
+        TraceDataModule(only_train(write_traces(tmp_path / "a", prompts=5)))
+    other = {"version": 1, "names": ["x", *ContextFeatures().names[1:]]}
+    with pytest.raises(UserError, match="without drafted and with the unknown x"):
+        TraceDataModule(write_traces(tmp_path / "b", prompts=5, features=other), ContextFeatures().names)
+    rewrite(write_traces(tmp_path / "c", prompts=5), prompt_id=["prompt-1"])
+    with pytest.raises(UserError, match="'prompt-1' is in the splits"):
+        TraceDataModule(tmp_path / "c")
+    rewrite(write_traces(tmp_path / "d", prompts=5), features=[[float("nan")] * len(ContextFeatures().names)])
+    with pytest.raises(UserError, match="not finite"):
+        TraceDataModule(tmp_path / "d")
+    rewrite(write_traces(tmp_path / "e", prompts=5), accept_bits=[[True] * 9])
+    with pytest.raises(UserError, match="does not match draft_width"):
+        TraceDataModule(tmp_path / "e")
+    rewrite(write_traces(tmp_path / "f", prompts=5), split=["dev"])
+    with pytest.raises(UserError, match="a split 'dev'"):
+        TraceDataModule(tmp_path / "f")
+
+
+def only_train(directory: Path) -> Path:
+    """The same traces with every prompt in train."""
+    manifest = read_manifest(directory)
+    assert manifest is not None
+    rewrite(directory, split=["train"] * manifest["rows"])
+    return directory

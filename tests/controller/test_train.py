@@ -1,0 +1,116 @@
+"""train.py on made-up traces: what it writes, returns and prints, resuming, tracking, checkpoints that are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+import train
+from controller import LearnedWidth
+from controller.network import load_controller
+from decoding import UserError
+from decoding.entry import CONF_DIR
+from tests.controller.synthetic import CONFIG, PAIR, draft_context, target_context, write_traces
+
+
+@pytest.fixture(autouse=True)
+def traces(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = write_traces(tmp_path_factory.mktemp("traces"), prompts=20)
+    monkeypatch.setattr(train, "ensure_traces", lambda cfg: directory)
+    return directory
+
+
+def config(directory: Path, *overrides: str) -> DictConfig:
+    quick = ["trainer.max_epochs=2", "callbacks.progress_bar=null", "logger=none", "+trainer.enable_progress_bar=false"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("train", [f"paths.output_dir={directory}", *quick, *overrides])
+
+
+def test_trains_calibrates_saves_and_returns_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loss = train.main(config(tmp_path, "logger=csv"))
+    assert 0 < loss < 2
+    assert f"controller saved in {tmp_path / 'controller'}" in capsys.readouterr().out
+    net, about = load_controller(tmp_path / "controller")
+    assert about["pair"] == PAIR and about["decoding"]["draft_width"] == CONFIG.draft_width
+    assert {"argv", "git_sha", "versions", "traces", "training", "metrics", "reliability", "temperatures"} <= set(about)
+    assert about["metrics"]["val/loss"] <= loss + 1e-6  # calibrated on the same rows
+    assert about["temperatures"]["accept"] == pytest.approx(float(net.accept_temperature))
+    learned = LearnedWidth.load(tmp_path / "controller", pair=PAIR)
+    learned.check(CONFIG)
+    learned.reset(CONFIG)
+    context = draft_context()
+    assert 1 <= learned.target_width(target_context(context, learned.draft_width(context))) <= CONFIG.target_width
+    metrics = (tmp_path / "csv" / "metrics.csv").read_text()
+    for name in ("train/loss", "val/count_nll_floor", "val/count_ece", "val/survivor_nll", "calibrated/val/count_nll"):
+        assert name in metrics
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_equal_seeds_give_equal_controllers(tmp_path: Path) -> None:
+    losses = [train.main(config(tmp_path / name, f"seed={seed}")) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    assert losses[0] == losses[1] != losses[2]
+    first, second = (load_controller(tmp_path / name / "controller")[0].state_dict() for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_fast_dev_run(tmp_path: Path) -> None:
+    train.main(config(tmp_path, "trainer.max_epochs=1", "+trainer.fast_dev_run=true"))
+    assert load_controller(tmp_path / "controller")
+
+
+def test_resumes(tmp_path: Path) -> None:
+    train.main(config(tmp_path / "a", "trainer.max_epochs=1"))
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    train.main(config(tmp_path / "b", f"ckpt_path={last}"))
+    assert torch.load(tmp_path / "b" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+    with pytest.raises(UserError, match="nothing is left to do"):
+        train.main(config(tmp_path / "c", f"ckpt_path={last}", "trainer.max_epochs=1"))
+    with pytest.raises(UserError, match=r"holds another network: net\."):
+        train.main(config(tmp_path / "d", f"ckpt_path={last}", "controller.hidden=16"))
+    assert not (tmp_path / "c").exists() and not (tmp_path / "d").exists()
+
+
+def test_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint at"):
+        train.main(config(tmp_path, f"ckpt_path={tmp_path / 'absent.ckpt'}"))
+    (tmp_path / "noise.ckpt").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="cannot be read"):
+        train.main(config(tmp_path, f"ckpt_path={tmp_path / 'noise.ckpt'}"))
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="not a training checkpoint"):
+        train.main(config(tmp_path, f"ckpt_path={tmp_path / 'other.ckpt'}"))
+
+
+def test_wandb_offline_is_closed_and_says_how_to_upload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import wandb
+
+    train.main(config(tmp_path, "logger=wandb", "trainer.max_epochs=1"))
+    assert wandb.run is None
+    said = capsys.readouterr()
+    assert "wandb sync" in said.out + said.err
+    assert list(tmp_path.rglob("*.wandb"))
+
+
+def test_a_crash_closes_the_run_and_leaves_no_controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def crash(*_: Any) -> None:
+        assert wandb.run is not None
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(train, "calibrate", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.main(config(tmp_path, "logger=wandb", "trainer.max_epochs=1"))
+    assert wandb.run is None and not (tmp_path / "controller").exists()
+
+
+def test_config_json_has_no_nan(tmp_path: Path) -> None:
+    train.main(config(tmp_path, "trainer.max_epochs=1"))
+    text = (tmp_path / "controller" / "config.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

@@ -1,0 +1,187 @@
+"""evaluate.py from a config to files: rows, provenance, tracking, mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+import evaluate
+from controller import WidthNet
+from controller.features import ContextFeatures
+from controller.network import save_controller
+from decoding import UserError
+from decoding.measure import log_probability
+from tests.small_pair import small_pair
+
+ROOT = Path(evaluate.__file__).parent
+
+
+def config(output: Path, *overrides: str, prompts: int = 6) -> DictConfig:
+    """evaluate.yaml on random models and prompts of the test's own, without what only Hydra's job knows."""
+    path = output / "prompts.jsonl"
+    rows = [{"prompt": f"def f{i}(x):\n", "reference": f"    return x + {i}\n"} for i in range(prompts)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    settings = [
+        "data=jsonl",
+        f"data.path={path}",
+        "data.reference_field=reference",
+        "data.shares=null",
+        f"paths.output_dir={output / 'out'}",
+        "decoding.max_new_tokens=6",
+        "bootstrap=50",
+        "prompts.warmup=1",
+        "grid.widths=[2]",
+        "grid.thresholds=[0.9]",
+        "policies=[fixed,threshold]",
+    ]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("evaluate", [*settings, *overrides])
+    with open_dict(cfg):
+        cfg.pair = {"_target_": "tests.small_pair.small_pair"}
+    return cfg
+
+
+def test_results_hold_every_row_and_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    returned = evaluate.main(config(tmp_path, "prompts.limit=4"))
+    out = tmp_path / "out"
+    read = json.loads((out / "results.json").read_text())
+    assert {p.name for p in out.iterdir()} == {"results.json", "results.md", "frontier.png"}
+    assert [row["name"] for row in read["rows"]] == [
+        "beam_sample M=2",
+        "hf_beam_sample M=2",
+        "fixed M=2 w=8 γ=3",
+        "threshold M=2 w=8 γ=3 threshold=0.9",
+    ]
+    assert json.loads(json.dumps(returned)) == read
+    source = read["provenance"]
+    assert source["pair"]["name"] == "small" and source["task"]["prompts"] == 4
+    assert source["config"]["decoding"]["max_new_tokens"] == 6
+    pair = small_pair()
+    for row in read["rows"]:
+        assert row["config"]["target_width"] == 2
+        for i, prompt in enumerate(row["prompts"]):
+            assert len(prompt["tokens"]) == 6 or prompt["finished"]
+            tokens = pair.tokenizer(f"def f{i}(x):\n")["input_ids"]
+            assert prompt["log_prob"] == pytest.approx(log_probability(pair.target, tokens, prompt["tokens"]))
+            assert set(prompt["metrics"]) == {"exact_match", "edit_similarity"}
+    printed = capsys.readouterr().out
+    assert "threshold M=2" in printed and str(out / "frontier.png") in printed
+
+
+def test_learned_rows_and_their_calibration(tmp_path: Path) -> None:
+    features = ContextFeatures()
+    provenance = {
+        "features": {"version": features.version, "names": features.names},
+        "pair": small_pair().describe(),
+        "decoding": {},
+        "reliability": {"predicted": [0.1, None], "observed": [0.2, None], "rows": [5, 0]},
+    }
+    saved = save_controller(WidthNet(len(features.names), 8, 4, hidden=8), tmp_path / "controller", provenance)
+    settings = [f"controller_path={saved}", "policies=[learned]", "grid.width_values=[0.5,2]", "prompts.limit=2"]
+    found = evaluate.main(config(tmp_path, *settings))
+    names = [row["name"] for row in found["rows"]]
+    assert names == ["beam_sample M=2", "hf_beam_sample M=2", "learned M=2 value=0.5", "learned M=2 value=2"]
+    assert (tmp_path / "out" / "calibration.png").is_file()
+    assert found["provenance"]["latency"]["nodes"]
+    table = tmp_path / "latency.json"
+    table.write_text(json.dumps(found["provenance"]["latency"]))
+    fixed = [*settings, f"learned.latency={table}", "learned.clock=table"]
+    runs = [evaluate.main(config(tmp_path, *fixed)) for _ in range(2)]
+    assert runs[0]["provenance"]["latency"] is None
+    assert [row["counts"] for row in runs[0]["rows"]] == [row["counts"] for row in runs[1]["rows"]]
+
+
+def test_same_seed_same_texts(tmp_path: Path) -> None:
+    def texts(*overrides: str) -> list[list[int]]:
+        found = evaluate.main(config(tmp_path, "prompts.limit=2", *overrides))
+        return [prompt["tokens"] for row in found["rows"] for prompt in row["prompts"]]
+
+    first = texts()
+    assert texts() == first
+    assert texts("seed=1") != first
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["policies=[fixed,sometimes]"], "'sometimes'; choose among"),
+        (["policies=[learned]"], "give controller=<directory>"),
+        (["policies=[learned]", "controller_path=/nowhere/at/all"], "/nowhere/at/all"),
+        (["prompts.split=model"], "train, val, test"),
+        (["prompts.limit=0"], "prompts.limit is 0"),
+        (["grid.widths=[9]"], "is less than target_width"),
+    ],
+)
+def test_mistakes_are_sentences_and_write_nothing(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence.replace("(", r"\(")):
+        evaluate.main(config(tmp_path, *overrides))
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line_ends_with_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "evaluate.py"), "policies=[sometimes]", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: policies holds 'sometimes'; choose among")
+    assert "Traceback" not in done.stderr
+
+
+class Wandb:
+    """What evaluate.py asks of a wandb run."""
+
+    offline = True
+
+    def __init__(self, folder: Path) -> None:
+        self.settings = OmegaConf.create({"sync_dir": str(folder)})
+        self.logged: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {}
+        self.exit_code: int | None = None
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged |= values
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wandb:
+    fake = Wandb(tmp_path / "offline-run-1")
+
+    def init(**options: Any) -> Wandb:
+        fake.options = options  # type: ignore[attr-defined]
+        return fake
+
+    monkeypatch.setattr("wandb.init", init)
+    return fake
+
+
+def test_tracking_logs_the_frontier_and_says_how_to_upload(
+    tmp_path: Path, run: Wandb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.main(config(tmp_path, "logger=wandb", "prompts.limit=2", "+logger.wandb.api_key=hidden"))
+    assert run.options["mode"] == "offline" and run.options["project"] == "dsbd"  # type: ignore[attr-defined]
+    assert "hidden" not in json.dumps(run.options["config"])  # type: ignore[attr-defined]
+    assert len(run.logged["frontier_table"].data) == 4
+    assert "frontier" in run.logged  # the image
+    assert any("tokens_per_second" in name for name in run.summary)
+    assert run.exit_code == 0
+    assert f"wandb sync {tmp_path / 'offline-run-1'}" in capsys.readouterr().err
+
+
+def test_a_crash_closes_the_run(tmp_path: Path, run: Wandb, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(evaluate, "summarise", crash)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate.main(config(tmp_path, "logger=wandb", "prompts.limit=1"))
+    assert run.exit_code == 1
+    assert not list(tmp_path.glob("out/*.json"))
