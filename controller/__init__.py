@@ -1,0 +1,8 @@
+"""Everything that learns: features of a layer, the width network, its training and calibration, the learned policy."""
+
+from __future__ import annotations
+
+from controller.network import WidthNet
+from controller.policy import LearnedWidth
+
+__all__ = ["LearnedWidth", "WidthNet"]

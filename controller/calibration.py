@@ -1,0 +1,141 @@
+"""Calibration: temperatures fitted on held-out rows, reliability bins, ranked probability score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from controller.counts import bit_logits, knows_survivor, survivor_nll
+from controller.data import Batch
+from controller.network import WidthNet
+
+BINS = 15
+FloatArray = NDArray[np.float64]
+
+
+class Reliability(NamedTuple):
+    """Equal-width bins of predicted probability, [BINS] each; mean and rate are NaN in an empty bin."""
+
+    predicted: FloatArray  # mean prediction
+    observed: FloatArray  # rate of the event
+    rows: FloatArray  # how many
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: |predicted - observed|, weighted by rows."""
+        return expected_calibration_error(self)
+
+
+def bin_sums(probabilities: Tensor, outcomes: Tensor, bins: int = BINS) -> Tensor:
+    """Sums per bin of prediction, outcome and one; [N], [N] -> [3, bins] float64. Sums of batches add up."""
+    index = (probabilities * bins).long().clamp(0, bins - 1)
+    sums = torch.zeros(3, bins, dtype=torch.float64, device=probabilities.device)
+    for row, values in enumerate((probabilities, outcomes, torch.ones_like(probabilities))):
+        sums[row].index_add_(0, index, values.double())
+    return sums
+
+
+def reliability_from_sums(sums: Tensor) -> Reliability:
+    """[3, bins] sums -> means and rates."""
+    predicted, observed, rows = sums.cpu().numpy()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return Reliability(predicted / rows, observed / rows, rows)
+
+
+def reliability(probabilities: Tensor, outcomes: Tensor, bins: int = BINS) -> Reliability:
+    """Reliability bins of predicted probabilities [N] of binary outcomes [N]."""
+    return reliability_from_sums(bin_sums(probabilities, outcomes, bins))
+
+
+def expected_calibration_error(bins: Reliability) -> float:
+    """Mean over rows of |predicted - observed| of their bin; NaN without rows."""
+    used = bins.rows > 0
+    if not used.any():
+        return float("nan")
+    gaps = np.abs(bins.predicted[used] - bins.observed[used])
+    return float((gaps * bins.rows[used]).sum() / bins.rows[used].sum())
+
+
+def width_events(at_least: Tensor, bits: Tensor, draft_width: Tensor) -> tuple[Tensor, Tensor]:
+    """Every event "at least M of the w drafts were accepted", M = 1..w, of rows with drafts.
+
+    Args:
+        at_least: [N, W + 1, W + 1] P(K_m >= M) at [m, M].
+        bits: [N, W] bool, zero past the draft width.
+        draft_width: [N] int64, w.
+
+    Returns:
+        Predictions [E] and outcomes [E], E = the sum of the draft widths.
+    """
+    row = at_least[torch.arange(len(bits), device=bits.device), draft_width][:, 1:]  # [N, W] of M = 1..W
+    widths = torch.arange(1, bits.shape[1] + 1, device=bits.device)
+    inside = widths <= draft_width[:, None]
+    happened = bits.sum(-1, keepdim=True) >= widths
+    return row[inside], happened[inside].to(row.dtype)
+
+
+def ranked_probability_score(at_least: Tensor, bits: Tensor, draft_width: Tensor) -> Tensor:
+    """Mean squared error of P(K_w >= M) over M = 1..w and all rows (a scalar; 0 is perfect)."""
+    predicted, happened = width_events(at_least, bits, draft_width)
+    return (predicted - happened).square().mean()
+
+
+def fit_temperature(nll: Callable[[Tensor], Tensor]) -> float:
+    """The T > 0 that minimises `nll(T)`, by LBFGS on log T; 1 where nothing better is found.
+
+    Args:
+        nll: mean negative log-likelihood of logits divided by T; differentiable.
+    """
+    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([log_t], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = nll(log_t.exp())
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimiser.step(closure)
+    fitted = log_t.detach().exp().clamp(0.05, 20.0)
+    better = torch.isfinite(fitted) and nll(fitted) < nll(torch.ones_like(fitted))
+    return float(fitted) if better else 1.0
+
+
+@torch.no_grad()
+def calibrate(net: WidthNet, rows: Batch, soft_labels: bool = True) -> dict[str, float]:
+    """Set the network's two temperatures so that held-out likelihood is greatest.
+
+    Args:
+        net: in eval mode; changed in place. Temperatures that it has are replaced.
+        rows: all rows of the validation split.
+        soft_labels: judge accept logits by the closed-form probabilities rather than by the bits (less variance).
+
+    Returns:
+        {"accept": T, "survivor": T}.
+    """
+    net.accept_temperature.fill_(1.0)
+    net.survivor_temperature.fill_(1.0)
+    logits = net(*inputs(rows))
+    drafted = torch.arange(rows["bits"].shape[1], device=rows["bits"].device) < rows["draft_width"][:, None]  # [N, W]
+    if drafted.any():
+        taken = bit_logits(logits.accept, rows["bits"])[drafted].double()
+        labels = (rows["accept_probs"].clamp(0, 1) if soft_labels else rows["bits"])[drafted].double()
+        score = torch.nn.functional.binary_cross_entropy_with_logits
+        net.accept_temperature.fill_(fit_temperature(lambda t: score(taken / t, labels)))
+    known = knows_survivor(rows["survivor_rank"], rows["kept_width"])
+    if known.any():
+        survivor = logits.survivor[known].double()
+        rank, kept = rows["survivor_rank"][known], rows["kept_width"][known]
+        net.survivor_temperature.fill_(fit_temperature(lambda t: survivor_nll(survivor / t, rank, kept).mean()))
+    return {"accept": float(net.accept_temperature), "survivor": float(net.survivor_temperature)}
+
+
+def inputs(rows: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """What a WidthNet takes, from rows."""
+    return rows["features"], rows["draft_hidden"], rows["target_hidden"]

@@ -1,0 +1,105 @@
+"""Accept probabilities a[i, k] (draft i, k accepted before it) -> P(K_w = k), and the likelihood of logged bits.
+
+Design section 8: one table of accept probabilities answers every width, so widths agree with each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Array = TypeVar("Array", Tensor, np.ndarray)
+
+
+def count_table(accept: Array) -> Array:
+    """The distribution of the accepted count of the first m drafts, for every m.
+
+    One step of the recursion: P(K_{m+1} = k) = P(K_m = k) (1 - a[m, k]) + P(K_m = k - 1) a[m, k - 1].
+
+    Args:
+        accept: probabilities [..., W, W], tensor or array; entries with k > i are not reached and not read.
+
+    Returns:
+        [..., W + 1, W + 1] of the same kind; row m is P(K_m = k), zero for k > m. Tensors keep their gradient.
+    """
+    xp: Any = torch if isinstance(accept, Tensor) else np
+    width = accept.shape[-1]
+    start = xp.zeros_like(accept[..., 0, :])  # [..., W]
+    zero = start[..., :1]
+    row = xp.concatenate((zero + 1, start), -1)  # [..., W + 1] K_0 = 0
+    rows = [row]
+    for draft in range(width):
+        gain = row[..., :width] * accept[..., draft, :]  # [..., W]
+        row = xp.concatenate((row[..., :width] - gain, zero), -1) + xp.concatenate((zero, gain), -1)
+        rows.append(row)
+    return xp.stack(rows, -2)
+
+
+def tails(table: Array) -> Array:
+    """P(K >= M) from P(K = k) along the last axis; [..., W + 1] -> [..., W + 1], clipped to 0..1."""
+    if isinstance(table, Tensor):
+        return table.flip(-1).cumsum(-1).flip(-1).clamp(0, 1)
+    return np.clip(np.cumsum(table[..., ::-1], axis=-1)[..., ::-1], 0.0, 1.0)
+
+
+def accepted_before(bits: Tensor) -> Tensor:
+    """k_i, how many drafts before draft i were accepted; [N, W] bool -> [N, W] int64."""
+    counts = bits.long()
+    return counts.cumsum(-1) - counts
+
+
+def bit_logits(accept_logits: Tensor, bits: Tensor) -> Tensor:
+    """Logits of the logged bits given their history: a[i, k_i]; [N, W, W], [N, W] -> [N, W]."""
+    return accept_logits.gather(-1, accepted_before(bits)[..., None]).squeeze(-1)
+
+
+def count_nll(accept_logits: Tensor, bits: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood of each accept bit given the bits before it, in nats.
+
+    Summed over a row it is the exact -log P(bits). With the closed form E[bit | history] as `labels` the
+    expectation is the same and the variance is less.
+
+    Args:
+        accept_logits: [N, W, W] float.
+        bits: [N, W] bool; entries past a row's draft width are computed too, to be masked by the caller.
+        labels: [N, W] probabilities in place of the bits; None: the bits.
+
+    Returns:
+        [N, W] float.
+    """
+    labels = bits if labels is None else labels
+    return F.binary_cross_entropy_with_logits(bit_logits(accept_logits, bits), labels.float(), reduction="none")
+
+
+def bernoulli_nll(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """The same for probabilities instead of logits: [..] and [..] -> [..]; clipped at 1e-6 (float32 columns)."""
+    probabilities = probabilities.clamp(1e-6, 1 - 1e-6)
+    return F.binary_cross_entropy(probabilities, labels.to(probabilities.dtype), reduction="none")
+
+
+def survivor_nll(survivor_logits: Tensor, rank: Tensor, kept_width: Tensor) -> Tensor:
+    """Negative log-likelihood of survivor ranks that were seen among `kept_width` beams only.
+
+    Censoring: a layer kept at c beams says nothing about ranks beyond c, so the softmax is over ranks 1..c. A row
+    with c = 1 has likelihood one whatever the logits.
+
+    Args:
+        survivor_logits: [N, R] float, of ranks 1..R.
+        rank: [N] int64, 1-based; rows with 0 (no survivor) must be masked by the caller (see `knows_survivor`).
+        kept_width: [N] int64, c.
+
+    Returns:
+        [N] float.
+    """
+    ranks = torch.arange(1, survivor_logits.shape[-1] + 1, device=rank.device)
+    seen = survivor_logits.masked_fill(ranks > kept_width.clamp(min=1)[:, None], float("-inf"))
+    return -seen.log_softmax(-1).gather(-1, (rank.clamp(min=1) - 1)[:, None]).squeeze(-1)
+
+
+def knows_survivor(rank: Tensor, kept_width: Tensor) -> Tensor:
+    """Rows whose survivor rank is known and could have been another; [N] bool."""
+    return (rank > 0) & (kept_width > 1) & (rank <= kept_width)

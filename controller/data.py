@@ -1,0 +1,165 @@
+"""TraceDataModule: logged traces as in-memory tensors, split by prompt. Rows are read once; a batch is one index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+
+from controller.features import check_features
+from decoding.errors import UserError
+from decoding.traces import load_traces
+
+SPLITS = ("train", "val", "test")
+Batch = dict[str, Tensor]
+
+
+class TraceRows(Dataset[Batch]):
+    """Rows of one split as tensors of equal length; indexed with a list it gives a batch.
+
+    Columns: features [N, F], draft_hidden [N, H_q], target_hidden [N, H_p] float32; bits [N, W] bool;
+    accept_probs [N, W] float32; draft_width, target_width, kept_width, accepted, survivor_rank [N] int64.
+    W pads to the widest draft width.
+    """
+
+    def __init__(self, columns: Batch) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["draft_width"])
+
+    def __getitem__(self, index: Any) -> Batch:
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+class TraceDataModule(LightningDataModule):
+    """The traces of one directory.
+
+    Args:
+        directory: with Parquet shards and manifest.json.
+        feature_names: what the network will be given when it decides; traces with others are refused. None: no check.
+        batch_size: rows per batch.
+        use_hidden: load the hidden vectors; without them their sizes are 0.
+
+    Raises:
+        UserError: no rows, other features, values that are not finite, or a prompt in two splits.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        feature_names: list[str] | None = None,
+        batch_size: int = 256,
+        use_hidden: bool = True,
+    ) -> None:
+        super().__init__()
+        self.directory, self.batch_size = Path(directory), batch_size
+        rows, self.manifest = load_traces(directory)
+        if feature_names is not None:
+            check_features(self.manifest["features"]["names"], feature_names, f"The traces in {directory} have")
+        table: pa.Table = rows.with_format("arrow")[:]
+        split = np.asarray(table["split"].to_pylist())
+        _check_splits(table["prompt_id"].to_pylist(), split, self.directory)
+        columns = _columns(table, self.manifest, use_hidden, self.directory)
+        self.rows = {
+            name: TraceRows({key: column[torch.from_numpy(split == name)] for key, column in columns.items()})
+            for name in SPLITS
+        }
+        for name in ("train", "val"):
+            if not len(self.rows[name]):
+                raise UserError(
+                    f"The traces in {directory} have no rows in split {name!r}; a controller needs both train and val. "
+                    f"Raise collect.{name}_prompts and collect again."
+                )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of a WidthNet for these traces: features, draft_width, target_width, draft_hidden, target_hidden."""
+        columns = self.rows["train"].columns
+        decoding = self.manifest.get("decoding", {})
+        return {
+            "features": columns["features"].shape[1],
+            "draft_width": columns["bits"].shape[1],
+            "target_width": max(
+                [int(decoding.get("target_width", 1))]
+                + [int(rows.columns["kept_width"].max()) for rows in self.rows.values() if len(rows)]
+            ),
+            "draft_hidden": columns["draft_hidden"].shape[1],
+            "target_hidden": columns["target_hidden"].shape[1],
+        }
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("test")
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
+        rows = self.rows[split]
+        order: Any = RandomSampler(rows) if shuffle else SequentialSampler(rows)
+        batches: Any = BatchSampler(order, self.batch_size, drop_last=False)
+        return DataLoader(rows, sampler=batches, batch_size=None)  # no collating: an index list is a batch
+
+
+def _check_splits(prompts: list[str], split: np.ndarray, directory: Path) -> None:
+    home: dict[str, str] = {}
+    for prompt, name in zip(prompts, split.tolist(), strict=True):
+        if name not in SPLITS:
+            raise UserError(f"The traces in {directory} have a split {name!r}; allowed are {', '.join(SPLITS)}.")
+        if home.setdefault(prompt, name) != name:
+            raise UserError(
+                f"Prompt {prompt!r} is in the splits {home[prompt]!r} and {name!r} of {directory}: validation would "
+                "be optimistic. Give each prompt one split and collect again."
+            )
+
+
+def _columns(table: pa.Table, manifest: dict[str, Any], use_hidden: bool, directory: Path) -> Batch:
+    """All rows as tensors."""
+    decoding = manifest.get("decoding", {})
+    counts = {
+        name: torch.from_numpy(table[name].to_numpy().astype(np.int64))
+        for name in ("draft_width", "target_width", "kept_width", "accepted", "survivor_rank")
+    }
+    width = max(int(decoding.get("draft_width", 1)), int(counts["draft_width"].max()))  # W
+    columns = counts | {
+        "features": _matrix(table, "features", directory),
+        "bits": _padded(table, "accept_bits", counts["draft_width"], width, directory).bool(),
+        "accept_probs": _padded(table, "accept_probs", counts["draft_width"], width, directory),
+    }
+    for name in ("draft_hidden", "target_hidden"):
+        columns[name] = _matrix(table, name, directory) if use_hidden else torch.zeros(len(table), 0)
+    return columns
+
+
+def _matrix(table: pa.Table, name: str, directory: Path) -> Tensor:
+    """A column of equally long lists; [N, length] float32."""
+    flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    if len(flat) % len(table) or not np.isfinite(flat).all():
+        raise UserError(
+            f"Column {name} of the traces in {directory} has rows of unequal length or values that are not finite. "
+            "Collect the traces again."
+        )
+    return torch.from_numpy(flat.reshape(len(table), -1))
+
+
+def _padded(table: pa.Table, name: str, lengths: Tensor, width: int, directory: Path) -> Tensor:
+    """A column of lists of the given lengths, padded with zeros; [N, width] float32."""
+    flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    inside = torch.arange(width) < lengths[:, None]  # [N, width]
+    if int(inside.sum()) != len(flat):
+        raise UserError(
+            f"Column {name} of the traces in {directory} does not match draft_width: {len(flat)} entries, "
+            f"{int(inside.sum())} expected. Collect the traces again."
+        )
+    padded = torch.zeros(len(lengths), width)
+    padded[inside] = torch.from_numpy(flat)
+    return padded

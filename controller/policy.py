@@ -1,0 +1,298 @@
+"""LearnedWidth: a WidthPolicy that asks a trained network and plans with the device's latencies."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from controller.counts import count_table, tails
+from controller.features import ContextFeatures, check_features, hidden_vectors
+from controller.network import WidthNet, load_controller
+from controller.planner import Costs, Plan, Planner, Prediction, Throughput, UnitCosts, iteration_seconds
+from decoding.acceptance import accept_probabilities, accepted_count_table, align
+from decoding.config import DecodingConfig
+from decoding.errors import UserError
+from decoding.latency import LatencyTable
+from decoding.sampling import FloatArray
+from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
+
+MODES = ("before", "after", "both")
+CLOCKS = ("wall", "table")
+_FIRST_PASSING = 0.6  # of a first layer, before the network has seen one
+_OPTIMISM = 0.1  # how far that estimate moves towards 1 each time the layer was not drafted, so that it is tried again
+# Settings that shape P and Q: a controller trained under others is used out of its element.
+_TRAINED_UNDER = ("mode", "temperature", "top_k", "top_p", "warp", "replacement", "surplus", "refill")
+
+
+class _Seen(NamedTuple):
+    """The prediction and the plan of a layer, kept between `draft_width` and `target_width`."""
+
+    context: DraftContext
+    prediction: Prediction
+    plan: Plan | None
+
+
+class LearnedWidth(WidthPolicy):
+    """Widths and depth from a trained controller. One policy object decodes one prompt at a time.
+
+    M is fixed from what is known before the layer's drafts are drawn ("before"), or from the layer's P and Q too
+    ("after" and "both"); never from the drafts or the coins (design 5.4).
+
+    Args:
+        net: in eval mode, on the CPU.
+        provenance: what `load_controller` returned with it.
+        width_value: worth of a unit of survivor probability in tokens, 0 or more. Larger: wider, better, slower.
+        mode: where P(K_w >= M) comes from when M is set: "before", the network; "after", the closed form of this
+            layer's P and Q (design 5.3); "both", their mean.
+        latency: seconds of the passes on this device: a `LatencyTable`, its dict, or the path of its JSON. None: unit
+            costs (a target pass 1, a draft pass a quarter), until `use_latency`.
+        clock: what an iteration took: "wall", or "table", which is modelled, so that equal seeds and an equal table
+            give equal widths. None: "wall" with a latency table and "table" without.
+        survivors: "asked" or "kept"; see `Planner`.
+
+    Raises:
+        UserError: an argument that is not allowed, or features other than this code's.
+    """
+
+    name = "learned"
+
+    def __init__(
+        self,
+        net: WidthNet,
+        provenance: dict[str, Any],
+        width_value: float = 1.0,
+        mode: str = "before",
+        latency: Costs | dict[str, Any] | str | Path | None = None,
+        clock: str | None = None,
+        survivors: str = "asked",
+    ) -> None:
+        _check_arguments(width_value, mode, clock, survivors)
+        self.features = ContextFeatures()
+        trained = provenance.get("features", {})
+        check_features(trained.get("names", []), self.features.names, "The controller was trained with")
+        if trained.get("version") != self.features.version:
+            raise UserError(
+                f"The controller was trained with version {trained.get('version')} of the features; this code computes "
+                f"version {self.features.version}. Collect traces and train again."
+            )
+        self.net, self.provenance = net.eval(), provenance
+        self.width_value, self.mode, self.clock, self.survivors = float(width_value), mode, clock, survivors
+        self.needs_hidden = bool(net.sizes["draft_hidden"] or net.sizes["target_hidden"])
+        self.use_latency(latency)
+        self._first_passing = _FIRST_PASSING
+        self._checked: DecodingConfig | None = None
+        self._new_prompt()
+
+    @classmethod
+    def load(cls, path: str | Path, pair: Any = None, revision: str | None = None, **options: Any) -> LearnedWidth:
+        """A policy from a controller that train.py saved.
+
+        Args:
+            path: its directory, or a Hugging Face hub id.
+            pair: the `ModelPair` (or its `describe()`) it will decode with; a controller of another pair is refused.
+            revision: of the hub repository.
+            options: `width_value`, `mode`, `latency`, `clock`, `survivors`.
+
+        Raises:
+            UserError: missing, not a controller, damaged, or trained for another pair or other features.
+        """
+        net, provenance = load_controller(path, revision)
+        policy = cls(net, provenance, **options)
+        if pair is not None:
+            policy.check_pair(pair)
+        return policy
+
+    def use_latency(self, latency: Costs | dict[str, Any] | str | Path | None) -> LearnedWidth:
+        """Plan with these seconds from now on; throughput is estimated afresh. Returns the policy."""
+        costs = _costs(latency)
+        self._wall = (self.clock or ("table" if latency is None else "wall")) == "wall"
+        if self._wall and latency is None:
+            raise UserError("clock='wall' needs a latency table: unit costs are not seconds. Give latency=... too.")
+        self.planner = Planner(costs, self.width_value, self.survivors)
+        self.throughput: Throughput | None = None
+        return self
+
+    # What the decoder asks.
+
+    def check_pair(self, pair: Any) -> None:
+        """Refuse a pair that the controller was not trained for (a `ModelPair` or its `describe()`)."""
+        found = pair if isinstance(pair, dict) else pair.describe()
+        trained = self.provenance.get("pair", {})
+        if found.get("fingerprint") != trained.get("fingerprint"):
+            raise UserError(
+                f"The controller was trained for the pair {trained.get('name')!r} ({trained.get('fingerprint')}), not "
+                f"for {found.get('name')!r} ({found.get('fingerprint')}). Train one with python train.py pair=..."
+            )
+
+    def check(self, config: DecodingConfig) -> None:
+        if config == self._checked:
+            return
+        for name in ("draft_width", "target_width"):
+            asked, limit = getattr(config, name), self.net.sizes[name]
+            if asked > limit:
+                raise UserError(
+                    f"{name} is {asked}; the controller was trained for at most {limit}. Lower it, or collect traces "
+                    f"and train with decoding.{name}={asked}."
+                )
+        trained = self.provenance.get("decoding", {})
+        changed = [name for name in _TRAINED_UNDER if name in trained and trained[name] != getattr(config, name)]
+        if changed:
+            settings = ", ".join(f"{name}={trained[name]!r}" for name in changed)
+            warnings.warn(f"The controller was trained with {settings}; its widths may fit badly here.", stacklevel=2)
+        self._checked = config
+
+    def reset(self, config: DecodingConfig) -> None:
+        """A new prompt starts; what is known of throughput stays."""
+        if self.throughput is None:
+            self.throughput = Throughput.expected(self.planner.costs, config)
+        self._new_prompt()
+
+    def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
+        config, roots = context.config, len(context.weights)
+        if layer == 1:
+            self._passing.clear()
+            self._roots = roots
+        self._widths = [*widths]
+        passing = self._passing[layer - 2] if 1 < layer <= len(self._passing) + 1 else self._first_passing
+        width = widths[-1] if widths else config.draft_width
+        further = self.planner.worth_drafting(
+            self._rate(config), self._reach(layer), passing, widths[-1] if widths else roots, roots + sum(widths), width
+        )
+        if layer == 1 and not further:
+            self._first_passing += _OPTIMISM * (1.0 - self._first_passing)
+        return further
+
+    def draft_width(self, context: DraftContext) -> int:
+        plan = self._see(context).plan
+        assert plan is not None
+        self._widths = [*context.widths, plan.draft_width]
+        return plan.draft_width
+
+    def target_width(self, context: TargetContext) -> int:
+        config, seen = context.draft.root.config, self._see(context.draft)
+        if context.draft_width == 0:
+            return self.planner.final_width(seen.prediction, config, self._rate(config))
+        assert seen.plan is not None
+        width = context.draft_width  # what was drawn: less than the plan where Q has no more support
+        if self.mode == "before" and width == seen.plan.draft_width:
+            return seen.plan.target_width
+        at_least = seen.prediction.at_least[width, : width + 1]
+        if self.mode != "before":
+            closed = _closed_form(context)
+            at_least = closed if self.mode == "after" else 0.5 * (at_least + closed)
+        return self.planner.target_width(seen.prediction, at_least, config, width)
+
+    def observe(self, record: IterationRecord) -> None:
+        seconds = record.seconds if self._wall else iteration_seconds(self.planner.costs, self._widths, self._roots)
+        if self.throughput is not None:
+            self.throughput.update(record.tokens, seconds)
+        self._seen.clear()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "width_value": self.width_value,
+            "mode": self.mode,
+            "clock": "wall" if self._wall else "table",
+            "survivors": self.survivors,
+            "trained_for": self.provenance.get("pair", {}).get("fingerprint"),
+            "git_sha": self.provenance.get("git_sha"),
+        }
+
+    # What it knows.
+
+    @torch.inference_mode()
+    def predict(self, context: DraftContext) -> Prediction:
+        """Ask the network about one layer."""
+        sizes = self.net.sizes
+        vectors: list[torch.Tensor | None] = [None, None]
+        if self.needs_hidden:
+            hidden = hidden_vectors(context, sizes["draft_hidden"], sizes["target_hidden"])
+            for i, (name, vector) in enumerate(zip(("draft_hidden", "target_hidden"), hidden, strict=True)):
+                if len(vector) != sizes[name]:
+                    raise UserError(
+                        f"The controller expects {name} of size {sizes[name]}, the pair gives {len(vector)}: it was "
+                        "trained for another pair. Train one with python train.py pair=..."
+                    )
+                vectors[i] = torch.from_numpy(vector)[None]
+        logits = self.net(torch.from_numpy(self.features(context))[None], *vectors)
+        accept = logits.accept[0].sigmoid().double().numpy()  # [W, W]
+        ranks = logits.survivor[0].double().softmax(-1).numpy()  # [R]
+        return Prediction(tails(count_table(accept)), np.minimum(np.append(0.0, ranks.cumsum()), 1.0))
+
+    def _see(self, context: DraftContext) -> _Seen:
+        """The prediction and plan of a layer, made once."""
+        seen = self._seen.get(context.layer)
+        if seen is None or seen.context is not context:
+            prediction = self.predict(context)
+            seen = _Seen(context, prediction, self._plan(context, prediction) if context.drafted else None)
+            self._seen[context.layer] = seen
+        return seen
+
+    def _plan(self, context: DraftContext, prediction: Prediction) -> Plan:
+        config, root, layer = context.root.config, context.root, context.layer
+        deepest = min(config.draft_depth, root.remaining - 1)
+        plan = self.planner.widths(
+            prediction,
+            config,
+            self._rate(config),
+            self._reach(layer),
+            len(root.weights) + sum(context.widths),
+            last=layer >= deepest,
+            support=config.draft_width if config.replacement else len(context.joint),
+        )
+        self._passing[layer - 1 :] = [plan.passing]
+        if layer == 1:
+            self._first_passing += 0.1 * (plan.passing - self._first_passing)
+        return plan
+
+    def _reach(self, layer: int) -> float:
+        """Probability that all layers above pass."""
+        return math.prod(self._passing[: layer - 1])
+
+    def _rate(self, config: DecodingConfig) -> float:
+        if self.throughput is None:
+            self.throughput = Throughput.expected(self.planner.costs, config)
+        return self.throughput.rate
+
+    def _new_prompt(self) -> None:
+        self._seen: dict[int, _Seen] = {}
+        self._passing: list[float] = []  # of this iteration's drafted layers, as planned
+        self._widths = []  # drafted in this iteration
+        self._roots = 1
+
+
+def _closed_form(context: TargetContext) -> FloatArray:
+    """P(K_w >= M) of the layer's P and Q with replacement (design 5.3); [w + 1]."""
+    both = align(context.target, context.draft.joint)
+    accept = accept_probabilities(both.p, both.q, context.draft_width)
+    return tails(accepted_count_table(accept)[-1])
+
+
+def _costs(latency: Costs | dict[str, Any] | str | Path | None) -> Costs:
+    if latency is None:
+        return UnitCosts()
+    try:
+        if isinstance(latency, str | Path):
+            return LatencyTable.from_dict(json.loads(Path(latency).read_text()))
+        return LatencyTable.from_dict(latency) if isinstance(latency, dict) else latency
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"The latency table cannot be read ({error}); give a LatencyTable, its to_dict(), or a JSON file of that."
+        ) from error
+
+
+def _check_arguments(width_value: Any, mode: str, clock: str | None, survivors: str) -> None:
+    number = isinstance(width_value, int | float) and not isinstance(width_value, bool)
+    if not number or not 0 <= width_value < math.inf:
+        raise UserError(f"width_value is {width_value!r}; give a number of 0 or more (0: speed alone).")
+    choices = (("mode", mode, MODES), ("clock", clock, (None, *CLOCKS)), ("survivors", survivors, ("asked", "kept")))
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")

@@ -1,0 +1,370 @@
+"""From measurements to what one reads: summaries with bootstrap intervals, results.json, results.md and plots.
+
+The format of results.json is described in docs/results.md.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.table import Table
+
+from decoding.measure import REFERENCE_METHODS, Measurement, Row
+
+SCHEMA_VERSION = 1
+PHASES = ("draft", "target", "verify", "policy", "other")
+FRONTIER, CALIBRATION, TABLE, RESULTS = "frontier.png", "calibration.png", "results.md", "results.json"
+
+FloatArray = NDArray[np.float64]
+Share = tuple[float, float]  # numerator and denominator of a prompt; a summary is the ratio of their sums
+
+
+# ------------------------------------------------------------------------------------------ summaries
+
+
+def _phase_seconds(phase: str) -> Callable[[Measurement], Share]:
+    return lambda m: (m.stats.seconds.get(phase, 0.0), 1)
+
+
+def _task_metric(name: str) -> Callable[[Measurement], Share]:
+    return lambda m: (m.metrics.get(name, 0.0), name in m.metrics)
+
+
+_RATIOS: dict[str, Callable[[Measurement], Share]] = {
+    "tokens_per_second": lambda m: (m.stats.new_tokens, m.wall_seconds),
+    "block_efficiency": lambda m: (m.stats.new_tokens, m.stats.iterations),
+    "log_prob": lambda m: (m.log_prob, len(m.tokens)),
+    "target_width": lambda m: (sum(m.stats.target_widths), len(m.stats.target_widths)),
+    "draft_width": lambda m: (sum(m.stats.draft_widths), sum(w > 0 for w in m.stats.draft_widths)),
+    "accepted_share": lambda m: (sum(m.stats.accepted), sum(m.stats.draft_widths)),
+    "target_calls": lambda m: (m.stats.target_calls, 1),
+    "kv_slots_peak": lambda m: (m.stats.kv_slots_peak, 1),
+    "kv_slots_end": lambda m: (m.stats.kv_slots_end, 1),
+    "kv_slots_per_token": lambda m: (m.stats.kv_slots_end, m.stats.prompt_tokens + m.stats.new_tokens),
+    "joules_per_token": lambda m: (0, 0) if m.joules is None else (m.joules, m.stats.new_tokens),
+    **{f"{phase}_seconds": _phase_seconds(phase) for phase in PHASES},
+}
+
+
+def summarise(
+    rows: Sequence[Row], measured: Sequence[Sequence[Measurement]], resamples: int = 1000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """One JSON-able dict per row: name, settings, summary, histograms, and every prompt's measurement.
+
+    Args:
+        rows, measured: from decoding.measure; the same prompts in the same order in every row.
+        resamples: of the bootstrap over prompts; the same for all rows, so that ratios of two rows are paired.
+
+    Returns:
+        [{"name", "method", "settings", "config", "summary": {metric: {"value", "low", "high"}}, "counts", "prompts"}];
+        low and high bound the central 95%; metrics that no prompt has are absent.
+    """
+    count = len(measured[0])
+    draws = np.random.default_rng(seed).integers(count, size=(resamples, count))  # [B, N]
+    speeds = {}
+    for row, prompts in zip(rows, measured, strict=True):
+        if row.method in REFERENCE_METHODS:
+            speeds[row.method, row.config.target_width] = _ratio(prompts, _RATIOS["tokens_per_second"], draws)
+    return [_summary(row, prompts, draws, speeds) for row, prompts in zip(rows, measured, strict=True)]
+
+
+def _summary(
+    row: Row,
+    prompts: Sequence[Measurement],
+    draws: NDArray[np.int64],
+    speeds: Mapping[tuple[str, int], tuple[float, FloatArray]],
+) -> dict[str, Any]:
+    ratios = dict(_RATIOS)
+    for name in sorted({name for m in prompts for name in m.metrics}):
+        ratios[name] = _task_metric(name)
+    values = {name: _ratio(prompts, ratio, draws) for name, ratio in ratios.items()}
+    speed, speed_draws = values["tokens_per_second"]
+    for method in REFERENCE_METHODS:
+        if (method, row.config.target_width) in speeds:
+            base, base_draws = speeds[method, row.config.target_width]
+            values[f"speedup_over_{method}"] = speed / base, speed_draws / base_draws
+    return {
+        "name": row.name,
+        "method": row.method,
+        "settings": dict(row.settings),
+        "config": vars(row.config).copy(),
+        "summary": {name: _interval(*value) for name, value in values.items() if not math.isnan(value[0])},
+        "counts": {
+            name: _histogram(getattr(m.stats, field) for m in prompts)
+            for name, field in (
+                ("target_width", "target_widths"),
+                ("draft_width", "draft_widths"),
+                ("accepted", "accepted"),
+            )
+        },
+        "prompts": [m.to_dict() for m in prompts],
+    }
+
+
+def _ratio(
+    prompts: Sequence[Measurement], ratio: Callable[[Measurement], Share], draws: NDArray[np.int64]
+) -> tuple[float, FloatArray]:
+    """Ratio of sums over the prompts, and over each resample [B]; NaN where the denominator is 0."""
+    shares = np.array([ratio(m) for m in prompts], dtype=np.float64)  # [N, 2]
+    resampled = shares[draws].sum(axis=1)  # [B, 2]
+    top, bottom = shares.sum(axis=0)
+    below = np.where(resampled[:, 1] == 0, np.nan, resampled[:, 1])
+    return float(top / bottom) if bottom else math.nan, resampled[:, 0] / below
+
+
+def _interval(value: float, resampled: FloatArray) -> dict[str, float]:
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    return {"value": value, "low": float(low), "high": float(high)}
+
+
+def _histogram(lists: Any) -> dict[str, int]:
+    counts = Counter(value for values in lists for value in values)
+    return {str(value): counts[value] for value in sorted(counts)}
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def write_report(
+    directory: Path, results: Mapping[str, Any], calibration: Mapping[str, Any] | None = None
+) -> dict[str, Path]:
+    """Write results.json, results.md, frontier.png and, where there is something to show, calibration.png.
+
+    Args:
+        results: {"schema_version", "provenance", "rows"}; rows from `summarise`.
+        calibration: of the controller, from `calibration_curves`.
+
+    Returns:
+        Path of each file by its name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {
+        RESULTS: json.dumps(_finite(results), ensure_ascii=False, allow_nan=False).encode() + b"\n",
+        TABLE: results_page(results, with_calibration=bool(calibration)).encode(),
+        FRONTIER: _png(plot_frontier(results["rows"])),
+    }
+    if calibration:
+        files[CALIBRATION] = _png(plot_calibration(calibration))
+    return {name: write_atomically(directory / name, content) for name, content in files.items()}
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Write to a temporary name beside the file, then rename: the file is never half there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def calibration_curves(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The reliability bins that a controller was saved with, by name; empty where it has none."""
+    bins = provenance.get("reliability")
+    known = isinstance(bins, Mapping) and {"predicted", "observed", "rows"} <= set(bins)
+    return {"P(K_w >= M)": bins} if known else {}
+
+
+def _finite(node: Any) -> Any:
+    """JSON has no NaN: they become null."""
+    if isinstance(node, Mapping):
+        return {str(key): _finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
+
+
+# --------------------------------------------------------------------------------------------- tables
+
+_Column = tuple[str, str, str]  # heading, metric, format of a value
+_COLUMNS: tuple[_Column, ...] = (
+    ("tokens/s", "tokens_per_second", ".0f"),
+    ("x beam_sample", "speedup_over_beam_sample", ".2f"),
+    ("x transformers", "speedup_over_hf_beam_sample", ".2f"),
+    ("log-prob", "log_prob", ".3f"),
+    ("block eff.", "block_efficiency", ".2f"),
+    ("mean M", "target_width", ".1f"),
+    ("mean w", "draft_width", ".1f"),
+)
+_MORE_COLUMNS: tuple[_Column, ...] = (
+    ("accepted", "accepted_share", ".2f"),
+    ("KV slots", "kv_slots_end", ".0f"),
+    ("KV / length", "kv_slots_per_token", ".2f"),
+    ("J/token", "joules_per_token", ".2f"),
+)
+_EXPLANATION = """\
+Same prompts and seeds for all rows, interleaved; brackets are 95% bootstrap intervals over prompts. Speed-ups compare
+with beam sampling of the same target width on this engine and with transformers' `generate`. log-prob: mean
+log-probability per token of the best returned text under the target at temperature 1, higher is better. block eff.:
+tokens committed per iteration. M, w: target and draft width. KV slots: of the target's cache at the end. Seconds are
+per prompt."""
+
+
+def console_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The results in short, for the terminal."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("row", no_wrap=True)
+    columns = _present(rows, [*_COLUMNS, *_task_columns(rows)])
+    for heading, _, _ in columns:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(row["name"], *(_cell(row, column, interval=False) for column in columns))
+    return table
+
+
+def results_page(results: Mapping[str, Any], with_calibration: bool = False) -> str:
+    """results.md: the table, the plots, where it came from."""
+    rows, source = results["rows"], results["provenance"]
+    columns = _present(rows, [*_COLUMNS, *_task_columns(rows), *_MORE_COLUMNS])
+    phases = _present(rows, [(f"{phase} s", f"{phase}_seconds", ".3f") for phase in PHASES])
+    with_interval = {"tokens_per_second", "log_prob", "speedup_over_beam_sample", "speedup_over_hf_beam_sample"}
+    machine = source["machine"]
+    where = ", ".join(
+        str(part) for part in (machine["gpu"], machine["cpu"], f"{machine['cores']} cores", machine["system"]) if part
+    )
+    lines = [
+        f"# {source['pair']['name']} on {source['task']['name']}: {len(rows[0]['prompts'])} prompts",
+        "",
+        f"`python {' '.join(source['argv'])}`, {source['date']}, {where}, torch {source['versions'].get('torch')}, "
+        f"commit {(source['git_sha'] or 'unknown')[:12]}.",
+        "",
+        *_markdown(
+            ["row", *(heading for heading, _, _ in columns)],
+            [[row["name"], *(_cell(row, c, c[1] in with_interval) for c in columns)] for row in rows],
+        ),
+        "",
+        _EXPLANATION,
+        "",
+        *_markdown(
+            ["row", *(heading for heading, _, _ in phases)],
+            [[row["name"], *(_cell(row, c, interval=False) for c in phases)] for row in rows],
+        ),
+        "",
+        f"![Quality against speed]({FRONTIER})",
+    ]
+    if with_calibration:
+        lines += ["", f"![Calibration of the controller]({CALIBRATION})"]
+    return "\n".join(lines) + "\n"
+
+
+def frontier_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Headings and values of the frontier, for a tracker's table."""
+    columns = _present(rows, [*_COLUMNS, *_task_columns(rows), *_MORE_COLUMNS])
+    values = [[row["summary"].get(metric, {}).get("value") for _, metric, _ in columns] for row in rows]
+    return ["row", "method", *(metric for _, metric, _ in columns)], [
+        [row["name"], row["method"], *value] for row, value in zip(rows, values, strict=True)
+    ]
+
+
+def _task_columns(rows: Sequence[Mapping[str, Any]]) -> list[_Column]:
+    names = sorted({name for row in rows for prompt in row["prompts"] for name in prompt["metrics"]})
+    return [(name.replace("_", " "), name, ".3f") for name in names]
+
+
+def _present(rows: Sequence[Mapping[str, Any]], columns: Sequence[_Column]) -> list[_Column]:
+    return [column for column in columns if any(column[1] in row["summary"] for row in rows)]
+
+
+def _cell(row: Mapping[str, Any], column: _Column, interval: bool) -> str:
+    _, metric, form = column
+    if metric not in row["summary"]:
+        return "-"
+    value = row["summary"][metric]
+    bounds = f" [{value['low']:{form}}, {value['high']:{form}}]" if interval else ""
+    return f"{value['value']:{form}}{bounds}"
+
+
+def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *body)]
+
+
+# ---------------------------------------------------------------------------------------------- plots
+
+_MARKERS = "osD^vPX*<>hd"
+
+
+def plot_frontier(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Quality (log-probability per token) against tokens/s: one curve per method through its best rows."""
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    axes = figure.subplots()
+    colours = matplotlib.colormaps["tab10"]
+    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        family = [row for row in rows if row["method"] == method]
+        points = np.array([_point(row) for row in family])  # [N, 6] x, y, and errors below and above
+        style: dict[str, Any] = {"color": colours(i % 10), "marker": _MARKERS[i % len(_MARKERS)]}
+        best = _pareto(points[:, 0], points[:, 1])
+        errors: dict[str, Any] = {"xerr": points[:, 2:4].T, "yerr": points[:, 4:6].T, "elinewidth": 0.8, "capsize": 0}
+        axes.errorbar(points[:, 0], points[:, 1], **errors, **style, ls="none", ms=5, alpha=0.45)
+        axes.plot(points[best, 0], points[best, 1], **style, ms=6, lw=1.4, label=method)
+        _annotate(axes, [family[j] for j in best], points[best], style["color"])
+    axes.set(xlabel="tokens per second (faster to the right)", ylabel="log-probability per token (better above)")
+    axes.set_title("Quality against speed; bars: 95% bootstrap intervals over prompts", fontsize=10, loc="left")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def plot_calibration(calibration: Mapping[str, Any]) -> Figure:
+    """Reliability of each predicted probability: observed share against prediction, dots by how many there are."""
+    figure = Figure(figsize=(4.2 * len(calibration), 4.4), layout="constrained")
+    for axes, (name, curve) in zip(
+        figure.subplots(1, len(calibration), squeeze=False)[0], calibration.items(), strict=True
+    ):
+        predicted = np.array(curve["predicted"], dtype=np.float64)
+        observed = np.array(curve["observed"], dtype=np.float64)
+        count = np.array(curve["rows"], dtype=np.float64)
+        filled = (count > 0) & np.isfinite(predicted) & np.isfinite(observed)
+        predicted, observed, count = predicted[filled], observed[filled], count[filled]
+        axes.plot([0, 1], [0, 1], color="grey", lw=1, ls="--")
+        error = np.sqrt(observed * (1 - observed) / count)
+        axes.errorbar(predicted, observed, yerr=error, color="tab:blue", lw=1.2, elinewidth=0.8)
+        axes.scatter(predicted, observed, s=12 + 120 * count / count.max(initial=1), color="tab:blue", alpha=0.6, lw=0)
+        gap = float((count * abs(predicted - observed)).sum() / max(count.sum(), 1))
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="predicted", ylabel="observed", aspect="equal")
+        axes.set_title(f"{name}: calibration error {gap:.3f}", fontsize=10)
+        axes.grid(alpha=0.25)
+    return figure
+
+
+def _point(row: Mapping[str, Any]) -> list[float]:
+    x, y = row["summary"]["tokens_per_second"], row["summary"]["log_prob"]
+    bounds = [(v["value"] - v["low"], v["high"] - v["value"]) for v in (x, y)]
+    return [x["value"], y["value"], *(max(0.0, b) for pair in bounds for b in pair)]
+
+
+def _pareto(speed: FloatArray, quality: FloatArray) -> list[int]:
+    """Rows that no other row beats in both, from slow to fast."""
+    order = np.lexsort((-quality, -speed))  # fastest first
+    best, kept = -np.inf, []
+    for j in order.tolist():
+        if quality[j] > best:
+            best = quality[j]
+            kept.append(j)
+    return kept[::-1]
+
+
+def _annotate(axes: Axes, family: Sequence[Mapping[str, Any]], points: FloatArray, colour: Any) -> None:
+    """The settings beside each point of a curve."""
+    for row, point in zip(family, points, strict=True):
+        text = row["name"].removeprefix(row["method"]).strip()
+        axes.annotate(text, point[:2], xytext=(4, 4), textcoords="offset points", fontsize=6, color=colour)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()

@@ -1,0 +1,196 @@
+"""Train a width controller: traces (collected if absent) -> fit -> calibrate -> save. See conf/train.yaml.
+
+python train.py
+python train.py pair=llama3_8b trainer=gpu logger=wandb controller.hidden=256 seed=1
+python train.py -m controller.lr=1e-3,3e-4
+python train.py ckpt_path=outputs/train/.../checkpoints/last.ckpt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from lightning import Trainer, seed_everything
+from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import DictConfig
+
+from controller.calibration import Reliability, calibrate, inputs, reliability, width_events
+from controller.counts import count_table, tails
+from controller.data import TraceDataModule
+from controller.module import ControllerModule
+from controller.network import WidthNet, save_controller
+from controller.tracking import tracked
+from decoding.collect import ensure_traces
+from decoding.config import DecodingConfig
+from decoding.entry import build_all, entry_point
+from decoding.errors import UserError
+from decoding.provenance import provenance, to_plain
+
+_AGAIN = "Give a checkpoint that train.py wrote with these settings, or leave ckpt_path out to start afresh."
+
+
+@entry_point(config_name="train")
+def main(cfg: DictConfig) -> float:
+    """Train the controller that the config describes; returns the best `val/loss`, for sweeps."""
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    checkpoint = read_checkpoint(cfg.ckpt_path)
+    directory = ensure_traces(cfg)
+    features = instantiate(cfg.features)
+    data = TraceDataModule(
+        directory, features.names, cfg.controller.get("batch_size", 256), cfg.controller.get("use_hidden", True)
+    )
+    module: ControllerModule = instantiate(cfg.controller, **data.sizes)
+    check_checkpoint(checkpoint, module, cfg)
+    with tracked(cfg) as run:  # a crash closes it too
+        loggers = build_loggers(cfg, run)
+        trainer: Trainer = instantiate(cfg.trainer, callbacks=build_all(cfg.callbacks), logger=loggers or False)
+        trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        load_best(trainer, module)
+        loss = module.evaluate(data.rows["val"].columns)["val/loss"]
+        calibrate(module.net, data.rows["val"].columns, module.soft_labels)
+        metrics = final_metrics(module, data)
+        bins = width_reliability(module.net, data)
+        saved = save_controller(
+            module.net, Path(cfg.output_dir) / "controller", describe(cfg, data, features, metrics, bins)
+        )
+        log_results(loggers, run, data, metrics, bins)
+        print_results(saved, metrics)
+    return loss
+
+
+def read_checkpoint(path: str | None) -> dict[str, Any] | None:
+    """The checkpoint to resume from, None where none was given.
+
+    Raises:
+        UserError: missing, unreadable, or not a training checkpoint.
+    """
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise UserError(f"There is no checkpoint at {path}. {_AGAIN}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}). {_AGAIN}") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "epoch", "optimizer_states", "loops"} <= set(checkpoint):
+        raise UserError(f"{path} is not a training checkpoint of this project. {_AGAIN}")
+    return checkpoint
+
+
+def check_checkpoint(checkpoint: dict[str, Any] | None, module: ControllerModule, cfg: DictConfig) -> None:
+    """Refuse, before anything is written, a checkpoint that this fit cannot go on from."""
+    if checkpoint is None:
+        return
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    differs = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if differs:
+        name = differs[0]
+        raise UserError(
+            f"{cfg.ckpt_path} holds another network: {name} has shape {theirs.get(name, 'none')} there, "
+            f"{ours.get(name, 'none')} here ({len(differs)} such entries). {_AGAIN}"
+        )
+    epochs, limit = checkpoint["epoch"] + 1, cfg.trainer.get("max_epochs")
+    if limit is not None and 0 <= limit <= epochs:
+        raise UserError(
+            f"{cfg.ckpt_path} was trained for {epochs} epochs and trainer.max_epochs is {limit}: nothing is left to "
+            "do. Raise trainer.max_epochs."
+        )
+
+
+def build_loggers(cfg: DictConfig, run: Any | None) -> list[Logger]:
+    """The config's loggers with the config in them; Weights & Biases writes into the run that is open."""
+    nodes = [node for node in cfg.logger.values() if node and not str(node.get("_target_")).endswith("WandbLogger")]
+    loggers: list[Logger] = [instantiate(node) for node in nodes]
+    for logger in loggers:
+        logger.log_hyperparams({**to_plain(cfg), "provenance": provenance()})
+    return [*loggers, WandbLogger(experiment=run)] if run is not None else loggers
+
+
+def load_best(trainer: Trainer, module: ControllerModule) -> None:
+    """Put the best checkpoint's weights into the module (the last ones where none was kept, as in a fast dev run)."""
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if best and Path(best).is_file():
+        module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+    module.cpu().eval()
+
+
+def final_metrics(module: ControllerModule, data: TraceDataModule) -> dict[str, float]:
+    """Metrics of the calibrated network on validation and, where there is one, test rows."""
+    metrics: dict[str, float] = {}
+    for split in ("val", "test"):
+        if len(data.rows[split]):
+            metrics |= module.evaluate(data.rows[split].columns, split)
+    return metrics
+
+
+@torch.no_grad()
+def width_reliability(net: WidthNet, data: TraceDataModule) -> Reliability:
+    """Reliability bins of P(K_w >= M) on the validation rows."""
+    rows = data.rows["val"].columns
+    at_least = tails(count_table(net(*inputs(rows)).accept.sigmoid()))
+    return reliability(*width_events(at_least, rows["bits"], rows["draft_width"]))
+
+
+def describe(
+    cfg: DictConfig, data: TraceDataModule, features: Any, metrics: dict[str, float], bins: Reliability
+) -> dict[str, Any]:
+    """Where a controller came from and how good it is; JSON-able, saved in its config.json."""
+    known = {field.name for field in dataclasses.fields(DecodingConfig)}
+    decoding = DecodingConfig(**{name: value for name, value in data.manifest["decoding"].items() if name in known})
+    return {
+        **provenance(),
+        "pair": data.manifest["pair"],
+        "decoding": dataclasses.asdict(decoding),
+        "features": {"version": features.version, "names": list(features.names)},
+        "traces": {
+            name: data.manifest.get(name) for name in ("trace_key", "rows", "prompts", "policy", "task", "seed")
+        },
+        "training": {"controller": to_plain(cfg.controller), "seed": cfg.seed},
+        "metrics": metrics,
+        "reliability": {name: _without_nan(values) for name, values in bins._asdict().items()},
+    }
+
+
+def log_results(
+    loggers: list[Logger], run: Any | None, data: TraceDataModule, metrics: dict[str, float], bins: Reliability
+) -> None:
+    """Final metrics to every logger; histograms of the traces and the calibration table to Weights & Biases."""
+    for logger in loggers:
+        logger.log_metrics({f"calibrated/{name}": value for name, value in metrics.items()})
+        logger.save()
+    if run is None:
+        return
+    import wandb
+
+    rows = data.rows["train"].columns
+    drafted = rows["draft_width"] > 0
+    counts = {
+        "accepted": rows["bits"].sum(-1)[drafted],
+        "draft_width": rows["draft_width"][drafted],
+        "target_width": rows["target_width"],
+    }
+    histograms = {f"traces/{name}": wandb.Histogram(values.tolist()) for name, values in counts.items()}
+    table = wandb.Table(columns=list(Reliability._fields), data=np.stack(bins, axis=1).tolist())
+    run.log({**histograms, "calibration": table})
+
+
+def print_results(directory: Path, metrics: dict[str, float]) -> None:
+    """The validation metrics and where the controller is."""
+    for name, value in sorted(metrics.items()):
+        print(f"{name:32s} {value:.4f}")
+    print(f"controller saved in {directory}")
+
+
+def _without_nan(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+if __name__ == "__main__":
+    main()
