@@ -34,7 +34,9 @@ class _FlatLayer(CacheLayerMixin):
         self.keys, self.values = buffer(key_states), buffer(value_states)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
@@ -70,7 +72,8 @@ class ForestCache(Cache):
         self, prompt_length: int, capacity: int, num_layers: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.capacity = -(-capacity // SLOT_STEP) * SLOT_STEP
-        super().__init__(layers=[_FlatLayer(self) for _ in range(num_layers)])
+        self._flat = [_FlatLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=list(self._flat))
         self.prompt_length = prompt_length
         self.write_slots = torch.empty(0, dtype=torch.int64, device=device)
         self.read_slots = 0
@@ -143,7 +146,7 @@ class ForestCache(Cache):
     def _grow(self, capacity: int) -> None:
         """Move to a larger buffer; rare, since dead slots are used again."""
         old, self.capacity = self.capacity, capacity
-        for layer in self.layers:
+        for layer in self._flat:
             if layer.is_initialized:
                 for name in ("keys", "values"):
                     states = getattr(layer, name)  # [1, heads, old, dim]
@@ -157,7 +160,9 @@ class ForestCache(Cache):
 
 def _generations(nodes: list[int], parents: list[int]) -> list[tuple[int, int]]:
     """Cut the list into runs in which no node's parent stands in the same run."""
-    runs, first, seen = [], 0, set()
+    runs: list[tuple[int, int]] = []
+    seen: set[int] = set()
+    first = 0
     for i, (node, parent) in enumerate(zip(nodes, parents, strict=True)):
         if parent in seen:
             runs.append((first, i))

@@ -98,7 +98,13 @@ def _collect(cfg: DictConfig, pair: ModelPair, features: Any, directory: Path, m
     prompts = _prompts(cfg, pair)
     directory.mkdir(parents=True, exist_ok=True)
     todo = [p for p in prompts if p[1].id not in set(manifest["done"])]
-    columns = (TextColumn("logging traces"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn())
+    columns = (
+        TextColumn("logging traces"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("prompts"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         task = progress.add_task("", total=len(prompts), completed=len(prompts) - len(todo))
         for first in range(0, len(todo), SHARD_PROMPTS):
@@ -139,8 +145,8 @@ def _prompts(cfg: DictConfig, pair: ModelPair) -> list[tuple[str, Prompt]]:
     for split in ("train", "val"):
         if not any(s == split for s, _ in chosen):
             raise UserError(
-                f"The task {task.name!r} has no prompts in split {split!r}; a controller needs both train and val. Raise "
-                f"collect.{split}_prompts or choose another data=..."
+                f"The task {task.name!r} has no prompts in split {split!r}; a controller needs both train and val. "
+                f"Raise collect.{split}_prompts or choose another data=..."
             )
     return chosen
 

@@ -208,9 +208,7 @@ def as_token_lists(prompts: Prompts) -> list[list[int]]:
     return [[int(t) for t in row] for row in prompts]
 
 
-def _streams(
-    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
-) -> Iterator[torch.Generator]:
+def _streams(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> Iterator[torch.Generator]:
     if generator is None:
         generator = torch.Generator()
         generator.seed()
@@ -291,9 +289,7 @@ class _PromptRun:
         self.history = tuple(self._verify_forest(root, layers))
         self._prune()
         self.stats.iterations += 1
-        record = IterationRecord(
-            self.history, self.stats.new_tokens - committed_before, time.perf_counter() - began
-        )
+        record = IterationRecord(self.history, self.stats.new_tokens - committed_before, time.perf_counter() - began)
         with self.clock.phase("policy"):
             self.policy.observe(record)
         if self.recorder is not None:
@@ -321,7 +317,8 @@ class _PromptRun:
         """Draw up to γ layers from the draft model; the last token before max_new_tokens is never drafted."""
         assert self.draft is not None
         layers: list[_DraftedLayer] = []
-        beams, widths = self.beams, ()
+        beams = self.beams
+        widths: tuple[int, ...] = ()
         for layer in range(1, min(self.config.draft_depth, root.remaining - 1) + 1):
             with self.clock.phase("policy"):
                 further = self.policy.draft_further(root, layer, widths)
@@ -357,9 +354,7 @@ class _PromptRun:
 
     def _joint(self, scorer: ForestScorer, beams: list[Beam], name: str) -> Joint:
         nodes = [beam.node for beam in beams]
-        return joint_distribution(
-            scorer.log_probs(nodes), nodes, [beam.weight for beam in beams], self.config, name
-        )
+        return joint_distribution(scorer.log_probs(nodes), nodes, [beam.weight for beam in beams], self.config, name)
 
     def _verify_forest(self, root: RootContext, layers: list[_DraftedLayer]) -> list[LayerRecord]:
         """Judge layer after layer; after the last one that passes, draw one more from the target."""
@@ -407,9 +402,7 @@ class _PromptRun:
                 shadow=self.recorder.shadow if self.recorder is not None else None,
             )
             kept = self._commit(_slots(both, verdict.slots, context.target))
-        record = LayerRecord(
-            context.draft.layer, context.draft_width, width, verdict.accepted, verdict.passed
-        )
+        record = LayerRecord(context.draft.layer, context.draft_width, width, verdict.accepted, verdict.passed)
         self._log(LayerEvent(context, record, verdict, kept))
         return record
 
@@ -497,15 +490,17 @@ class _PromptRun:
         self.stats.kv_slots_peak = self.target.cache.slots_peak
         self.stats.kv_slots_end = self.target.cache.slots_used
         best = best[: self.config.num_return_sequences]
-        return DecodeResult(
-            [h.tokens for h in best], [h.score for h in best], [h.finished for h in best], self.stats
-        )
+        return DecodeResult([h.tokens for h in best], [h.score for h in best], [h.finished for h in best], self.stats)
 
 
 def _slots(both: Aligned, slots: list[int], target: Joint) -> list[tuple[int, int, float]]:
     """Verified slots as (parent, token, target weight); equal draws once."""
-    weight_of = dict(zip(zip(target.parents.tolist(), target.tokens.tolist(), strict=True), target.weights.tolist(), strict=True))
-    return [(parent, token, weight_of[parent, token]) for parent, token in both.nodes_and_tokens(list(dict.fromkeys(slots)))]
+    weight_of = dict(
+        zip(zip(target.parents.tolist(), target.tokens.tolist(), strict=True), target.weights.tolist(), strict=True)
+    )
+    return [
+        (parent, token, weight_of[parent, token]) for parent, token in both.nodes_and_tokens(list(dict.fromkeys(slots)))
+    ]
 
 
 def _best_first(beams: Iterator[Beam]) -> list[Beam]:

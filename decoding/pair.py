@@ -53,7 +53,9 @@ class ModelPair:
 
         _check_device(device)
         target, draft, tokenizer = load_tiny()
-        return cls(target.to(device), draft.to(device), tokenizer, name="tiny")
+        torch.nn.Module.to(target, device)
+        torch.nn.Module.to(draft, device)
+        return cls(target, draft, tokenizer, name="tiny")
 
     @classmethod
     def load(
@@ -175,7 +177,10 @@ def check_architecture(config: Any, role: str) -> None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = set(getattr(text, "layer_types", None) or [])
     recurrent = layers - {"full_attention", "sliding_attention", "chunked_attention"}
-    state = any(hasattr(text, name) for name in ("state_size", "ssm_state_size", "mamba_d_state", "conv_kernel", "rescale_every"))
+    state = any(
+        hasattr(text, name)
+        for name in ("state_size", "ssm_state_size", "mamba_d_state", "conv_kernel", "rescale_every")
+    )
     if recurrent or state or not hasattr(text, "num_attention_heads"):
         what = f" (layers: {', '.join(sorted(recurrent))})" if recurrent else ""
         raise UserError(

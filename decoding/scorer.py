@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class ForestScorer:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Any,
         prompt: list[int],
         forest: TokenForest,
         spare_slots: int,
@@ -47,7 +48,9 @@ class ForestScorer:
         config = model.config.get_text_config()
         dtype = next(model.parameters()).dtype
         self.cache = ForestCache(len(prompt), len(prompt) + spare_slots, config.num_hidden_layers, self.device, dtype)
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self._last_only = (
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        )
 
     def close(self) -> None:
         """Take the hook off the model."""
@@ -135,7 +138,7 @@ def _gather(rows: list[tuple[Tensor, int]]) -> Tensor:
 
 
 @torch.inference_mode()
-def check_forest_pass(model: torch.nn.Module, role: str) -> None:
+def check_forest_pass(model: Any, role: str) -> None:
     """Refuse a model whose forest pass differs from its sequential pass.
 
     Masks and positions are passed as transformers' attention models take them; a model that ignores either

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,9 +134,7 @@ def fit_model(
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
-        torch.optim.Muon(
-            matrices, lr=fit.matrix_lr, weight_decay=fit.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(matrices, lr=fit.matrix_lr, weight_decay=fit.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=fit.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     schedules = [
@@ -236,7 +235,7 @@ def mean_overlap(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokens: Tens
     return torch.stack(shares).mean().item()
 
 
-def build_model(shape: dict[str, int], intermediate_size: int, eos: int) -> LlamaForCausalLM:
+def build_model(shape: dict[str, Any], intermediate_size: int, eos: int) -> LlamaForCausalLM:
     """A Llama with tied embeddings and random weights."""
     return LlamaForCausalLM(
         LlamaConfig(
@@ -268,7 +267,7 @@ def measure_pair(
 
 def save_model(model: LlamaForCausalLM, folder: Path) -> None:
     """Write bf16 safetensors."""
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
 
 
 def load_tiny(folder: Path = TINY_DIR) -> tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -312,8 +311,12 @@ def main(argv: list[str] | None = None) -> None:
     fit = FitConfig(steps=options.draft_steps, seed=DRAFT_FIT.seed)
     fit_model(draft, draw_rows(len(lessons.rows), fit), fit, lessons.loss, "draft", options.compile)
     save_model(draft, options.out / "draft")
-    numbers = measure_pair(*load_tiny(options.out))
-    numbers |= {"parameters": sizes, "train_tokens": tokens.numel(), "minutes": round((time.monotonic() - began) / 60, 1)}
+    numbers: dict[str, Any] = dict(measure_pair(*load_tiny(options.out)))
+    numbers |= {
+        "parameters": sizes,
+        "train_tokens": tokens.numel(),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+    }
     numbers |= {"steps": options.steps, "draft_steps": options.draft_steps, "python": platform.python_version()}
     (options.out / "recipe.json").write_text(json.dumps(numbers, indent=2) + "\n")
     print(json.dumps(numbers, indent=2))

@@ -154,7 +154,10 @@ def write_shard(directory: Path, name: str, rows: list[dict[str, Any]], about: d
     """
     columns = {column: [row[column] for row in rows] for column in TRACE_FEATURES}
     table = Dataset.from_dict(columns, features=TRACE_FEATURES).data.table
-    metadata = {**(table.schema.metadata or {}), b"dsbd": json.dumps(about | {"schema_version": SCHEMA_VERSION}).encode()}
+    metadata = {
+        **(table.schema.metadata or {}),
+        b"dsbd": json.dumps(about | {"schema_version": SCHEMA_VERSION}).encode(),
+    }
     target = directory / name
     partial = target.with_suffix(".partial")
     try:
@@ -186,7 +189,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         version = manifest["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not a trace manifest ({type(error).__name__}). Delete the directory to collect the traces again."
+            f"{path} is not a trace manifest ({type(error).__name__}). Delete the directory to collect the traces "
+            "again."
         ) from error
     if version != SCHEMA_VERSION:
         raise UserError(
@@ -234,7 +238,9 @@ def _read_shard(path: Path, entry: dict[str, Any], trace_key: str) -> pa.Table:
     if about.get("trace_key") != trace_key:
         raise UserError(f"The trace shard {path} belongs to another collection than its manifest. {again}")
     if table.num_rows != entry["rows"]:
-        raise UserError(f"The trace shard {path} holds {table.num_rows} rows; its manifest says {entry['rows']}. {again}")
+        raise UserError(
+            f"The trace shard {path} holds {table.num_rows} rows; its manifest says {entry['rows']}. {again}"
+        )
     return table
 
 

@@ -51,10 +51,25 @@ def draw_panel(axis: plt.Axes, title: str, below: str, stage: int) -> None:
 def main() -> None:
     """Write the picture."""
     figure, axes = plt.subplots(1, 3, figsize=(11.5, 4.1))
-    draw_panel(axes[0], "1  Draft", "The small model draws w = 4 beams a layer\nfrom its joint distribution Q, γ = 2 layers deep.", 0)
-    draw_panel(axes[1], "2  Verify", "One pass of the large model scores every node.\nEach draft is accepted with min(1, R / Qᵢ); a layer with\n"
-               "M = 2 accepted passes; the second one here\nfailed and is refilled.", 1)  # fmt: skip
-    draw_panel(axes[2], "3  Go on", "Accepted and drawn beams are the input of the\nnext iteration; the slots of the others are free.", 2)
+    draw_panel(
+        axes[0],
+        "1  Draft",
+        "The small model draws w = 4 beams a layer\nfrom its joint distribution Q, γ = 2 layers deep.",
+        0,
+    )
+    draw_panel(
+        axes[1],
+        "2  Verify",
+        "One pass of the large model scores every node.\nEach draft is accepted with min(1, R / Qᵢ); a layer with\n"
+        "M = 2 accepted passes; the second one here\nfailed and is refilled.",
+        1,
+    )
+    draw_panel(
+        axes[2],
+        "3  Go on",
+        "Accepted and drawn beams are the input of the\nnext iteration; the slots of the others are free.",
+        2,
+    )
     figure.tight_layout()
     figure.savefig(Path(__file__).with_name("forest.png"), dpi=110)
 
