@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from decoding.config import DecodingConfig
@@ -267,7 +268,7 @@ def _from_hub(loader: Any, source: str, role: str, **options: Any) -> Any:
     """`from_pretrained` with a clear sentence when it fails."""
     try:
         return loader.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         first = reason[0] if reason else type(error).__name__
         raise UserError(

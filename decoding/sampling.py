@@ -152,9 +152,10 @@ def draw(probs: FloatArray, count: int, replacement: bool, dice: Dice) -> IntArr
         edges = np.cumsum(probs)
         picks = np.searchsorted(edges, dice.uniform(count) * edges[-1], side="right")
         return np.minimum(picks, np.flatnonzero(probs)[-1])
-    with np.errstate(divide="ignore"):
-        finish = -np.log1p(-dice.uniform(len(probs))) / probs  # [S] exponential race; inf where the probability is 0
+    with np.errstate(all="ignore"):  # a tiny probability overflows, none divides by zero
+        finish = -np.log1p(-dice.uniform(len(probs))) / probs  # [S] exponential race
+    finish = np.where(probs > 0, np.minimum(finish, np.finfo(np.float64).max), np.inf)
     count = min(count, int(np.count_nonzero(probs)))
     if count == 1:
-        return np.asarray([np.argmin(np.where(probs > 0, finish, np.inf))])
-    return np.argsort(np.where(probs > 0, finish, np.inf), kind="stable")[:count]
+        return np.asarray([np.argmin(finish)])
+    return np.argsort(finish, kind="stable")[:count]

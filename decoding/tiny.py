@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import platform
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,7 +288,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile (about 1.2x, needs a C++ compiler)")
     parser.add_argument("--draft-only", action="store_true", help="distil a new draft from the target in --out")
     options = parser.parse_args(argv)
-    began = time.monotonic()
     torch.manual_seed(0)
     if options.draft_only:
         target, _, tokenizer = load_tiny(options.out)
@@ -315,7 +313,6 @@ def main(argv: list[str] | None = None) -> None:
     numbers |= {
         "parameters": sizes,
         "train_tokens": tokens.numel(),
-        "minutes": round((time.monotonic() - began) / 60, 1),
     }
     numbers |= {"steps": options.steps, "draft_steps": options.draft_steps, "python": platform.python_version()}
     (options.out / "recipe.json").write_text(json.dumps(numbers, indent=2) + "\n")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, UserError, WidthPolicy, beam_sample
-from decoding.decoder import as_token_lists
+from decoding.decoder import LayerEvent, as_token_lists
 from decoding.widths import TargetContext
 from tests.decoding.stubs import MAX_POSITIONS, TableModel, random_pair
 
@@ -189,26 +189,47 @@ def test_exact_keeps_no_more_than_its_width(replacement: bool) -> None:
         assert all(n <= m for n, m in zip(result.stats.accepted, result.stats.target_widths, strict=True))
 
 
-def test_surplus_and_refill_go_beyond_the_width_up_to_target_width() -> None:
+class KeptRecorder:
+    """(passed, accepted, kept) of every verified layer."""
+
+    shadow = None
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[bool, int, int]] = []
+
+    def layer(self, event: LayerEvent) -> None:
+        if event.verdict is not None:
+            self.seen.append((event.record.passed, event.record.accepted, len(event.kept)))
+
+    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
+        pass
+
+    def end(self, best_path: list[int]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("surplus", ["keep", "drop"])
+@pytest.mark.parametrize("refill", ["full", "width"])
+def test_surplus_and_refill_go_beyond_the_width_up_to_target_width(surplus: str, refill: str) -> None:
+    """M = 2 of 4: a passed layer keeps its surplus or not, a failed one is filled to 4 or to 2."""
     config = DecodingConfig(
         target_width=4,
         draft_width=6,
-        draft_depth=1,
-        max_new_tokens=2,
+        draft_depth=2,
+        max_new_tokens=6,
         eos_token_id=-1,
-        num_return_sequences=4,
+        surplus=surplus,
+        refill=refill,
     )
-
-    def kept(pair: ModelPair, **changes: Any) -> set[int]:
-        decoder = DSBDDecoder(pair, config.with_changes(**changes), FixedWidth(target_width=1))
-        results = decoder.generate([PROMPT] * 30, torch.Generator().manual_seed(0))
-        return {result.stats.accepted[0] if result.stats.accepted[0] else -len(result.sequences) for result in results}
-
-    alike, unlike = random_pair(6, closeness=1.0), ModelPair(sure_model(), sure_model([False] * 9))
-    assert max(kept(alike)) > 1, "surplus drafts stay"
-    assert max(kept(alike, surplus="drop")) == 1
-    assert max(kept(alike, exact=True)) == 1
-    assert all(count < 0 for count in kept(unlike)), "every layer fails"
+    recorder = KeptRecorder()
+    decoder = DSBDDecoder(random_pair(6, seed=2, closeness=0.5), config, FixedWidth(target_width=2))
+    decoder.generate([PROMPT] * 60, torch.Generator().manual_seed(0), recorder)
+    passed = {(accepted, kept) for passed, accepted, kept in recorder.seen if passed}
+    failed = {(accepted, kept) for passed, accepted, kept in recorder.seen if not passed}
+    assert all(accepted == kept for accepted, kept in passed)
+    assert {kept for _, kept in passed} == ({2, 3, 4} if surplus == "keep" else {2})
+    assert {accepted for accepted, _ in failed} == {0, 1}
+    assert {kept for _, kept in failed} == ({4} if refill == "full" else {2})
 
 
 def test_one_beam_cache_goes_on_with_the_best_beam() -> None:

@@ -114,12 +114,12 @@ def test_a_truncated_checkpoint_is_refused(saved: dict[str, str], tmp_path: Path
     directory = save(llama(), "abcdefgh", tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
-    with pytest.raises(UserError, match="The draft model .* could not be loaded"):
+    with pytest.raises(UserError, match=r"The draft model .* could not be loaded"):
         ModelPair.load(saved["target"], directory, device="cpu", dtype="float32")
 
 
 def test_a_model_without_a_tokenizer_is_refused(saved: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="The draft model .* could not be loaded"):
+    with pytest.raises(UserError, match=r"The draft model .* could not be loaded"):
         load(saved, draft="mute")
 
 
@@ -150,7 +150,7 @@ def test_a_model_that_ignores_masks_is_refused() -> None:
     config = llama().config
     config.initializer_range = 0.5
     pair = ModelPair(Unmasked(config), llama())
-    with pytest.raises(UserError, match="target model .* scores a forest of beams differently"):
+    with pytest.raises(UserError, match=r"target model .* scores a forest of beams differently"):
         DSBDDecoder(pair, DecodingConfig(max_new_tokens=3)).generate([[1, 2]])
 
 

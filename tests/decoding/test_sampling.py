@@ -147,9 +147,15 @@ def test_extreme_numbers_never_draw_the_impossible(number: float, replacement: b
         def uniform(self, count: int) -> np.ndarray:
             return np.full(count, number)
 
-    with np.errstate(invalid="ignore"):
-        picks = draw(np.array([0.0, 0.5, 0.5, 0.0]), 2, replacement, Loaded())
+    picks = draw(np.array([0.0, 0.5, 0.5, 0.0]), 2, replacement, Loaded())
     assert set(picks.tolist()) <= {1, 2}
+
+
+@pytest.mark.filterwarnings("error")
+def test_vanishing_probabilities_are_drawn_last_and_the_impossible_never() -> None:
+    """1 / 5e-324 overflows; it must still come before what has no probability at all."""
+    picks = draw(np.array([0.0, 5e-324, 1.0]), 3, False, Dice(torch.Generator().manual_seed(0)))
+    assert picks.tolist() == [2, 1]
 
 
 def test_dice_are_reproducible_and_in_range() -> None:
