@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from controller.counts import count_table, tails
 from controller.features import ContextFeatures, check_features, hidden_vectors
-from controller.network import WidthNet, load_controller
+from controller.network import HostNet, WidthNet, load_controller
 from controller.planner import Costs, Plan, Planner, Prediction, Throughput, UnitCosts, iteration_seconds
 from decoding.acceptance import accept_probabilities, accepted_count_table, align
 from decoding.config import DecodingConfig
@@ -82,6 +81,7 @@ class LearnedWidth(WidthPolicy):
                 f"version {self.features.version}. Collect traces and train again."
             )
         self.net, self.provenance = net.eval(), provenance
+        self._host = HostNet(net)
         self.width_value, self.mode, self.clock, self.survivors = float(width_value), mode, clock, survivors
         self.needs_hidden = bool(net.sizes["draft_hidden"] or net.sizes["target_hidden"])
         self.use_latency(latency)
@@ -207,24 +207,22 @@ class LearnedWidth(WidthPolicy):
 
     # What it knows.
 
-    @torch.inference_mode()
     def predict(self, context: DraftContext) -> Prediction:
         """Ask the network about one layer."""
         sizes = self.net.sizes
-        vectors: list[torch.Tensor | None] = [None, None]
+        hidden = hidden_vectors(context, sizes["draft_hidden"], sizes["target_hidden"])
         if self.needs_hidden:
-            hidden = hidden_vectors(context, sizes["draft_hidden"], sizes["target_hidden"])
-            for i, (name, vector) in enumerate(zip(("draft_hidden", "target_hidden"), hidden, strict=True)):
+            for name, vector in zip(("draft_hidden", "target_hidden"), hidden, strict=True):
                 if len(vector) != sizes[name]:
                     raise UserError(
                         f"The controller expects {name} of size {sizes[name]}, the pair gives {len(vector)}: it was "
                         "trained for another pair. Train one with python train.py pair=..."
                     )
-                vectors[i] = torch.from_numpy(vector)[None]
-        logits = self.net(torch.from_numpy(self.features(context))[None], *vectors)
-        accept = logits.accept[0].sigmoid().double().numpy()  # [W, W]
-        ranks = logits.survivor[0].double().softmax(-1).numpy()  # [R]
-        return Prediction(tails(count_table(accept)), np.minimum(np.append(0.0, ranks.cumsum()), 1.0))
+        accept_logits, survivor_logits = self._host(self.features(context), *hidden)
+        accept = 1.0 / (1.0 + np.exp(-np.clip(accept_logits, -30, 30).astype(np.float64)))  # [W, W]
+        ranks = np.exp((survivor_logits - survivor_logits.max()).astype(np.float64))  # [R]
+        survivors = np.append(0.0, np.minimum(ranks.cumsum() / ranks.sum(), 1.0))
+        return Prediction(tails(count_table(accept)), survivors)
 
     def _see(self, context: DraftContext) -> _Seen:
         """The prediction and plan of a layer, made once."""

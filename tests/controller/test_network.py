@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from controller.network import CONFIG, WEIGHTS, WidthNet, load_controller, save_controller
+from controller.network import CONFIG, WEIGHTS, HostNet, WidthNet, load_controller, save_controller
 from decoding.errors import UserError
 
 PROVENANCE = {"features": {"version": 1, "names": ["a", "b", "c"]}, "pair": {"name": "x"}, "decoding": {}}
@@ -37,6 +37,21 @@ def test_starts_at_the_constants() -> None:
     logits = made.eval()(torch.randn(5, 3))
     torch.testing.assert_close(logits.accept.sigmoid(), rate.expand(5, -1, -1))
     torch.testing.assert_close(logits.survivor.softmax(-1), ranks.expand(5, -1))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"draft_hidden": 0, "target_hidden": 0}, {"draft_hidden": 0}])
+def test_one_row_on_the_host_is_the_same_network(sizes: dict[str, int]) -> None:
+    made = net(**sizes)
+    made.start_from(torch.randn(3), torch.rand(3) + 0.5, torch.rand(6, 6), torch.rand(4))
+    made.accept_temperature.fill_(1.7)
+    made.survivor_temperature.fill_(0.6)
+    rows = [torch.randn(5, 3) * 4, torch.randn(5, 5) * 10, torch.randn(5, 7)]
+    rows[2][0] = 0  # unknown hidden state
+    logits, host = made(*rows), HostNet(made)
+    for i in range(5):
+        accept, survivor = host(*(row[i].numpy() for row in rows))
+        torch.testing.assert_close(torch.from_numpy(accept), logits.accept[i].detach(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(survivor), logits.survivor[i].detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_save_and_load_are_bit_equal(tmp_path: Path) -> None:
