@@ -223,11 +223,12 @@ def end_tokens(pair: ModelPair, config: DecodingConfig) -> frozenset[int]:
 
 
 def _context_of(model: Any) -> int | None:
-    """Tokens that one model takes; a sliding window counts as its limit until windows follow paths."""
+    """Tokens that one model takes; a sliding window or chunk counts as its limit until they follow paths."""
     text = model.config.get_text_config()
     limits = [getattr(text, "max_position_embeddings", None)]
     if getattr(text, "use_sliding_window", True):
         limits.append(getattr(text, "sliding_window", None))
+    limits.append(getattr(text, "attention_chunk_size", None))
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
     return min(known) if known else None
 

@@ -79,7 +79,9 @@ def joint_distribution(
     alive = share > 0
     if not alive.all():
         rows, tokens, log_p, share = rows[alive], tokens[alive], log_p[alive], share[alive]
-    return Joint(np.asarray(nodes, dtype=np.int64)[rows], tokens, share / share.sum(), base[rows] + log_p)
+    probs = share / share.sum()
+    probs.flags.writeable = False  # policies are shown this very array
+    return Joint(np.asarray(nodes, dtype=np.int64)[rows], tokens, probs, base[rows] + log_p)
 
 
 def nan_message(model_name: str) -> str:

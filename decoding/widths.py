@@ -80,7 +80,9 @@ class IterationRecord:
 class WidthPolicy:
     """Decides w, M and whether to draft a further layer; the base class asks for the config's widest.
 
-    A policy may be used for one prompt after another; `reset` is called before each.
+    A policy may be used for one prompt after another; `reset` is called before each. One that keeps state must not
+    let `target_width` of a layer depend on what it was shown of deeper layers (they are drafted before this one is
+    verified): contexts hold nothing of them, but memory could. That would bias the output.
     """
 
     name = "fixed"
@@ -138,6 +140,11 @@ class FixedWidth(WidthPolicy):
                     f"FixedWidth({name}={value}) is outside {least}..{limit}, the range that the decoding config "
                     f"allows. Lower it or raise decoding.{name}."
                 )
+        if self.fixed_target_width is not None and self.fixed_target_width < config.min_width:
+            raise UserError(
+                f"FixedWidth(target_width={self.fixed_target_width}) is less than min_width ({config.min_width}). Raise "
+                "it or lower decoding.min_width."
+            )
         target = self.fixed_target_width or config.target_width
         draft = self.fixed_draft_width or config.draft_width
         if config.draft_depth and self.fixed_draft_depth != 0 and draft < target:
