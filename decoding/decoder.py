@@ -143,6 +143,7 @@ class DSBDDecoder:
                 "generate(num_beams=..., do_sample=False)."
             )
         self.policy.check(self.config)
+        self.policy.check_pair(pair)
         pair.check_forest_passes()
 
     @torch.inference_mode()

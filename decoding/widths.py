@@ -91,6 +91,9 @@ class WidthPolicy:
     def check(self, config: DecodingConfig) -> None:
         """Refuse a config that this policy cannot work with (UserError)."""
 
+    def check_pair(self, pair: Any) -> None:
+        """Refuse a pair that this policy was not made for (UserError)."""
+
     def reset(self, config: DecodingConfig) -> None:
         """A new prompt starts."""
 
@@ -142,8 +145,8 @@ class FixedWidth(WidthPolicy):
                 )
         if self.fixed_target_width is not None and self.fixed_target_width < config.min_width:
             raise UserError(
-                f"FixedWidth(target_width={self.fixed_target_width}) is less than min_width ({config.min_width}). Raise "
-                "it or lower decoding.min_width."
+                f"FixedWidth(target_width={self.fixed_target_width}) is less than min_width ({config.min_width}). "
+                "Raise it or lower decoding.min_width."
             )
         target = self.fixed_target_width or config.target_width
         draft = self.fixed_draft_width or config.draft_width
