@@ -24,7 +24,7 @@ help: ## list the targets
 	$(RUN) -m pip install --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: .venv/.installed ## log traces, train a controller, evaluate it; about 10 minutes on 2 cores, offline after the install
+demo: .venv/.installed ## log traces, train a controller, evaluate it; about 5 minutes on 2 cores, offline after the install
 	$(RUN) train.py experiment=demo
 	$(RUN) evaluate.py experiment=demo_evaluate
 	@echo "controller: outputs/demo/controller    table and plots: outputs/demo/evaluation"
@@ -41,7 +41,7 @@ format: .venv/.installed ## let ruff format and fix what it can
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
-pair: .venv/.installed ## train the built-in pair again, from the recipe (about 40 minutes on 2 cores)
+pair: .venv/.installed ## train the built-in pair again, from the recipe (about 70 minutes on 2 cores)
 	$(RUN) -m decoding.tiny
 
 clean: ## remove outputs and caches; .venv stays
