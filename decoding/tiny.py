@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import platform
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,7 +212,7 @@ class Lessons:
 def bits_per_byte(model: LlamaForCausalLM, tokens: Tensor, num_bytes: int) -> float:
     """Held-out loss in bits per byte; every token sees at least half a context before it."""
     stride, nats = CONTEXT // 2, 0.0
-    for start in range(0, tokens.numel() - 1, stride):
+    for start in track(range(0, tokens.numel() - 1, stride), "held-out loss"):
         window = tokens[max(0, start - stride) : start + stride + 1][None]
         fresh = min(stride, tokens.numel() - 1 - start)
         logits = model(input_ids=window[:, :-1], use_cache=False).logits.float()
@@ -224,7 +225,7 @@ def mean_overlap(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokens: Tens
     """Mean of Σ min(P, Q) over held-out positions, both cut to their `top_k` tokens and re-normalised."""
     shares = []
     rows = cut_rows(tokens)
-    for window in rows[:: max(1, len(rows) // 200)]:
+    for window in track(rows[:: max(1, len(rows) // 200)], "overlap"):
         cut = []
         for model in (target, draft):
             logits = model(input_ids=window[None], use_cache=False).logits[0].float()  # [T, V]
@@ -252,7 +253,7 @@ def build_model(shape: dict[str, Any], intermediate_size: int, eos: int) -> Llam
 
 def measure_pair(
     target: LlamaForCausalLM, draft: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Held-out numbers of the pair, on the library modules of split "test"."""
     tokens, num_bytes = read_tokens(tokenizer, "test", tests=False)
     return {
@@ -288,6 +289,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile (about 1.2x, needs a C++ compiler)")
     parser.add_argument("--draft-only", action="store_true", help="distil a new draft from the target in --out")
     options = parser.parse_args(argv)
+    partial = options.out.with_name(options.out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    numbers = train_pair(partial, options)
+    (partial / "recipe.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    shutil.rmtree(options.out, ignore_errors=True)
+    partial.rename(options.out)
+    print(json.dumps(numbers, indent=2))
+
+
+def train_pair(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Train, save and measure the pair in a new folder; the old one is untouched until this is done.
+
+    Returns:
+        The held-out numbers and the settings, for recipe.json.
+    """
     torch.manual_seed(0)
     if options.draft_only:
         target, _, tokenizer = load_tiny(options.out)
@@ -302,21 +318,19 @@ def main(argv: list[str] | None = None) -> None:
     if not options.draft_only:
         fit = FitConfig(steps=options.steps, seed=TARGET_FIT.seed)
         fit_model(target, draw_sequences(tokens, fit), fit, next_token_loss, "target", options.compile)
-        tokenizer.save_pretrained(options.out / "tokenizer")
-        save_model(target, options.out / "target")
-        target.float()
-    lessons = Lessons.from_target(target, library)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    save_model(target, folder / "target")
+    lessons = Lessons.from_target(target.float(), library)
     fit = FitConfig(steps=options.draft_steps, seed=DRAFT_FIT.seed)
     fit_model(draft, draw_rows(len(lessons.rows), fit), fit, lessons.loss, "draft", options.compile)
-    save_model(draft, options.out / "draft")
-    numbers: dict[str, Any] = dict(measure_pair(*load_tiny(options.out)))
-    numbers |= {
+    save_model(draft, folder / "draft")
+    return measure_pair(*load_tiny(folder)) | {
         "parameters": sizes,
         "train_tokens": tokens.numel(),
+        "steps": options.steps,
+        "draft_steps": options.draft_steps,
+        "python": platform.python_version(),
     }
-    numbers |= {"steps": options.steps, "draft_steps": options.draft_steps, "python": platform.python_version()}
-    (options.out / "recipe.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    print(json.dumps(numbers, indent=2))
 
 
 if __name__ == "__main__":
