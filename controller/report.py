@@ -24,7 +24,7 @@ from rich.table import Table
 from decoding.measure import REFERENCE_METHODS, Measurement, Row
 
 SCHEMA_VERSION = 1
-PHASES = ("draft", "target", "verify", "policy", "other")
+PHASES = ("prompt", "draft", "target", "verify", "policy", "other")
 FRONTIER, CALIBRATION, TABLE, RESULTS = "frontier.png", "calibration.png", "results.md", "results.json"
 
 FloatArray = NDArray[np.float64]
@@ -241,6 +241,7 @@ def results_page(results: Mapping[str, Any], with_calibration: bool = False) -> 
         f"`python {' '.join(source['argv'])}`, {source['date']}, {where}, torch {source['versions'].get('torch')}, "
         f"commit {(source['git_sha'] or 'unknown')[:12]}.",
         "",
+        *([f"**{source['pair']['note']}**", ""] if source["pair"].get("note") else []),
         *_markdown(
             ["row", *(heading for heading, _, _ in columns)],
             [[row["name"], *(_cell(row, c, c[1] in with_interval) for c in columns)] for row in rows],

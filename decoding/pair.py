@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
-from decoding.scorer import check_forest_pass
+from decoding.scorer import ENGINES, check_forest_pass
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -27,6 +28,9 @@ class ModelPair:
         target, draft: models in hand; `draft` may be None where only the target is used.
         tokenizer: for text in and out; None if you work with token ids.
         name: shown in results.
+        engine: how the models are run: "auto", passes fused where the family is known, and CUDA graphs on a GPU;
+            "eager", without graphs; "transformers", the models' own forward.
+        note: what a reader of results must know about the pair; shown with them.
 
     Raises:
         UserError: a model that cannot be decoded with a forest cache, or vocabularies that differ.
@@ -36,10 +40,13 @@ class ModelPair:
     draft: Any
     tokenizer: Any = None
     name: str = "custom"
+    engine: str = "auto"
+    note: str = ""
     _fingerprint: str | None = field(default=None, repr=False)
-    _checked: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UserError(f"engine is {self.engine!r}; choose one of {', '.join(ENGINES)}.")
         for role, model in (("target", self.target), ("draft", self.draft)):
             if model is not None:
                 check_architecture(model.config, role)
@@ -48,7 +55,7 @@ class ModelPair:
             _check_vocabularies(self.target, self.draft)
 
     @classmethod
-    def tiny(cls, device: str = "cpu") -> ModelPair:
+    def tiny(cls, device: str = "cpu", engine: str = "auto") -> ModelPair:
         """The built-in pair: offline, on the CPU by default, trained by `python -m decoding.tiny`."""
         from decoding.tiny import load_tiny
 
@@ -56,7 +63,56 @@ class ModelPair:
         target, draft, tokenizer = load_tiny()
         torch.nn.Module.to(target, device)
         torch.nn.Module.to(draft, device)
-        return cls(target, draft, tokenizer, name="tiny")
+        return cls(target, draft, tokenizer, name="tiny", engine=engine)
+
+    @classmethod
+    def inflated(
+        cls,
+        target_size: str | Mapping[str, Any] = "8b",
+        draft_size: str | Mapping[str, Any] = "1b",
+        device: str = "cuda",
+        dtype: str = "bfloat16",
+        engine: str = "auto",
+    ) -> ModelPair:
+        """The built-in pair in models of real size: its distributions, and so its acceptance, at their cost.
+
+        A cost model of a size, not trained models of it: the text is the built-in pair's, and means nothing beyond the
+        512 tokens that it was trained for. Nothing is downloaded or stored.
+
+        Args:
+            target_size, draft_size: names in `decoding.inflate.SHAPES`, or mappings with the fields of `Shape`.
+            device: as for `load`.
+            dtype: "bfloat16", "float16" or "float32".
+            engine: how the models are run, as for the class.
+
+        Raises:
+            UserError: unknown sizes, sizes that cannot hold the built-in models, or too little memory on the GPU.
+        """
+        from decoding.inflate import inflate, shape_of
+        from decoding.tiny import load_tiny
+
+        if dtype not in _DTYPES[1:]:
+            raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES[1:])}.")
+        _check_device(device)
+        sizes = (target_size, draft_size)
+        shapes = [shape_of(size) for size in sizes]
+        names = [size if isinstance(size, str) else "custom" for size in sizes]
+        if shapes[0].vocab_size != shapes[1].vocab_size:
+            raise UserError(
+                f"target_size {names[0]} has {shapes[0].vocab_size} tokens, draft_size {names[1]} has "
+                f"{shapes[1].vocab_size}: choose two sizes with one vocabulary, such as 8b and 1b, or 13b and 68m."
+            )
+        kind = getattr(torch, dtype)
+        _check_memory(sum(shape.parameters for shape in shapes) * kind.itemsize, device)
+        target, draft, tokenizer = load_tiny()
+        target, draft = (
+            inflate(model, shape, device, kind) for model, shape in zip((target, draft), shapes, strict=True)
+        )
+        note = (
+            f"The built-in pair in the shapes {names[0]} and {names[1]}: a model of what these sizes cost, not trained "
+            "models of these sizes. Acceptance and text are the built-in pair's."
+        )
+        return cls(target, draft, tokenizer, name=f"inflated-{names[0]}-{names[1]}", engine=engine, note=note)
 
     @classmethod
     def load(
@@ -67,6 +123,7 @@ class ModelPair:
         dtype: str = "bfloat16",
         trust_remote_code: bool = False,
         name: str | None = None,
+        engine: str = "auto",
         **options: Any,
     ) -> ModelPair:
         """Load a pair from the Hugging Face hub or from local directories.
@@ -77,6 +134,7 @@ class ModelPair:
             dtype: "bfloat16", "float16", "float32" or "auto".
             trust_remote_code: run code that comes with a checkpoint; off unless you ask for it.
             name: shown in results; the target's name if absent.
+            engine: how the models are run, as for the class.
             options: passed to `from_pretrained` (for instance attn_implementation).
 
         Raises:
@@ -102,15 +160,13 @@ class ModelPair:
         for role, source in (("target", target), ("draft", draft)):
             tokenizers[role] = _from_hub(AutoTokenizer, source, role, trust_remote_code=trust_remote_code)
         _check_tokenizers(tokenizers["target"], tokenizers["draft"])
-        return cls(models["target"], models["draft"], tokenizers["target"], name or Path(target).name)
+        return cls(models["target"], models["draft"], tokenizers["target"], name or Path(target).name, engine)
 
     def check_forest_passes(self) -> None:
         """Make sure, once, that both models score forests as they score sequences (UserError otherwise)."""
-        if not self._checked:
-            for role, model in (("target", self.target), ("draft", self.draft)):
-                if model is not None:
-                    check_forest_pass(model, role)
-            self._checked = True
+        for role, model in (("target", self.target), ("draft", self.draft)):
+            if model is not None:
+                check_forest_pass(model, role, self.engine)
 
     @property
     def device(self) -> torch.device:
@@ -150,6 +206,7 @@ class ModelPair:
         models = {"target": self.target, "draft": self.draft}
         return {
             "name": self.name,
+            **({"note": self.note} if self.note else {}),
             "fingerprint": self.fingerprint,
             "vocab_size": self.vocab_size,
             "device": str(self.device),
@@ -242,6 +299,17 @@ def _check_device(device: str) -> None:
         raise UserError(f"device is {device!r} but this machine has no CUDA device; set pair.device=cpu.")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device is {device!r} but this machine has {torch.cuda.device_count()}, counted from cuda:0.")
+
+
+def _check_memory(needed: int, device: str) -> None:
+    """Refuse weights of `needed` bytes that do not fit a GPU."""
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if needed > free:
+            raise UserError(
+                f"The pair's weights take {needed / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB free; choose "
+                "smaller sizes, or a 16-bit dtype."
+            )
 
 
 def _check_vocabularies(target: Any, draft: Any) -> None:

@@ -132,7 +132,7 @@ def run(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         (("train.py", "controller.hiden=3"), "Did you mean controller.hidden?"),
         (("train.py", "decoding.draft_width=2"), "draft_width (2) is less than target_width (4)"),
         (("evaluate.py", "policies=[foo]"), "foo"),
-        (("-m", "decoding.collect", "pair=foo"), "pair=foo is not known; choose one of llama2_13b,"),
+        (("-m", "decoding.collect", "pair=foo"), "pair=foo is not known; choose one of inflated, llama2_13b,"),
     ],
 )
 def test_command_lines_refuse_in_one_sentence(tmp_path: Path, command: tuple[str, ...], expected: str) -> None:
