@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decoding.errors import UserError
-from decoding.sampling import Joint
+from decoding.sampling import Distribution
 from decoding.widths import DraftContext
 
 FloatVector = NDArray[np.float32]
@@ -114,7 +114,7 @@ def _weight_scalars(weights: list[float]) -> tuple[float, float, float, float]:
     return float(count), min(best - weights[1], _GAP_LIMIT), min(best - weights[-1], _GAP_LIMIT), entropy
 
 
-def _joint_scalars(joint: Joint) -> tuple[float, ...]:
+def _joint_scalars(joint: Distribution) -> tuple[float, ...]:
     """Shape of a joint distribution: entropy, head masses, support, and how its mass falls on the parents."""
     probs, support = joint.probs, len(joint.probs)
     head = np.argpartition(probs, -_HEAD)[-_HEAD:] if support > _HEAD else np.arange(support)

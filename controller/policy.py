@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -38,7 +39,7 @@ class _Seen(NamedTuple):
 
 
 class LearnedWidth(WidthPolicy):
-    """Widths and depth from a trained controller. One policy object decodes one prompt at a time.
+    """Widths and depth from a trained controller; the decoder forks it for each prompt.
 
     M is fixed from what is known before the layer's drafts are drawn ("before"), or from the layer's P and Q too
     ("after" and "both"); never from the drafts or the coins (design 5.4).
@@ -147,8 +148,18 @@ class LearnedWidth(WidthPolicy):
             warnings.warn(f"The controller was trained with {settings}; its widths may fit badly here.", stacklevel=2)
         self._checked = config
 
+    def fork(self, seed: int) -> LearnedWidth:
+        """A policy for one prompt. By the wall clock all share what is known of throughput; by the table none does, so
+        that a prompt's widths do not depend on its neighbours."""
+        if self._wall and self.throughput is None and self._checked is not None:
+            self.throughput = Throughput.expected(self.planner.costs, self._checked)
+        forked = copy.copy(self)
+        if not self._wall:
+            forked.throughput = None
+        return forked
+
     def reset(self, config: DecodingConfig) -> None:
-        """A new prompt starts; what is known of throughput stays."""
+        """A prompt starts."""
         if self.throughput is None:
             self.throughput = Throughput.expected(self.planner.costs, config)
         self._new_prompt()

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from decoding.sampling import Dice, FloatArray, IntArray, Joint, draw
+from decoding.sampling import Dice, Distribution, FloatArray, IntArray, draw
 
 _VOCABULARY_LIMIT = 1 << 32  # node * limit + token is one sortable key
 
 
-def joint_keys(joint: Joint) -> IntArray:
+def joint_keys(joint: Distribution) -> IntArray:
     """One integer per (parent node, token); [S]."""
     return joint.parents * _VOCABULARY_LIMIT + joint.tokens
 
@@ -24,33 +24,33 @@ def joint_keys(joint: Joint) -> IntArray:
 class Aligned:
     """P and Q of a layer on the union of their supports, size U."""
 
-    keys: IntArray  # [U] sorted, see joint_keys
     p: FloatArray  # [U], zero where only Q has mass
     q: FloatArray  # [U], zero where only P has mass
+    of_target: IntArray  # [S_p] where P's entries stand in the union
+    of_draft: IntArray  # [S_q] where Q's do
 
-    def nodes_and_tokens(self, index: list[int]) -> list[tuple[int, int]]:
-        """(parent node, token) of some entries."""
-        return [divmod(int(self.keys[i]), _VOCABULARY_LIMIT) for i in index]
-
-    def find(self, parents: IntArray, tokens: IntArray) -> IntArray:
-        """Entries that hold given (parent, token) pairs, which must be in the union."""
-        return np.searchsorted(self.keys, parents * _VOCABULARY_LIMIT + tokens)
+    def in_target(self, index: list[int]) -> IntArray:
+        """Entries of the union -> entries of P's support, which must hold them."""
+        entry = np.empty(len(self.p), dtype=np.int64)
+        entry[self.of_target] = np.arange(len(self.of_target))
+        return entry[index]
 
 
-def align(target: Joint, draft: Joint) -> Aligned:
+def align(target: Distribution, draft: Distribution) -> Aligned:
     """Put P and Q on the union of their supports."""
-    target_keys, draft_keys = joint_keys(target), joint_keys(draft)
-    keys = np.union1d(target_keys, draft_keys)
-    p, q = np.zeros(len(keys)), np.zeros(len(keys))
-    p[np.searchsorted(keys, target_keys)] = target.probs
-    q[np.searchsorted(keys, draft_keys)] = draft.probs
-    return Aligned(keys, p, q)
-
-
-def normalise(share: FloatArray) -> FloatArray | None:
-    """Divide by the sum; None where nothing is left."""
-    total = share.sum()
-    return share / total if total > 0 else None
+    keys = np.concatenate([joint_keys(target), joint_keys(draft)])
+    order = keys.argsort(kind="stable")
+    keys = keys[order]
+    first = np.ones(len(keys), dtype=bool)  # of its key: what np.unique does, in half the time
+    np.not_equal(keys[1:], keys[:-1], out=first[1:])
+    place = np.empty(len(keys), dtype=np.int64)
+    place[order] = first.cumsum() - 1
+    of_target, of_draft = place[: len(target)], place[len(target) :]
+    size = int(place[order[-1]]) + 1
+    p, q = np.zeros(size), np.zeros(size)
+    p[of_target] = target.probs
+    q[of_draft] = draft.probs
+    return Aligned(p, q, of_target, of_draft)
 
 
 @dataclass
@@ -106,53 +106,69 @@ def verify_layer(
 
 
 class _Judge:
-    """The state of a layer's verification: T (the open slot's distribution), R (what is left of it), Q_i."""
+    """The state of a layer's verification: T (the open slot's distribution), R (what is left of it), Q_i.
+
+    T, R and Q_i are kept as shares with their sums apart: a draft is judged in a few operations in place.
+    """
 
     def __init__(self, p: FloatArray, q: FloatArray, replacement: bool) -> None:
         self.replacement = replacement
-        self.slot: FloatArray | None = p / p.sum()  # T [U]
-        self.residual = self.slot  # R [U]
-        self.draft = q / q.sum()  # Q_i [U]
-
-    @property
-    def anything_left(self) -> bool:
-        """Whether a further slot can be filled at all."""
-        return self.slot is not None
+        self._slot, self._slot_sum = p.copy(), float(p.sum())  # T [U]
+        self._draft, self._draft_sum = q.copy(), float(q.sum())  # Q_i [U]
+        self._residual, self._residual_sum = p.copy(), self._slot_sum  # R [U]
+        self._fresh = True  # R = T
+        self.anything_left = True  # a further slot can be filled at all
 
     def accept_share(self) -> float:
         """Σ min(R, Q_i): the probability that the next draft will be accepted, before it is drawn."""
-        return float(np.minimum(self.residual, self.draft).sum()) if self.slot is not None else 0.0
+        if not self.anything_left:
+            return 0.0
+        residual, draft = self._residual / self._residual_sum, self._draft / self._draft_sum
+        return float(np.minimum(residual, draft).sum())
 
     def judge(self, x: int, coin: float) -> bool:
         """Accept draft x with probability min(1, R(x) / Q_i(x)); either way move on to Q_{i+1}."""
-        accepted = self.slot is not None and coin * self.draft[x] < self.residual[x]
-        if accepted:
-            self._close(x)
-        elif self.slot is not None:
-            rest = normalise(np.maximum(self.residual - self.draft, 0.0))
-            # Nothing left means R = Q_i up to rounding: that draft had accept probability 1.
-            self.residual = self.slot if rest is None else rest
+        accepted = False
+        if self.anything_left:
+            scale = self._residual_sum / self._draft_sum  # Q_i in the units of R's shares
+            accepted = bool(coin * scale * self._draft[x] < self._residual[x])
+            if accepted:
+                self._close(x)
+            else:
+                self._residual -= scale * self._draft
+                np.maximum(self._residual, 0.0, out=self._residual)
+                self._residual_sum, self._fresh = float(self._residual.sum()), False
+                if not self._residual_sum > 0:
+                    # Nothing left means R = Q_i up to rounding: that draft had accept probability 1.
+                    self._afresh()
         if not self.replacement:
-            self.draft = self.draft.copy()
-            self.draft[x] = 0.0
-            rest = normalise(self.draft)
-            self.draft = self.draft if rest is None else rest
+            before, self._draft[x] = float(self._draft[x]), 0.0
+            rest = float(self._draft.sum())
+            if rest > 0:
+                self._draft_sum = rest
+            else:
+                self._draft[x] = before
         return accepted
 
     def fill(self, dice: Dice) -> int:
         """Draw the open slot from R, and open the next one."""
-        x = int(draw(self.residual, 1, True, dice)[0])
+        x = int(draw(self._residual, 1, True, dice)[0])
         self._close(x)
         return x
 
     def _close(self, x: int) -> None:
         """Slot filled by x: without replacement T loses x; R starts again from T."""
-        if not self.replacement and self.slot is not None:
-            rest = self.slot.copy()
-            rest[x] = 0.0
-            self.slot = normalise(rest)
-        if self.slot is not None:
-            self.residual = self.slot
+        if not self.replacement:
+            self._slot[x] = 0.0
+            self._slot_sum = float(self._slot.sum())
+            self.anything_left = self._slot_sum > 0
+        elif self._fresh:
+            return
+        self._afresh()
+
+    def _afresh(self) -> None:
+        self._residual[:] = self._slot
+        self._residual_sum, self._fresh = self._slot_sum, True
 
 
 def accept_probabilities(p: FloatArray, q: FloatArray, width: int, as_shipped: bool = False) -> FloatArray:

@@ -1,172 +1,245 @@
-"""ForestCache: all beams of a prompt in one flat KV buffer per model, a slot per node. Design section 6.
+"""ForestCache: where the nodes of a batch of prompts live in one model's flat KV buffer. Design section 6.
 
-Attention goes through an additive mask row per node: its parent's row plus its own slot. Slots of dead nodes
-are used again, lowest first, so nothing is ever moved and the buffer in use stays about as long as one
-sequence.
+A row per prompt, a slot per node, and an additive mask row per node: its parent's row plus its own slot. Slots of
+dead nodes are used again, lowest first, so nothing is ever moved and the slots in use stay about as many as one
+sequence has tokens. The keys and values themselves belong to `forward.py`.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
-SLOT_STEP = 64  # attention reads a multiple of this many slots
-
-
-class _FlatLayer(CacheLayerMixin):
-    """Keys and values of one layer, [1, heads, slots, dim]; writes go where the owner says."""
-
-    is_sliding = False
-
-    def __init__(self, owner: ForestCache) -> None:
-        super().__init__()
-        self._owner = owner
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        capacity = self._owner.capacity
-
-        def buffer(states: Tensor) -> Tensor:  # [1, heads, capacity, dim]
-            return states.new_zeros(1, states.shape[1], capacity, states.shape[3])
-
-        self.keys, self.values = buffer(key_states), buffer(value_states)
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        self.keys.index_copy_(2, self._owner.write_slots, key_states)
-        self.values.index_copy_(2, self._owner.write_slots, value_states)
-        read = self._owner.read_slots
-        return self.keys[:, :, :read], self.values[:, :, :read]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._owner.read_slots, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return self._owner.capacity
-
-    def get_max_cache_shape(self) -> int:  # the same question, as transformers < 5.20 asks it
-        return self._owner.capacity
+SLOT_STEP = 64  # attention reads a multiple of this many slots; with static shapes it doubles from SLOT_BUCKET
+SLOT_BUCKET = 256
+QUERY_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class ForestCache(Cache):
-    """The KV buffer, slot table and mask rows of one prompt and one model.
+class _Row:
+    """The slot table of one prompt."""
+
+    def __init__(self, prompt_length: int) -> None:
+        self.prompt_length = prompt_length
+        self.slot_of: dict[int, int] = {0: prompt_length - 1}  # node -> slot
+        self.free: list[int] = []  # heap
+        self.next = prompt_length  # lowest slot that never held a node
+        self.peak = prompt_length
+
+    @property
+    def used(self) -> int:
+        return self.prompt_length + len(self.slot_of) - 1
+
+    def take(self) -> int:
+        if self.free:
+            return heapq.heappop(self.free)
+        self.next += 1
+        return self.next - 1
+
+
+@dataclass
+class Placement:
+    """Slots for the T nodes of a pass, on the host, row after row; each row's nodes stand in the first of N places."""
+
+    order: list[tuple[int, int]]  # [T] (row, node)
+    places: list[int]  # [T] where each node stands among rows * N
+    slots: list[int]  # [T] in the flat buffer: row * capacity + slot
+    base_rows: list[int]  # [T] mask row of the nearest ancestor that is not in this pass
+    mask_rows: list[int]  # [T] the node's own mask row
+    bits: list[int]  # what each node sees beyond its base: place * capacity + slot
+    first_row: int  # rows read: first_row .. first_row + rows - 1
+    rows: int
+    queries: int  # N: most nodes of any row, or the bucket that holds them
+    read: int  # S: slots read
+
+
+class ForestCache:
+    """Slot tables and mask rows of a batch.
 
     Args:
-        prompt_length: tokens in the prompt; they take slots 0..prompt_length - 1.
-        capacity: slots to begin with; the buffer doubles when they run out.
-        num_layers: attention layers of the model.
-        device, dtype: of the model; the mask rows are additive in that dtype.
+        rows: prompts at a time.
+        longest_prompt: tokens; a prompt takes the slots 0..length - 1 of its row.
+        spare: slots of a row for nodes, to begin with; they double when they run out.
+        device, dtype: of the model; the mask is additive in that dtype.
+        static: bucket shapes, so that a pass can be captured once and replayed.
     """
 
     def __init__(
-        self, prompt_length: int, capacity: int, num_layers: int, device: torch.device, dtype: torch.dtype
+        self,
+        rows: int,
+        longest_prompt: int,
+        spare: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        static: bool = False,
     ) -> None:
-        self.capacity = -(-capacity // SLOT_STEP) * SLOT_STEP
-        self._flat = [_FlatLayer(self) for _ in range(num_layers)]
-        super().__init__(layers=list(self._flat))
-        self.prompt_length = prompt_length
-        self.write_slots = torch.empty(0, dtype=torch.int64, device=device)
-        self.read_slots = 0
-        self.slots_peak = prompt_length
-        self._device = device
+        self.rows, self.static = rows, static
         self._hidden = torch.finfo(dtype).min
-        # Row 0 belongs to the prompt's last token, row s - prompt_length + 1 to the node in slot s.
-        rows = self.capacity - prompt_length + 1
-        self._rows = torch.full((rows, self.capacity), self._hidden, dtype=dtype, device=device)
-        self._rows[0, :prompt_length] = 0
-        self._slot_of: dict[int, int] = {0: prompt_length - 1}
-        self._free: list[int] = []
-        self._next = prompt_length
+        self._longest, self._device, self._dtype = longest_prompt, device, dtype
+        self._tables: list[_Row | None] = [None] * rows
+        self.spare, self.capacity = spare, self._capacity(spare)
+        self._masks = self._mask_table(spare, self.capacity)
+
+    def _capacity(self, spare: int) -> int:
+        """Slots of a row that leave `spare` ones for nodes; the last takes what fillers write."""
+        need = self._longest + spare + 1
+        capacity = SLOT_BUCKET if self.static else -(-need // SLOT_STEP) * SLOT_STEP
+        while capacity < need:
+            capacity *= 2
+        return capacity
+
+    def _mask_table(self, spare: int, capacity: int) -> Tensor:
+        """Mask rows in which nothing is seen, [rows * (spare + 1) + 1, capacity].
+
+        A row's mask rows: its prompt's last token, then one for each node slot. The very last is the fillers': it sees
+        slot 0, since a query that sees nothing would divide by zero.
+        """
+        shape = (self.rows * (spare + 1) + 1, capacity)
+        masks = torch.full(shape, self._hidden, dtype=self._dtype, device=self._device)
+        masks[-1, 0] = 0
+        return masks
+
+    def _grow(self, spare: int) -> None:
+        """More slots for nodes; mask rows are copied."""
+        capacity = max(self.capacity, self._capacity(spare))
+        masks = self._mask_table(spare, capacity)
+        old = self._masks[:-1].view(self.rows, self.spare + 1, self.capacity)
+        masks[:-1].view(self.rows, spare + 1, capacity)[:, : self.spare + 1, : self.capacity] = old
+        self.spare, self.capacity, self._masks = spare, capacity, masks
+
+    def reserve(self, capacity: int) -> None:
+        """Address a buffer that is larger than was asked for; before any row is opened."""
+        if capacity > self.capacity:
+            self.capacity, self._masks = capacity, self._mask_table(self.spare, capacity)
+
+    def open(self, row: int, prompt_length: int) -> None:
+        """A prompt takes a row; whatever was in it is forgotten."""
+        self._tables[row] = _Row(prompt_length)
+        mask = self._masks[row * (self.spare + 1)]
+        mask.fill_(self._hidden)
+        mask[:prompt_length] = 0
+
+    def close(self, row: int) -> None:
+        """The prompt in a row is done."""
+        self._tables[row] = None
+
+    def slots_used(self, row: int) -> int:
+        """Slots of a row that hold its prompt or a living node."""
+        return self._table(row).used
+
+    def slots_peak(self, row: int) -> int:
+        """Most slots that were in use at a time since the row was opened."""
+        return self._table(row).peak
+
+    def holds(self, row: int, node: int) -> bool:
+        """Whether the node's keys and values are in the buffer."""
+        return node in self._table(row).slot_of
+
+    def prompt_mask(self, first: int, last: int) -> Tensor:
+        """Causal mask of a prompt's tokens first..last - 1, [1, 1, last - first, slots read]."""
+        slots = torch.arange(self._bucket(last), device=self._device)
+        tokens = torch.arange(first, last, device=self._device)
+        mask = torch.zeros(last - first, len(slots), dtype=self._dtype, device=self._device)
+        return mask.masked_fill_(slots > tokens[:, None], self._hidden)[None, None]
+
+    def place(self, wanted: Mapping[int, tuple[Sequence[int], Sequence[int]]]) -> Placement:
+        """Give nodes slots.
+
+        Args:
+            wanted: row -> (nodes, their parents), parents before children; a parent has a slot or comes with its child.
+        """
+        while any(
+            self._table(row).next + max(0, len(nodes) - len(self._table(row).free))
+            > self._table(row).prompt_length + self.spare
+            for row, (nodes, _) in wanted.items()
+        ):
+            self._grow(2 * self.spare + SLOT_STEP)
+        most = max(len(nodes) for nodes, _ in wanted.values())
+        first, last = (0, self.rows - 1) if self.static else (min(wanted), max(wanted))
+        queries = query_bucket(most) if self.static else most
+        placement = Placement([], [], [], [], [], [], first, last - first + 1, queries, read=0)
+        highest = 0
+        for row, (nodes, parents) in sorted(wanted.items()):
+            self._place_row(placement, row, nodes, parents)
+            highest = max(highest, self._table(row).next)
+        placement.read = self._bucket(highest)
+        return placement
+
+    def _place_row(self, placement: Placement, row: int, nodes: Sequence[int], parents: Sequence[int]) -> None:
+        table, capacity = self._table(row), self.capacity
+        slot_of, start, offset = table.slot_of, row * capacity, self._first_mask_row(row) + 1 - table.prompt_length
+        first = (row - placement.first_row) * placement.queries
+        inside: dict[int, tuple[int, tuple[int, ...]]] = {}  # nodes of this pass -> base row, slots seen beyond it
+        for place, (node, parent) in enumerate(zip(nodes, parents, strict=True), first):
+            above = slot_of[parent]
+            slot = slot_of[node] = table.take()
+            base, path = inside[parent] if parent in inside else (offset + above, ())
+            path = (*path, slot)
+            inside[node] = base, path
+            placement.slots.append(start + slot)
+            placement.base_rows.append(base)
+            placement.mask_rows.append(offset + slot)
+            placement.bits += [place * capacity + seen for seen in path]
+        placement.order += [(row, node) for node in nodes]
+        placement.places += range(first, first + len(nodes))
+        table.peak = max(table.peak, table.used)
+
+    def _first_mask_row(self, row: int) -> int:
+        return row * (self.spare + 1)
 
     @property
-    def slots_used(self) -> int:
-        """Slots that hold the prompt or a living node."""
-        return self.prompt_length + len(self._slot_of) - 1
+    def filler_mask_row(self) -> int:
+        """The mask row of a query that stands for nothing."""
+        return self.rows * (self.spare + 1)
 
-    def holds(self, node: int) -> bool:
-        """Whether the node's keys and values are in the buffer."""
-        return node in self._slot_of
+    def filler_slot(self, row: int) -> int:
+        """Where in the flat buffer such a query writes: a slot that no mask row shows."""
+        return (row + 1) * self.capacity - 1
 
-    def begin_prompt(self) -> Tensor:
-        """Aim the next forward pass at the prompt; returns its causal mask [1, 1, L, slots read]."""
-        length = self.prompt_length
-        self.write_slots = torch.arange(length, device=self._device)
-        self.read_slots = length
-        mask = torch.full((length, length), self._hidden, dtype=self._rows.dtype, device=self._device)
-        return mask.triu(1)[None, None]
+    def masks(self, base_rows: Tensor, mask_rows: Tensor, bits: Tensor, rows: int, read: int) -> Tensor:
+        """Mask rows of placed nodes: the base's row plus the slots between; kept for their children.
 
-    def begin_nodes(self, nodes: list[int], parents: list[int]) -> Tensor:
-        """Give each node a slot and aim the next forward pass at them; parents come before children.
+        Args:
+            base_rows, mask_rows: as in `Placement`, at each of rows * N places; fillers have their own row.
+            bits: as in `Placement`.
 
         Returns:
-            The additive mask [1, 1, len(nodes), slots read].
+            The additive mask [rows, 1, N, slots read].
         """
-        slots, parent_slots = [], []
-        for node, parent in zip(nodes, parents, strict=True):
-            parent_slots.append(self._slot_of[parent])
-            slots.append(self._take_slot())
-            self._slot_of[node] = slots[-1]
-        both = torch.tensor([slots, parent_slots], dtype=torch.int64).to(self._device, non_blocking=True)
-        own, above = both[0], both[1]
-        rows = own - (self.prompt_length - 1)
-        # A parent may be in the same pass, so rows are extended a generation at a time.
-        for first, last in _generations(nodes, parents):
-            self._rows[rows[first:last]] = self._rows[above[first:last] - (self.prompt_length - 1)]
-            self._rows[rows[first:last], own[first:last]] = 0
-        self.write_slots = own
-        self.read_slots = min(-(-self._next // SLOT_STEP) * SLOT_STEP, self.capacity)
-        self.slots_peak = max(self.slots_peak, self.slots_used)
-        return self._rows[rows, : self.read_slots][None, None]
+        masks = self._masks.index_select(0, base_rows)  # [rows * N, capacity]
+        masks.view(-1).index_fill_(0, bits, 0)
+        self._masks.index_copy_(0, mask_rows, masks)
+        return masks.view(rows, 1, -1, self.capacity)[..., :read]
 
-    def release(self, nodes: list[int]) -> None:
+    def release(self, row: int, nodes: Sequence[int]) -> None:
         """Free the slots of dead nodes; nodes without a slot are ignored."""
+        table = self._table(row)
         for node in nodes:
-            slot = self._slot_of.pop(node, None)
+            slot = table.slot_of.pop(node, None)
             if slot is not None:
-                heapq.heappush(self._free, slot)
+                heapq.heappush(table.free, slot)
 
-    def _take_slot(self) -> int:
-        if self._free:
-            return heapq.heappop(self._free)
-        if self._next >= self.capacity:
-            self._grow(2 * self.capacity)
-        self._next += 1
-        return self._next - 1
+    def _bucket(self, slots: int) -> int:
+        """Slots to read so that the first `slots` are among them."""
+        if not self.static:
+            return min(-(-slots // SLOT_STEP) * SLOT_STEP, self.capacity)
+        bucket = SLOT_BUCKET
+        while bucket < slots:
+            bucket *= 2
+        return min(bucket, self.capacity)
 
-    def _grow(self, capacity: int) -> None:
-        """Move to a larger buffer; rare, since dead slots are used again."""
-        old, self.capacity = self.capacity, capacity
-        for layer in self._flat:
-            if layer.is_initialized:
-                for name in ("keys", "values"):
-                    states = getattr(layer, name)  # [1, heads, old, dim]
-                    larger = states.new_zeros(1, states.shape[1], capacity, states.shape[3])
-                    larger[:, :, :old] = states
-                    setattr(layer, name, larger)
-        rows = self._rows.new_full((capacity - self.prompt_length + 1, capacity), self._hidden)
-        rows[: self._rows.shape[0], :old] = self._rows
-        self._rows = rows
+    def _table(self, row: int) -> _Row:
+        table = self._tables[row]
+        assert table is not None, "the row was opened"
+        return table
 
 
-def _generations(nodes: list[int], parents: list[int]) -> list[tuple[int, int]]:
-    """Cut the list into runs in which no node's parent stands in the same run."""
-    runs: list[tuple[int, int]] = []
-    seen: set[int] = set()
-    first = 0
-    for i, (node, parent) in enumerate(zip(nodes, parents, strict=True)):
-        if parent in seen:
-            runs.append((first, i))
-            first, seen = i, set()
-        seen.add(node)
-    runs.append((first, len(nodes)))
-    return runs
+def query_bucket(queries: int) -> int:
+    """The smallest bucket that holds `queries`; beyond the largest, whole multiples of it."""
+    for bucket in QUERY_BUCKETS:
+        if queries <= bucket:
+            return bucket
+    return -(-queries // QUERY_BUCKETS[-1]) * QUERY_BUCKETS[-1]

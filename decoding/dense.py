@@ -32,7 +32,7 @@ class DenseJoint:
     """
 
     nodes: IntArray  # [B] node of each row's beam, on the host
-    probs: Tensor  # [B, V] float64, sums to one, zero where cut
+    grid: Tensor  # [B, V] float64, sums to one, zero where cut
     log_p: Tensor  # [B, V] float32, log p(v | x_i) before any cut
     base: FloatArray  # [B] log-weights s_i, on the host
     model_name: str = "model"
@@ -46,7 +46,7 @@ class DenseJoint:
         """Flat indices of (parent node, token) pairs, -1 where the parent has no row; [N], [N] -> [N]."""
         row_of = {node: row for row, node in enumerate(self.nodes.tolist())}
         rows = np.array([row_of.get(node, -1) for node in parents.tolist()], dtype=np.int64)
-        return np.where(rows < 0, -1, rows * self.probs.shape[1] + tokens)
+        return np.where(rows < 0, -1, rows * self.grid.shape[1] + tokens)
 
     def entries(self, picks: Iterable[int]) -> list[tuple[int, int, float]]:
         """(parent node, token, child's log-weight) of flat indices; one transfer, none for what was just drawn."""
@@ -55,12 +55,32 @@ class DenseJoint:
         if missing:
             index = _send(np.array(missing, dtype=np.int64), self.log_p.device)
             self.know(missing, self.log_p.reshape(-1).index_select(0, index).cpu().numpy())
-        places = [(pick, *divmod(pick, self.probs.shape[1])) for pick in picks]
+        places = [(pick, *divmod(pick, self.grid.shape[1])) for pick in picks]
         return [(int(self.nodes[row]), token, float(self.base[row]) + self._known[pick]) for pick, row, token in places]
 
     def know(self, picks: Iterable[int], log_p: NDArray[np.floating]) -> None:
         """Keep log p of entries that came to the host together with something else."""
         self._known.update(zip(picks, log_p.tolist(), strict=True))
+
+    @property
+    def parents(self) -> IntArray:
+        """As in `Joint`: [S] on the support, brought to the host; so are the next three."""
+        return self._compact.parents
+
+    @property
+    def tokens(self) -> IntArray:
+        """[S]."""
+        return self._compact.tokens
+
+    @property
+    def probs(self) -> FloatArray:
+        """[S]."""
+        return self._compact.probs
+
+    @property
+    def weights(self) -> FloatArray:
+        """[S]."""
+        return self._compact.weights
 
     def compact(self) -> Joint:
         """The same distribution on its support, on the host; made once. Slow where nothing was cut."""
@@ -68,15 +88,15 @@ class DenseJoint:
 
     @cached_property
     def _support(self) -> int:
-        return int(torch.count_nonzero(self.probs))
+        return int(torch.count_nonzero(self.grid))
 
     @cached_property
     def _compact(self) -> Joint:
-        probs = self.probs.flatten()
+        probs = self.grid.flatten()
         index = probs.nonzero().squeeze(1)  # NaN is not zero, so it is seen here
         values = torch.stack([index.double(), probs[index], self.log_p.reshape(-1)[index].double()]).cpu().numpy()
         _check(values[1], self.model_name)
-        rows, tokens = np.divmod(values[0].astype(np.int64), self.probs.shape[1])
+        rows, tokens = np.divmod(values[0].astype(np.int64), self.grid.shape[1])
         probs_host = values[1].copy()
         probs_host.flags.writeable = False  # policies are shown this very array
         return Joint(self.nodes[rows], tokens, probs_host, self.base[rows] + values[2])
@@ -126,8 +146,8 @@ def draw_dense(joint: DenseJoint, count: int, replacement: bool, dice: Dice) -> 
     Raises:
         UserError: the model returned NaN.
     """
-    numbers = _send(dice.uniform(count), joint.probs.device)  # [count]
-    urn = _Urn(_in_blocks(joint.probs))
+    numbers = _send(dice.uniform(count), joint.grid.device)  # [count]
+    urn = _Urn(_in_blocks(joint.grid))
     total = urn.blocks.sum()
     picks = urn.draw(numbers, replacement)  # [count]
     log_p = joint.log_p.reshape(-1).index_select(0, picks.clamp(min=0))
@@ -163,7 +183,7 @@ def verify_dense(
     Raises:
         UserError: a model returned NaN.
     """
-    width, device = len(drafts), target.probs.device
+    width, device = len(drafts), target.grid.device
     coins = dice.uniform(width)
     shadow_coins = shadow.uniform(width) if shadow is not None else coins
     numbers = _send(np.concatenate([coins, shadow_coins, dice.uniform(refill)]), device)
@@ -182,7 +202,7 @@ def verify_dense(
         masses.append(judge.mass)
         rests.append(rest)
     slots = torch.cat([judge.places, judge.fill(numbers[2 * width :])])  # [D + refill] all that may fill a slot
-    log_p = target.log_p.reshape(-1).index_select(0, slots.clamp(0, target.probs.numel() - 1))
+    log_p = target.log_p.reshape(-1).index_select(0, slots.clamp(0, target.grid.numel() - 1))
     parts = [torch.stack([*judge.totals, *accepted, *masses, *rests]), slots, log_p]
     host = torch.cat([part.double() for part in parts]).cpu().numpy()  # the one wait
     totals, bits, left, rests_host, flat, logs = np.split(host, np.cumsum([2, width, width + 1, width, len(slots)]))
@@ -240,20 +260,20 @@ class _Judge:
         self.replacement = replacement
         picks = list(dict.fromkeys(drafts.tolist()))  # [D] equal draws once
         self.entry = [picks.index(pick) for pick in drafts.tolist()]  # [w] -> 0..D-1
-        rows, tokens = np.divmod(np.array(picks, dtype=np.int64), draft.probs.shape[1])
+        rows, tokens = np.divmod(np.array(picks, dtype=np.int64), draft.grid.shape[1])
         places = target.find(draft.nodes[rows], tokens)
-        places[places < 0] = target.probs.numel()  # the spare cell behind the grid, where nothing ever is
-        index = _send(np.stack([np.array(picks, dtype=np.int64), places]), target.probs.device)
+        places[places < 0] = target.grid.numel()  # the spare cell behind the grid, where nothing ever is
+        index = _send(np.stack([np.array(picks, dtype=np.int64), places]), target.grid.device)
         self.places = index[1]  # [D] in the target's grid
 
-        self.p = _in_blocks(target.probs)  # P, zero at drafted entries
+        self.p = _in_blocks(target.grid)  # P, zero at drafted entries
         self.left = self.p.view(-1)[self.places]  # [D] T at drafted entries: P, zero once accepted
         self.p.view(-1).index_fill_(0, self.places, 0.0)
-        rest = draft.probs.flatten().clone()  # Q, zero at drafted entries
+        rest = draft.grid.flatten().clone()  # Q, zero at drafted entries
         self.q_own = rest[index[0]]  # [D] Q_i at drafted entries: zero once drawn
         rest.index_fill_(0, index[0], 0.0)
         self.q = torch.zeros_like(self.p)  # on the target's rows
-        size, row_of = draft.probs.shape[1], {node: row for row, node in enumerate(draft.nodes.tolist())}
+        size, row_of = draft.grid.shape[1], {node: row for row, node in enumerate(draft.nodes.tolist())}
         for row, node in enumerate(target.nodes.tolist()):
             if node in row_of:
                 self.q.view(-1)[row * size :][:size] = rest[row_of[node] * size :][:size]

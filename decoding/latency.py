@@ -14,7 +14,7 @@ from decoding.pair import ModelPair
 from decoding.scorer import ForestScorer
 
 NODE_COUNTS = (1, 2, 4, 8, 16, 32)
-_measured: dict[tuple[str, str, str], LatencyTable] = {}
+_measured: dict[tuple[str, ...], LatencyTable] = {}
 
 
 @dataclass(frozen=True)
@@ -65,40 +65,37 @@ class LatencyTable:
             prompt_tokens: prompt length behind the forest (at most half of the context is used).
             repeats: timed passes per size, after two to warm up.
         """
-        key = (str(pair.device), pair.fingerprint, str(next(pair.target.parameters()).dtype))
+        key = (str(pair.device), pair.fingerprint, str(next(pair.target.parameters()).dtype), pair.engine)
         if key not in _measured:
             length = min(prompt_tokens, (pair.context or 2 * prompt_tokens) // 2)
             prompt = [i % pair.vocab_size for i in range(1, length + 1)]
             _measured[key] = cls(
                 NODE_COUNTS,
-                tuple(_pass_seconds(pair.target, prompt, repeats)),
-                tuple(_pass_seconds(pair.draft, prompt, repeats)),
+                tuple(_pass_seconds(pair.target, prompt, repeats, pair.engine)),
+                tuple(_pass_seconds(pair.draft, prompt, repeats, pair.engine)),
                 str(pair.device),
             )
         return _measured[key]
 
 
 @torch.inference_mode()
-def _pass_seconds(model: torch.nn.Module, prompt: list[int], repeats: int) -> list[float]:
+def _pass_seconds(model: torch.nn.Module, prompt: list[int], repeats: int, engine: str) -> list[float]:
     """Median seconds of a pass for each of NODE_COUNTS; never decreasing in the number of nodes."""
     forest = TokenForest()
-    scorer = ForestScorer(model, prompt, forest, max(NODE_COUNTS), temperature=1.0)
-    scorer.prefill()
+    most = max(NODE_COUNTS)
+    scorer = ForestScorer(model, rows=1, longest_prompt=len(prompt), spare_slots=most, top=1, engine=engine)
     medians = []
-    for count in NODE_COUNTS:
-        times = []
-        for _ in range(repeats + 2):
-            nodes = [forest.child(0, token) for token in range(count)]
-            _wait(scorer.device)
-            began = time.perf_counter()
-            scorer.score(nodes)
-            _wait(scorer.device)
-            times.append(time.perf_counter() - began)
-            scorer.forget(forest.release(nodes, set()), [])
-        medians.append(float(np.median(times[2:])))
+    try:
+        scorer.open(0, prompt, forest)
+        for count in NODE_COUNTS:
+            times = []
+            for _ in range(repeats + 2):
+                nodes = [forest.child(0, token) for token in range(count)]
+                began = time.perf_counter()
+                scorer.score({0: nodes})  # ends with its results on the host: nothing to wait for
+                times.append(time.perf_counter() - began)
+                scorer.forget(0, forest.release(nodes, set()), [])
+            medians.append(float(np.median(times[2:])))
+    finally:
+        scorer.close()
     return np.maximum.accumulate(medians).tolist()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

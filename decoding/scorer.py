@@ -1,129 +1,260 @@
-"""ForestScorer: nodes in, log-probabilities out. The only place that calls a model."""
+"""ForestScorer: nodes in, log-probabilities out, for a batch of prompts. The only place that runs a model."""
 
 from __future__ import annotations
 
-import inspect
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from decoding.cache import ForestCache
+from decoding.cache import ForestCache, Placement
 from decoding.errors import UserError
 from decoding.forest import TokenForest
-from decoding.sampling import FloatArray, log_probabilities, nan_message
+from decoding.forward import Forward, PassInputs, TransformersForward
+from decoding.fused import FusedForward, can_fuse
+from decoding.graphs import GraphedForward
+from decoding.sampling import FloatArray, IntArray, log_probabilities, nan_message, top_entries
+
+SPARE_STORES = 3  # KV buffers kept for the next decoding
+PREFILL_CHUNK = 512  # prompt tokens in a pass: bounds the memory of its mask and its activations
+ENGINES = ("auto", "eager", "transformers")
+
+
+@dataclass
+class _Scored:
+    """What a pass gave; a node's share of it is row `i`."""
+
+    tops: tuple[FloatArray, IntArray] | None  # [T, K] log-probabilities of the likeliest tokens, and these
+    log_probs: Tensor | None  # [T, V] on the device
+
+
+class _Prompt:
+    """The prompt in a row."""
+
+    def __init__(self, tokens: Sequence[int], forest: TokenForest) -> None:
+        self.tokens, self.forest = tokens, forest
+        self.scored: dict[int, tuple[_Scored, int]] = {}
+        self.hidden: dict[int, tuple[Tensor, int]] = {}
+        self.calls = 0
 
 
 class ForestScorer:
-    """Runs one model over one prompt's forest; each node is scored at most once.
+    """Runs one model over the forests of a batch; each node is scored at most once.
 
     Args:
         model: a transformers causal LM.
-        prompt: token ids, [L].
-        forest: the prompt's forest, shared with the other model's scorer.
-        spare_slots: KV slots to set aside for new tokens; more are made when they run out.
+        rows: prompts at a time.
+        longest_prompt: tokens.
+        spare_slots: KV slots of a row for new tokens; more are made when they run out.
         temperature: divides the logits.
+        top: log-probabilities of so many likeliest tokens per node are brought to the host; None: all stay on the
+            device, for `log_probs`.
         keep_hidden: also keep the last hidden state of scored nodes.
+        engine: "auto": fused where the model's family is known, as CUDA graphs on a GPU; "eager": without graphs;
+            "transformers": the model's own forward.
     """
 
     def __init__(
         self,
         model: Any,
-        prompt: list[int],
-        forest: TokenForest,
+        rows: int,
+        longest_prompt: int,
         spare_slots: int,
-        temperature: float,
+        temperature: float = 1.0,
+        top: int | None = None,
         keep_hidden: bool = False,
+        engine: str = "auto",
     ) -> None:
-        self.model, self.forest, self.temperature = model, forest, temperature
-        self.device = next(model.parameters()).device
-        self.calls = 0
-        self._prompt = prompt
-        self._rows: dict[int, tuple[Tensor, int]] = {}  # node -> (log-probabilities of a pass [N, V], row)
-        self._hidden: dict[int, tuple[Tensor, int]] = {}  # node -> (hidden states of a pass [N, H], row)
-        self._hidden_pass: Tensor | None = None
-        self._keep_hidden = keep_hidden
-        self._hook: RemovableHandle | None = None
-        config = model.config.get_text_config()
-        dtype = next(model.parameters()).dtype
-        self.cache = ForestCache(len(prompt), len(prompt) + spare_slots, config.num_hidden_layers, self.device, dtype)
-        self._last_only = (
-            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        weight = next(model.parameters())
+        self.model, self.temperature, self.device = model, temperature, weight.device
+        self.top, self._keep_hidden = top, keep_hidden
+        self.runner = runner_of(model, engine)
+        self.model_seconds = 0.0  # inside forward passes, the transfer of their results included
+        self.cache = ForestCache(
+            rows, longest_prompt, spare_slots, self.device, weight.dtype, static=self.runner.forward.static
         )
+        self._store = self.runner.borrow(rows, self.cache.capacity)
+        self.cache.reserve(self._store.capacity)
+        self._prompts: list[_Prompt | None] = [None] * rows
 
     def close(self) -> None:
-        """Take the hook off the model."""
-        if self._hook is not None:
-            self._hook.remove()
+        """Give the KV buffer back for the next scorer of this model."""
+        if self._store is not None:
+            self.runner.give_back(self._store)
+            self._store = None
 
-    def prefill(self) -> None:
-        """Score the prompt; its last token is node 0."""
-        if self._keep_hidden:  # hooked here rather than above: who could not build all scorers closes none
-            self._hook = self.model.get_output_embeddings().register_forward_pre_hook(self._keep)
-        mask = self.cache.begin_prompt()
-        positions = torch.arange(len(self._prompt), device=self.device)[None]
-        self._forward(self._prompt, positions, mask, [0], **self._last_only)
+    def free(self) -> None:
+        """Let go of the KV buffer, and of those that the model's runner has kept."""
+        self._store = None
+        self.runner.free()
 
-    def score(self, nodes: list[int]) -> int:
-        """Make sure that all `nodes` are scored, in at most one pass; unscored ancestors are scored with them.
+    def open(self, row: int, prompt: Sequence[int], forest: TokenForest, shared: tuple[int, int] | None = None) -> None:
+        """Score a prompt, in chunks; its last token is node 0 of `forest`.
+
+        Args:
+            row: that the prompt takes.
+            shared: (row, count): the first `count` tokens are those of the prompt that was opened in that row.
+        """
+        held = _Prompt(prompt, forest)
+        self._prompts[row] = held
+        self.cache.open(row, len(prompt))
+        first = 0
+        if shared is not None and shared[1] > 0:
+            source, first = shared
+            if source != row:
+                self._store.copy_slots(source, row, first)
+        tokens = torch.tensor(prompt).to(self.device)
+        while first < len(prompt):
+            last = min(first + PREFILL_CHUNK, len(prompt))
+            positions = torch.arange(first, last, device=self.device)
+            inputs = PassInputs(
+                tokens=tokens[first:last],
+                positions=positions,
+                slots=positions + row * self.cache.capacity,
+                mask=self.cache.prompt_mask(first, last),
+                first_row=row,
+                last_only=True,
+                hidden=self._keep_hidden,
+            )
+            self._run(inputs, [(row, 0)], [0], self.runner.prompts)
+            first = last
+
+    def close_row(self, row: int) -> None:
+        """The prompt in a row is done."""
+        self._prompts[row] = None
+        self.cache.close(row)
+
+    def score(self, wanted: Mapping[int, Sequence[int]]) -> int:
+        """Make sure that all nodes of `wanted` (row -> nodes) are scored, in at most one pass; unscored ancestors too.
 
         Returns:
             The number of nodes scored.
         """
-        fresh: set[int] = set()
-        for node in nodes:
-            while node not in fresh and not self.cache.holds(node):
-                fresh.add(node)
-                node = self.forest.parents[node]
+        fresh: dict[int, tuple[list[int], list[int]]] = {}
+        for row, nodes in wanted.items():
+            forest, missing = self._held(row).forest, set()
+            for node in nodes:
+                while node not in missing and not self.cache.holds(row, node):
+                    missing.add(node)
+                    node = forest.parents[node]
+            if missing:
+                order = sorted(missing)  # parents first: they are older
+                fresh[row] = (order, [forest.parents[node] for node in order])
+                self._held(row).calls += 1
         if not fresh:
             return 0
-        order = sorted(fresh)  # parents first: they are older
-        mask = self.cache.begin_nodes(order, [self.forest.parents[n] for n in order])
-        depths = torch.tensor([[self.forest.depths[n] for n in order]])
-        positions = depths.to(self.device) + (len(self._prompt) - 1)
-        self._forward([self.forest.tokens[n] for n in order], positions, mask, order)
-        self.calls += 1
-        return len(order)
+        placement = self.cache.place(fresh)
+        if self.cache.capacity > self._store.capacity:
+            self._store.grow(self.cache.capacity)
+        inputs, at = self._inputs(placement)
+        self._run(inputs, placement.order, at, self.runner.forward)
+        return len(placement.order)
 
-    def _forward(self, tokens: list[int], positions: Tensor, mask: Tensor, nodes: list[int], **extra: object) -> None:
-        """One pass; keeps the last len(nodes) rows."""
-        logits = self.model(
-            input_ids=torch.tensor([tokens]).to(self.device),
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **extra,
-        ).logits[0, -len(nodes) :]  # [N, V]
+    def _inputs(self, placement: Placement) -> tuple[PassInputs, Sequence[int]]:
+        """The tensors of a pass, in one transfer; and where each node of `placement.order` stands in its output."""
+        rows, queries = placement.rows, placement.queries
+        tokens, positions = [], []
+        for row, node in placement.order:
+            held = self._held(row)
+            tokens.append(held.forest.tokens[node])
+            positions.append(held.forest.depths[node] + len(held.tokens) - 1)
+        count, places = len(tokens), rows * queries
+        slots: Sequence[int] = placement.slots
+        at: Sequence[int] = placement.places
+        base_rows, mask_rows = placement.base_rows, placement.mask_rows
+        pads: list[Sequence[int]] = []
+        if count < places:
+            nothing = [self.cache.filler_mask_row] * places
+            base_rows, mask_rows = _laid_out(at, base_rows, nothing), _laid_out(at, mask_rows, nothing)
+            if self.runner.forward.ragged:
+                pads = [_laid_out(at, range(count), [0] * places), at]
+                at = range(count)
+            else:
+                tokens, positions = _laid_out(at, tokens, [0] * places), _laid_out(at, positions, [0] * places)
+                fillers = [self.cache.filler_slot(placement.first_row + i // queries) for i in range(places)]
+                slots = _laid_out(at, slots, fillers)
+        flat = self._to_device([tokens, positions, slots, base_rows, mask_rows, placement.bits, *pads])
+        mask = self.cache.masks(flat[3], flat[4], flat[5], rows, placement.read)
+        inputs = PassInputs(flat[0], flat[1], flat[2], mask, placement.first_row, hidden=self._keep_hidden)
+        if pads:
+            inputs.pad, inputs.unpad = flat[6], flat[7]
+        return inputs, at
+
+    def _to_device(self, lists: list[Sequence[int]]) -> Sequence[Tensor]:
+        """Lists of integers as int64 tensors on the model's device, in one transfer."""
+        flat = torch.from_numpy(np.array([value for values in lists for value in values], dtype=np.int64))
+        return torch.split_with_sizes(flat.to(self.device, non_blocking=True), [len(values) for values in lists])
+
+    def _run(self, inputs: PassInputs, order: list[tuple[int, int]], at: Sequence[int], forward: Forward) -> None:
+        """One pass; keeps what it gave for the nodes of `order`, which stand at rows `at` of its output."""
+        began = time.perf_counter()
+        logits, hidden = forward(inputs, self._store)
         log_probs = log_probabilities(logits, self.temperature)
-        self._rows.update((node, (log_probs, i)) for i, node in enumerate(nodes))
-        if self._hidden_pass is not None:
-            hidden = self._hidden_pass[0, -len(nodes) :]
-            self._hidden.update((node, (hidden, i)) for i, node in enumerate(nodes))
+        tops = top_entries(log_probs, self.top) if self.top is not None else None
+        if tops is None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the dice are next and would wait: let the pass have its seconds
+        if hidden is not None and forward.static:
+            hidden = hidden.clone()  # a graph writes to the same place every time
+        result = _Scored(tops, log_probs if tops is None else None)
+        for (row, node), i in zip(order, at, strict=True):
+            held = self._held(row)
+            held.scored[node] = (result, i)
+            if hidden is not None:
+                held.hidden[node] = (hidden, i)
+        self.model_seconds += time.perf_counter() - began
 
-    def log_probs(self, nodes: list[int]) -> Tensor:
-        """Log-probabilities of the next token at scored `nodes`, [N, V] float32."""
-        return _gather([self._rows[n] for n in nodes])
+    def calls(self, row: int) -> int:
+        """Passes that scored nodes of the row's prompt; its own pass not counted."""
+        return self._held(row).calls
 
-    def has_log_probs(self, node: int) -> bool:
-        """Whether `log_probs` can answer for the node."""
-        return node in self._rows
+    def tops(self, row: int, nodes: Sequence[int]) -> tuple[FloatArray, IntArray]:
+        """Log-probabilities of the likeliest next tokens at scored nodes, best first, and the tokens; [N, K] each."""
+        found = [self._held(row).scored[node] for node in nodes]
+        first = found[0][0]
+        if all(scored is first for scored, _ in found):
+            assert first.tops is not None, "the scorer was made with `top`"
+            index = [i for _, i in found]
+            return first.tops[0][index], first.tops[1][index]
+        rows = [(scored.tops[0][i], scored.tops[1][i]) for scored, i in found if scored.tops is not None]
+        return np.stack([values for values, _ in rows]), np.stack([tokens for _, tokens in rows])
 
-    def hidden(self, nodes: list[int]) -> FloatArray | None:
+    def log_probs(self, row: int, nodes: Sequence[int]) -> Tensor:
+        """Log-probabilities of the next token at scored nodes, [N, V] float32; of a scorer without `top`."""
+        found = [self._held(row).scored[node] for node in nodes]
+        return _gather([(scored.log_probs, i) for scored, i in found if scored.log_probs is not None])
+
+    def hidden(self, row: int, nodes: Sequence[int]) -> FloatArray | None:
         """Mean of the last hidden states at those of `nodes` that have been scored, [H]; None if none was."""
-        rows = [self._hidden[n] for n in nodes if n in self._hidden]
-        return _gather(rows).float().mean(0).cpu().numpy() if rows else None
+        known = self._held(row).hidden
+        found = [known[node] for node in nodes if node in known]
+        return _gather(found).float().mean(0).cpu().numpy() if found else None
 
-    def forget(self, dead: list[int], live: list[int]) -> None:
+    def forget(self, row: int, dead: Sequence[int], live: Sequence[int]) -> None:
         """Free the slots of dead nodes, and all log-probabilities except at `live` beams."""
-        self.cache.release(dead)
-        self._rows = {n: self._rows[n] for n in live if n in self._rows}
-        near = {*live, *(self.forest.parents[n] for n in live)}
-        self._hidden = {n: row for n, row in self._hidden.items() if n in near}
+        held = self._held(row)
+        self.cache.release(row, dead)
+        held.scored = {node: held.scored[node] for node in live if node in held.scored}
+        if self._keep_hidden:
+            near = {*live, *(held.forest.parents[node] for node in live)}
+            held.hidden = {node: state for node, state in held.hidden.items() if node in near}
 
-    def _keep(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._hidden_pass = args[0]  # [1, N, H]
+    def _held(self, row: int) -> _Prompt:
+        held = self._prompts[row]
+        assert held is not None, "the row was opened"
+        return held
+
+
+def _laid_out(at: Sequence[int], values: Sequence[int], among: Sequence[int]) -> list[int]:
+    """`among` with each value at its place."""
+    laid = list(among)
+    for place, value in zip(at, values, strict=True):
+        laid[place] = value
+    return laid
 
 
 def _gather(rows: list[tuple[Tensor, int]]) -> Tensor:
@@ -137,9 +268,61 @@ def _gather(rows: list[tuple[Tensor, int]]) -> Tensor:
     return torch.stack([source[i] for source, i in rows])
 
 
+class Runner:
+    """What outlives a decoding: one model's forward, its graphs and its KV buffers, which are used again."""
+
+    def __init__(self, model: Any, engine: str) -> None:
+        self.prompts: Forward = (
+            FusedForward(model) if engine != "transformers" and can_fuse(model) else TransformersForward(model)
+        )
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        self.forward: Forward = GraphedForward(self.prompts) if engine == "auto" and on_gpu else self.prompts
+        self.checked = False  # by check_forest_pass
+        self._spare: list[Any] = []  # KV buffers that no scorer uses
+
+    def borrow(self, rows: int, capacity: int) -> Any:
+        """A KV buffer of so many rows, with at least that capacity; its content is stale."""
+        fits = [store for store in self._spare if store.rows == rows and store.capacity >= capacity]
+        # One that is too small goes: two of a kind would add up. Those of other batch sizes stay, with their graphs.
+        self._spare = [store for store in self._spare if store.rows != rows or store in fits[1:]]
+        return fits[0] if fits else self.prompts.new_store(rows, capacity)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of the KV buffers that no scorer uses now."""
+        return sum(store.bytes for store in self._spare)
+
+    def give_back(self, store: Any) -> None:
+        """A scorer is done with its buffer."""
+        self._spare = [*self._spare, store][-SPARE_STORES:]
+
+    def free(self) -> None:
+        """Keep no buffer."""
+        self._spare.clear()
+
+
+_runners: weakref.WeakKeyDictionary[Any, dict[str, tuple[tuple[Any, ...], Runner]]] = weakref.WeakKeyDictionary()
+
+
+def runner_of(model: Any, engine: str) -> Runner:
+    """The model's runner, made when it is first asked for, and again when the model's weights have changed."""
+    known = _runners.setdefault(model, {})
+    signature = _signature(model)
+    if engine not in known or known[engine][0] != signature:
+        with torch.inference_mode(False), torch.no_grad():  # weights that are moved stay trainable
+            runner = Runner(model, engine)
+        known[engine] = (_signature(model), runner)  # again: fusing may have moved weights
+    return known[engine][1]
+
+
+def _signature(model: Any) -> tuple[Any, ...]:
+    """Changes when a weight is replaced, moved or written to in place (not through `.data`)."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+
+
 @torch.inference_mode()
-def check_forest_pass(model: Any, role: str) -> None:
-    """Refuse a model whose forest pass differs from its sequential pass.
+def check_forest_pass(model: Any, role: str, engine: str = "auto") -> None:
+    """Refuse a model whose forest pass differs from its sequential pass; once per model and engine.
 
     Masks and positions are passed as transformers' attention models take them; a model that ignores either
     (some with ALiBi or learned relative positions) would be decoded wrongly without a word.
@@ -147,24 +330,29 @@ def check_forest_pass(model: Any, role: str) -> None:
     Raises:
         UserError: the two passes differ, or the model cannot run a forest pass at all.
     """
+    runner = runner_of(model, engine)
+    if runner.checked:
+        return
     kind = getattr(model.config, "model_type", type(model).__name__)
     vocabulary = model.config.get_text_config().vocab_size
     prompt = [token % vocabulary for token in (3, 1, 4, 1)]
     forest = TokenForest()
-    scorer = ForestScorer(model, prompt, forest, 8, temperature=1.0)
+    scorer = ForestScorer(model, rows=1, longest_prompt=len(prompt), spare_slots=8, engine=engine)
     first, second = forest.child(0, 5 % vocabulary), forest.child(0, 2 % vocabulary)
     last = [forest.child(first, 6 % vocabulary), forest.child(second, 5 % vocabulary)]
     try:
-        scorer.prefill()
-        scorer.score([first, second])
-        scorer.score(last)
-        together = scorer.log_probs(last).exp()  # [2, V]
+        scorer.open(0, prompt, forest)
+        scorer.score({0: [first, second]})
+        scorer.score({0: last})
+        together = scorer.log_probs(0, last).exp()  # [2, V]
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"The {role} model ({kind}) cannot run a forest pass, in which one pass scores several beams under a 4-D "
             f"attention mask: {reason[0]}"
         ) from error
+    finally:
+        scorer.close()
     distance = 0.0
     for row, leaf in enumerate(last):
         path = torch.tensor([prompt + forest.path(leaf)]).to(scorer.device)
@@ -180,3 +368,4 @@ def check_forest_pass(model: Any, role: str) -> None:
             f"{distance:.3f}): it does not honour the mask or the positions it is given, so its beams would be wrong. "
             "Use a model with rotary or learned positions, such as Llama, Qwen, Mistral or GPT-NeoX."
         )
+    runner.checked = True

@@ -7,6 +7,7 @@ coins of that layer. Contexts are built by the decoder from arrays that hold not
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from decoding.acceptance import accept_probabilities, accepted_count_table, align
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
-from decoding.sampling import FloatArray, Joint
+from decoding.sampling import Distribution, FloatArray
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class DraftContext:
     root: RootContext
     layer: int  # 1..γ
     weights: FloatArray  # [B] weights of the layer's parents, best first
-    joint: Joint
+    joint: Distribution
     drafted: bool = True
     widths: tuple[int, ...] = ()  # draft widths of the layers above
     draft_hidden: FloatArray | None = None  # [H_q] the draft's last hidden state, mean over the parents
@@ -63,7 +64,7 @@ class TargetContext:
     """What is known of a layer when its target width is set: P and Q, not the drafts drawn from Q."""
 
     draft: DraftContext  # the layer as it was before the drafts
-    target: Joint  # P
+    target: Distribution  # P
     draft_width: int  # w, decided before the draw; 0 at the layer that ends an iteration
     committed: tuple[LayerRecord, ...] = ()  # layers of this iteration above this one
 
@@ -80,9 +81,10 @@ class IterationRecord:
 class WidthPolicy:
     """Decides w, M and whether to draft a further layer; the base class asks for the config's widest.
 
-    A policy may be used for one prompt after another; `reset` is called before each. One that keeps state must not
-    let `target_width` of a layer depend on what it was shown of deeper layers (they are drafted before this one is
-    verified): contexts hold nothing of them, but memory could. That would bias the output.
+    The decoder decodes each prompt with a `fork` of its own, after a `reset`, so that a prompt's widths do not depend
+    on its neighbours. A policy that keeps state must not let `target_width` of a layer depend on what it was shown of
+    deeper layers (they are drafted before this one is verified): contexts hold nothing of them, but memory could. That
+    would bias the output.
     """
 
     name = "fixed"
@@ -94,8 +96,12 @@ class WidthPolicy:
     def check_pair(self, pair: Any) -> None:
         """Refuse a pair that this policy was not made for (UserError)."""
 
+    def fork(self, seed: int) -> WidthPolicy:
+        """A policy for one prompt, sharing what is costly and never written; `seed` is that of the prompt's stream."""
+        return copy.copy(self)
+
     def reset(self, config: DecodingConfig) -> None:
-        """A new prompt starts."""
+        """A prompt starts."""
 
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
         """Whether to draft layer `layer` (at most config.draft_depth); asked before the draft model runs."""
@@ -215,7 +221,7 @@ class RandomWidth(WidthPolicy):
     """Widths and depth drawn uniformly: exploration while traces are logged.
 
     Args:
-        seed: of the policy's own stream, separate from the decoder's.
+        seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the prompt's seed.
         full_share: share of the prompts decoded at full width, so that survivor ranks are seen uncensored.
     """
 
@@ -224,12 +230,13 @@ class RandomWidth(WidthPolicy):
     name: str = field(default="random", init=False)
 
     def __post_init__(self) -> None:
-        self.reseed(self.seed)
+        self._random = np.random.default_rng(self.seed)
         self._full = False
 
-    def reseed(self, seed: int) -> None:
-        """Start the policy's stream anew, so that a prompt's widths do not depend on the prompts before it."""
-        self._random = np.random.default_rng(seed)
+    def fork(self, seed: int) -> RandomWidth:
+        forked = copy.copy(self)
+        forked._random = np.random.default_rng([self.seed, seed])
+        return forked
 
     def reset(self, config: DecodingConfig) -> None:
         self._full = bool(self._random.random() < self.full_share)

@@ -158,6 +158,34 @@ def test_equal_seeds_give_equal_widths_without_a_wall_clock() -> None:
     assert run(0.1, latency=TABLE)[0] > run(0.2, latency=TABLE)[0] and run(0.1, latency=TABLE)[1] == "wall"
 
 
+def test_forks_share_the_network_and_nothing_of_a_prompt() -> None:
+    """By the table a fork starts from what is expected, whatever its neighbours saw; by the wall clock all tell one."""
+    record = IterationRecord((LayerRecord(1, 6, 2, 3, True),), 3, 0.1)
+    for options, shared in (({}, False), ({"latency": TABLE}, True)):
+        learned = LearnedWidth(network(), provenance(), **options)
+        learned.check(CONFIG)
+        first, second = learned.fork(1), learned.fork(2)
+        assert first.net is second.net is learned.net
+        for fork in (first, second):
+            fork.reset(CONFIG)
+        assert first.throughput is not None and second.throughput is not None
+        before = second.throughput.rate
+        depth(first)
+        first.observe(record)
+        assert (first.throughput is second.throughput) == shared
+        assert (second.throughput.rate != before) == shared
+        third = learned.fork(3)
+        third.reset(CONFIG)
+        assert third.throughput is not None
+        assert (third.throughput.rate != before) == shared
+        context = draft_context()
+        alone = LearnedWidth(network(), provenance(), **options).fork(9)
+        alone.reset(CONFIG)
+        first.predict(draft_context(1))
+        if not shared:
+            assert second.draft_width(context) == alone.draft_width(context)
+
+
 def test_latency_from_a_dict_and_a_file(tmp_path: Path) -> None:
     (tmp_path / "latency.json").write_text(json.dumps(TABLE.to_dict()))
     for latency in (TABLE, TABLE.to_dict(), tmp_path / "latency.json"):

@@ -120,6 +120,12 @@ def test_report_files(tmp_path: Path) -> None:
     assert "calibration.png" not in write_report(tmp_path / "other", results())
 
 
+def test_what_must_be_known_about_a_pair_stands_above_the_numbers() -> None:
+    noted = results() | {"provenance": PROVENANCE | {"pair": {"name": "small", "note": "Not a trained model."}}}
+    page = report.results_page(noted)
+    assert 0 < page.index("**Not a trained model.**") < page.index("| row |")
+
+
 def test_a_file_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_atomically(tmp_path / "x", b"old")
     monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full")))

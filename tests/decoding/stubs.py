@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding import DecodingConfig, ModelPair
 
@@ -35,14 +35,12 @@ class TableModel(nn.Module):
             bos_token_id=None,
             eos_token_id=None,
         )
-        self.calls: list[int] = []  # nodes of each pass
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **_: Any) -> SimpleNamespace:
-        self.calls.append(input_ids.shape[1])
-        return SimpleNamespace(logits=self.head(self.table[position_ids[0], input_ids[0]][None]))
+        return SimpleNamespace(logits=self.head(self.table[position_ids, input_ids]))  # [B, N, V]
 
 
 def random_pair(vocabulary: int, seed: int = 0, closeness: float = 0.5, scale: float = 1.5) -> ModelPair:
@@ -52,6 +50,37 @@ def random_pair(vocabulary: int, seed: int = 0, closeness: float = 0.5, scale: f
     target = scale * torch.randn(shape, generator=generator)
     noise = scale * torch.randn(shape, generator=generator)
     return ModelPair(TableModel(target), TableModel(closeness * target + (1 - closeness) * noise))
+
+
+def small_llama(vocabulary: int = 7, layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
+    """Random, grouped-query attention, sharp enough that tokens and positions matter."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.5,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    torch.set_rng_state(state)
+    return model
+
+
+def llama_pair(vocabulary: int = 7, engine: str = "auto") -> ModelPair:
+    """The draft is the target with noise on its weights, so that drafts are sometimes right."""
+    target, draft = small_llama(vocabulary), small_llama(vocabulary)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    return ModelPair(target, draft, engine=engine)
 
 
 Path = tuple[int, ...]

@@ -100,7 +100,7 @@ def test_known_drafts_give_known_tokens_and_passes(pattern: str, depth: int, rep
     assert stats.block_efficiency == pytest.approx(count / expected.iterations)
     assert (stats.new_tokens, stats.prompt_tokens) == (count, 2)
     assert stats.total_seconds == pytest.approx(sum(stats.seconds.values()))
-    assert set(stats.seconds) == {"draft", "target", "verify", "policy", "other"}
+    assert set(stats.seconds) == {"prompt", "draft", "target", "verify", "policy", "other"}
 
 
 @pytest.mark.parametrize("replacement", [False, True])
@@ -223,7 +223,7 @@ def test_surplus_and_refill_go_beyond_the_width_up_to_target_width(surplus: str,
     )
     recorder = KeptRecorder()
     decoder = DSBDDecoder(random_pair(6, seed=2, closeness=0.5), config, FixedWidth(target_width=2))
-    decoder.generate([PROMPT] * 60, torch.Generator().manual_seed(0), recorder)
+    decoder.generate([PROMPT] * 60, torch.Generator().manual_seed(0), [recorder] * 60)
     passed = {(accepted, kept) for passed, accepted, kept in recorder.seen if passed}
     failed = {(accepted, kept) for passed, accepted, kept in recorder.seen if not passed}
     assert all(accepted == kept for accepted, kept in passed)

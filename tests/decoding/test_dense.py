@@ -56,7 +56,7 @@ def test_the_grid_is_the_joint_distribution(
         joint = dense_joint(log_probs, nodes, weights, settings)
         found = joint.compact()
         assert len(joint) == len(found) == len(expected)
-        assert float(joint.probs.sum()) == pytest.approx(1, abs=1e-14)
+        assert float(joint.grid.sum()) == pytest.approx(1, abs=1e-14)
         ours, theirs = (np.lexsort((j.tokens, j.parents)) for j in (found, expected))
         assert (found.parents[ours] == expected.parents[theirs]).all()
         assert (found.tokens[ours] == expected.tokens[theirs]).all()
@@ -105,9 +105,9 @@ def test_draws_are_successive_draws(replacement: bool) -> None:
     joint = by_hand([[0.4, 0.0, 0.3], [0.0, 0.2, 0.1]], [0, 1])
     dice = dice_of(0)
     counts = Counter(tuple(draw_dense(joint, 2, replacement, dice).tolist()) for _ in range(3000))
-    expected = successive_draws(joint.probs.flatten().numpy(), 2, replacement)
+    expected = successive_draws(joint.grid.flatten().numpy(), 2, replacement)
     assert chi_square_p(counts, expected) > 1e-3  # fixed seed
-    other = successive_draws(joint.probs.flatten().numpy(), 2, not replacement)
+    other = successive_draws(joint.grid.flatten().numpy(), 2, not replacement)
     assert chi_square_p(counts, other) < 1e-6, "the test can tell draws with from draws without replacement"
 
 
@@ -169,17 +169,19 @@ def check_equal_verdicts(seed: int, device: str = "cpu") -> Counter[str]:
     parents, tokens = np.array(pairs).T
     both = align(target.compact(), draft.compact())
     assert (draft.find(parents, tokens) == drafts).all()
+    places = np.searchsorted(draft.grid.flatten().nonzero().squeeze(1).cpu().numpy(), drafts)  # in the compact Q
     seen: Counter[str] = Counter()
     for shadow in (False, True):
         streams = [(dice_of(seed + 1), dice_of(seed + 2) if shadow else None) for _ in range(2)]
-        expected = verify_layer(both.p, both.q, both.find(parents, tokens), *rule, *streams[0])
+        expected = verify_layer(both.p, both.q, both.of_draft[places], *rule, *streams[0])
         found = verify_dense(target, draft, drafts, *rule, *streams[1])
         assert found.bits == expected.bits
         assert (found.accepted, found.passed) == (expected.accepted, expected.passed)
         assert found.probabilities == pytest.approx(expected.probabilities, abs=1e-12)
         # The fills as well, since the target's nodes are sorted here.
         entries = target.entries(found.slots)
-        assert [entry[:2] for entry in entries] == both.nodes_and_tokens(expected.slots)
+        same = target.compact().entries(both.in_target(expected.slots))
+        assert [entry[:2] for entry in entries] == [entry[:2] for entry in same]
         for node, token, weight in entries:
             row = case["target"][1].index(node)
             assert weight == pytest.approx(case["target"][2][row] + float(case["target"][0][row, token]), abs=1e-12)
@@ -264,7 +266,7 @@ def slots_p(replacement: bool, draws: int = 2000) -> float:
     for _ in range(draws):
         drafts = draw_dense(draft, 3, replacement, dice)
         counts[tuple(verify_dense(target, draft, drafts, 2, 3, 3, replacement, dice).slots[:2])] += 1
-    return chi_square_p(counts, successive_draws(target.probs.flatten().numpy(), 2, replacement))
+    return chi_square_p(counts, successive_draws(target.grid.flatten().numpy(), 2, replacement))
 
 
 @pytest.mark.parametrize("replacement", [False, True])
@@ -360,9 +362,9 @@ def test_a_layer_waits_once_to_be_drawn_and_once_to_be_verified(
 def test_the_count_of_waits_sees_a_value_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
     joint = by_hand([[0.5, 0.5]], [0])
     with counted(monkeypatch) as waits:
-        assert bool(joint.probs[0, 0] > 0)
-        assert joint.probs[joint.probs > 0].tolist() == [0.5, 0.5]
-        assert joint.probs.flatten()[torch.tensor(1)] == 0.5
+        assert bool(joint.grid[0, 0] > 0)
+        assert joint.grid[joint.grid > 0].tolist() == [0.5, 0.5]
+        assert joint.grid.flatten()[torch.tensor(1)] == 0.5
     assert waits == ["_local_scalar_dense", "index", "tolist", "_local_scalar_dense", "_local_scalar_dense"]
 
 

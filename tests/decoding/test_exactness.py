@@ -32,9 +32,10 @@ PASS, CAUGHT = 1e-3, 1e-6
 def decode_often(
     pair: ModelPair, config: DecodingConfig, draws: int, policy: WidthPolicy | None = None, recorder: Any = None
 ) -> list[DecodeResult]:
-    """The same prompt again and again on one random stream."""
+    """Copies of one prompt in one batch; each has a stream of its own, derived from the generator and its number."""
     decoder = DSBDDecoder(pair, config, policy)
-    return decoder.generate([PROMPT] * draws, torch.Generator().manual_seed(0), recorder)
+    recorders = recorder if isinstance(recorder, list) or recorder is None else [recorder] * draws
+    return decoder.generate([PROMPT] * draws, torch.Generator().manual_seed(0), recorders)
 
 
 def count_sets(results: list[DecodeResult]) -> Counter[Beams]:
@@ -217,16 +218,16 @@ def test_first_slots_are_exact_draws_whatever_the_policy_looks_at(surplus: str, 
 
 
 class WeightRecorder:
-    """Compares P and the weights of all kept beams with the reference, node by node."""
+    """Compares P and the weights of all kept beams with the reference, node by node; one for each prompt."""
 
     shadow = None
 
-    def __init__(self, reference: Reference, forests: list[TokenForest]) -> None:
-        self.reference, self.forests = reference, forests
+    def __init__(self, reference: Reference, forests: list[TokenForest], prompt: int) -> None:
+        self.reference, self.forests, self.prompt = reference, forests, prompt
         self.kept = 0
 
     def layer(self, event: LayerEvent) -> None:
-        forest, target = self.forests[-1], event.context.target
+        forest, target = self.forests[self.prompt], event.context.target
         path_of = {node: tuple(forest.path(int(node))) for node in np.unique(target.parents)}
         if not self.reference.config.one_beam_cache:
             expected = self.reference.joint(list(path_of.values()))
@@ -246,7 +247,7 @@ class WeightRecorder:
         pass
 
     def end(self, best_path: list[int]) -> None:
-        forest = self.forests[-1]
+        forest = self.forests[self.prompt]
         assert [forest.parents[node] for node in best_path] == [0, *best_path[:-1]]
 
 
@@ -274,12 +275,14 @@ def test_every_beam_carries_its_true_weight(changes: dict[str, Any], monkeypatch
     monkeypatch.setattr(decoding.decoder, "TokenForest", SpiedForest)
     config = settings(3, 5, 3, 7, **changes)
     pair = random_pair(4, seed=12, closeness=0.7)
-    recorder = WeightRecorder(Reference(pair.target, PROMPT, config), forests)
-    results = decode_often(pair, config, 40, Nosy(), recorder)
-    assert recorder.kept > 200
+    reference = Reference(pair.target, PROMPT, config)
+    recorders = [WeightRecorder(reference, forests, prompt) for prompt in range(40)]
+    results = decode_often(pair, config, 40, Nosy(), recorders)
+    assert len(forests) == 40
+    assert sum(recorder.kept for recorder in recorders) > 200
     for result in results:
         for sequence, score in zip(result.sequences, result.scores, strict=True):
-            assert score == pytest.approx(recorder.reference.score(tuple(sequence)), abs=1e-5)
+            assert score == pytest.approx(reference.score(tuple(sequence)), abs=1e-5)
 
 
 # Wrong on purpose: the tests above must be able to fail.
@@ -375,14 +378,14 @@ class Coin(WidthPolicy):
         return 1 + (self.first_draft == 2 if self.peeks else int(self._random.integers(2)))
 
 
-def leak_drafts(policy: Coin, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Show each layer's first draft to the policy before it is asked for M."""
+def leak_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Show each layer's first draft to the prompt's policy before it is asked for M."""
     run = decoding.decoder._PromptRun
     honest = run._commit_drafted
 
-    def leaky(self: Any, context: TargetContext, layer: Any) -> Any:
-        policy.first_draft = int(layer.tokens[0])
-        return honest(self, context, layer)
+    def leaky(self: Any, context: TargetContext, target: Any, layer: Any) -> Any:
+        self.policy.first_draft = self.forest.tokens[layer.nodes[0]]
+        return honest(self, context, target, layer)
 
     monkeypatch.setattr(run, "_commit_drafted", leaky)
 
@@ -390,12 +393,11 @@ def leak_drafts(policy: Coin, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("peeks", [False, True], ids=["own coin", "after seeing the drafts"])
 def test_a_width_chosen_after_seeing_the_drafts_is_caught(peeks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given M, the beams follow beam sampling of width M then 2; not if M was chosen after the drafts were seen."""
-    policy = Coin(peeks)
-    leak_drafts(policy, monkeypatch)
+    leak_drafts(monkeypatch)
     config = settings(2, 3, 1, 2, exact=True)
     pair = random_pair(3, seed=2, closeness=0.3)
     by_width: dict[int, list[DecodeResult]] = defaultdict(list)
-    for result in decode_often(pair, config, 2000, policy):
+    for result in decode_often(pair, config, 2000, Coin(peeks)):
         by_width[result.stats.target_widths[0]].append(result)
     assert set(by_width) == {1, 2}
     least = 1.0
@@ -407,10 +409,9 @@ def test_a_width_chosen_after_seeing_the_drafts_is_caught(peeks: bool, monkeypat
 
 
 def test_the_slot_test_catches_a_peeking_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = Coin(peeks=True)
-    leak_drafts(policy, monkeypatch)
+    leak_drafts(monkeypatch)
     recorder = SlotRecorder(replacement=False)
-    decode_often(random_pair(3, seed=2, closeness=0.3), settings(2, 3, 1, 2), 1000, policy, recorder)
+    decode_often(random_pair(3, seed=2, closeness=0.3), settings(2, 3, 1, 2), 1000, Coin(peeks=True), recorder)
     assert recorder.p_value() < CAUGHT
 
 
@@ -467,14 +468,14 @@ def test_contexts_hold_nothing_of_the_layers_drafts_or_of_what_lies_deeper(monke
     run = decoding.decoder._PromptRun
     honest = run._commit_drafted
 
-    def listening(self: Any, context: TargetContext, layer: Any) -> Any:
-        tokens = tuple(map(int, layer.tokens))
+    def listening(self: Any, context: TargetContext, target: Any, layer: Any) -> Any:
+        tokens = tuple(self.forest.tokens[node] for node in layer.nodes)
         if context.draft.root.iteration == 0 and context.draft.layer == 1:
             first.append(tokens)
         if context.draft.root.iteration == 0 and context.draft.layer == 2:
             seen.append((first[-1], tuple(beam.node for beam in self.beams), context.committed, context.draft_width))
-            drafts.append((*map(int, layer.parents), *tokens))
-        return honest(self, context, layer)
+            drafts.append((*(self.forest.parents[node] for node in layer.nodes), *tokens))
+        return honest(self, context, target, layer)
 
     monkeypatch.setattr(run, "_commit_drafted", listening)
     spy = Spy()

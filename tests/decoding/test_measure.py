@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from decoding import DecodeResult, DecodeStats, DecodingConfig, UserError
-from decoding.baselines import METHODS
+from decoding.baselines import METHODS, Streams
 from decoding.decoder import Prompts
 from decoding.measure import Row, log_probability, make_rows, run_rows
-from decoding.tasks.base import Prompt
+from decoding.tasks.base import Prompt, stable_hash
 from tests.small_pair import small_pair
 
 CONFIG = DecodingConfig(target_width=4, draft_width=6, draft_depth=3, top_k=10)
@@ -62,31 +62,37 @@ def test_rows_that_cannot_be_are_refused() -> None:
         names(["fixed"], asked_widths=[9])
 
 
-def test_rows_take_turns_with_the_same_seed() -> None:
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_rows_take_turns_with_the_same_seed(batch_size: int) -> None:
+    """A row's turn takes `batch_size` prompts; a prompt's stream is the same in every row and in every batch."""
     calls: list[tuple[str, int, float]] = []
 
     def method(name: str):  # type: ignore[no-untyped-def]
-        def generate(prompts: Prompts, generator: torch.Generator) -> list[DecodeResult]:
-            calls.append((name, prompts[0][0], float(torch.rand(1, generator=generator))))
-            return [DecodeResult([[1, 2]], [0.0], [False], DecodeStats(new_tokens=2, iterations=1))]
+        def generate(prompts: Prompts, streams: Streams) -> list[DecodeResult]:
+            assert not isinstance(streams, torch.Generator)
+            stats = DecodeStats(new_tokens=2, iterations=1, seconds={"target": 0.5})
+            for prompt, stream in zip(prompts, streams, strict=True):
+                calls.append((name, int(prompt[0]), float(torch.rand(1, generator=stream))))
+            return [DecodeResult([[1, 2]], [0.0], [False], stats) for _ in prompts]
 
         return generate
 
     rows = [Row(name, {}, CONFIG) for name in "abc"]
     prompts = [Prompt(f"p{i}", [i]) for i in range(3)]
     done: list[str] = []
-    measured = run_rows(
-        rows, [method(n) for n in "abc"], prompts, [Prompt("w", [9])], 0, torch.device("cpu"), done.append
-    )
+    methods, warmup, cpu = [method(n) for n in "abc"], [Prompt("w", [9])], torch.device("cpu")
+    measured = run_rows(rows, methods, prompts, warmup, 0, cpu, done.append, batch_size)
+    turns = {
+        1: [("abc", [9]), ("bca", [0]), ("cab", [1]), ("abc", [2])],
+        2: [("abc", [9]), ("bca", [0, 1]), ("cab", [2])],
+    }
     assert [(name, token) for name, token, _ in calls] == [
-        *(("a", 9), ("b", 9), ("c", 9)),
-        *(("b", 0), ("c", 0), ("a", 0)),
-        *(("c", 1), ("a", 1), ("b", 1)),
-        *(("a", 2), ("b", 2), ("c", 2)),
+        (name, token) for names, tokens in turns[batch_size] for name in names for token in tokens
     ]
-    for i in range(0, 12, 3):
-        assert len({number for _, _, number in calls[i : i + 3]}) == 1
+    assert all(len({number for _, token, number in calls if token == t}) == 1 for t in (9, 0, 1, 2))
     assert len({number for _, _, number in calls}) == 4
+    alone = torch.rand(1, generator=torch.Generator().manual_seed(stable_hash("0 p1") % 2**62))
+    assert {number for _, token, number in calls if token == 1} == {float(alone)}, "whatever the batch is"
     assert [[m.prompt_id for m in row] for row in measured] == [["p0", "p1", "p2"]] * 3
     assert len(done) == 12
     assert measured[0][0].joules is None

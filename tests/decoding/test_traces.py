@@ -79,7 +79,7 @@ def collect_config(directory: Path, **collect: int) -> DictConfig:
                 "_target_": "decoding.DecodingConfig", "target_width": 3, "draft_width": 5, "draft_depth": 2,
                 "max_new_tokens": 10, "top_k": 8, "eos_token_id": -1,
             },
-            "collect": {"train_prompts": 4, "val_prompts": 2, "traces_dir": str(directory)} | collect,
+            "collect": {"train_prompts": 4, "val_prompts": 2, "traces_dir": str(directory), "batch_size": 1} | collect,
             "seed": 3,
         }
     )  # fmt: skip
@@ -207,6 +207,27 @@ def test_an_interrupted_collection_goes_on_with_the_same_rows(tmp_path: Path, mo
     parts, _ = load_traces(ensure_traces(cfg))
     timeless = [c for c in whole.column_names if not c.endswith("_seconds")]
     assert whole.select_columns(timeless).to_list() == parts.select_columns(timeless).to_list()
+
+
+def test_rows_do_not_depend_on_the_batch_size(tmp_path: Path):
+    """But for their seconds, which are shares; and a second run finds what another batch size has collected."""
+    alone, _ = load_traces(ensure_traces(collect_config(tmp_path / "alone", batch_size=1)))
+    together, _ = load_traces(ensure_traces(collect_config(tmp_path / "together", batch_size=4)))
+    assert alone.column_names == together.column_names
+    assert len(alone) == len(together)
+    for row, other in zip(alone, together, strict=True):
+        for column in row:
+            if isinstance(row[column], str):
+                assert row[column] == other[column]
+            elif not column.endswith("_seconds"):
+                np.testing.assert_allclose(row[column], other[column], atol=1e-4)  # float32 sums in other orders
+    (first,), (second,) = ((tmp_path / name).iterdir() for name in ("alone", "together"))
+    assert first.name == second.name
+
+
+def test_a_bad_batch_size_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"collect.batch_size is 0; give a whole number of at least 1"):
+        ensure_traces(collect_config(tmp_path, batch_size=0))
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated", "foreign", "manifest", "schema", "nothing"])

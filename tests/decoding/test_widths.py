@@ -115,6 +115,22 @@ def test_random_covers_its_range_and_is_reproducible() -> None:
     assert {m for _, m in drawn} == {2, 3, 4}
 
 
+def test_random_forks_follow_their_own_seeds() -> None:
+    """A prompt's widths depend on the policy's seed and the prompt's, not on what other forks have drawn."""
+
+    def widths(policy: RandomWidth) -> list[int]:
+        policy.reset(CONFIG)
+        return [policy.draft_width(context(FLAT, FLAT).draft) for _ in range(50)]
+
+    policy = RandomWidth(seed=1, full_share=0.0)
+    first, second = policy.fork(7), policy.fork(8)
+    drawn = widths(first)
+    assert widths(second) != drawn
+    assert widths(policy.fork(7)) == drawn
+    assert widths(RandomWidth(seed=1, full_share=0.0).fork(7)) == drawn
+    assert widths(RandomWidth(seed=2, full_share=0.0).fork(7)) != drawn
+
+
 def test_random_decodes_its_full_share_at_full_width() -> None:
     policy = RandomWidth(full_share=1.0)
     policy.reset(CONFIG)
@@ -123,15 +139,15 @@ def test_random_decodes_its_full_share_at_full_width() -> None:
 
 
 class Greedy(WidthPolicy):
-    """Asks for more, or less, than there is."""
+    """Asks for more, or less, than there is; its forks, one for each prompt, tell the same lists."""
 
     def __init__(self, value: int) -> None:
         self.value = value
-        self.resets = 0
+        self.resets: list[WidthPolicy] = []
         self.seen: list[IterationRecord] = []
 
     def reset(self, config: DecodingConfig) -> None:
-        self.resets += 1
+        self.resets.append(self)
 
     def draft_width(self, context: DraftContext) -> int:
         return self.value
@@ -151,7 +167,7 @@ def test_the_decoder_clips_what_a_policy_asks_for(value: int, widths: set[int], 
     for result in results:
         assert set(result.stats.target_widths) == widths
         assert set(result.stats.draft_widths) - {0} == drafts
-    assert policy.resets == 2
+    assert len({id(fork) for fork in policy.resets} - {id(policy)}) == len(policy.resets) == 2
     assert sum(record.tokens for record in policy.seen) == 16
     assert all(len(record.layers) == record.tokens and record.seconds > 0 for record in policy.seen)
     for record in policy.seen:

@@ -1,0 +1,98 @@
+"""CUDA graphs: a pass of each shape is captured once and replayed, so that the host launches one thing a pass."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decoding.forward import Forward, PassInputs
+
+GRAPH_LIMIT = 64  # shapes captured; beyond, passes run eagerly: shapes that never repeat would fill the memory
+
+
+class GraphedForward:
+    """Captures another forward, lazily, a graph for each (buffer, rows, queries, slots).
+
+    Args:
+        forward: what a graph runs; passes of more than `GRAPH_LIMIT` shapes, and of models that cannot be captured, go
+            to it as they are.
+
+    Attributes:
+        captures, replays, eager: passes of each kind, for the bench: many captures mean shapes that do not repeat.
+    """
+
+    ragged, static = False, True
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._graphs: dict[tuple[int, ...], _Captured] = {}
+        self._pool: Any = None
+        self._works = True
+        self.name = f"{forward.name}+graphs"
+        self.captures = self.replays = self.eager = 0
+
+    def new_store(self, rows: int, capacity: int) -> Any:
+        """An empty buffer."""
+        return self._forward.new_store(rows, capacity)
+
+    def __call__(self, inputs: PassInputs, store: Any) -> tuple[Tensor, Tensor | None]:
+        """As the captured forward; the tensors are overwritten by the next pass of the same shape."""
+        key = (id(store), store.capacity, inputs.rows, inputs.tokens.shape[0], inputs.read, inputs.hidden)
+        graph = self._graphs.get(key)
+        if graph is None and self._works and len(self._graphs) < GRAPH_LIMIT:
+            graph = self._capture(key, inputs, store)
+        if graph is None:
+            self.eager += 1
+            return self._forward(inputs, store)
+        self.replays += 1
+        return graph(inputs)
+
+    def _capture(self, key: tuple[int, ...], inputs: PassInputs, store: Any) -> _Captured | None:
+        try:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = _Captured(self._forward, inputs, store, self._pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # an operation that waits for the device, or allocates on the host
+            self._works = False
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            warnings.warn(f"A pass cannot be captured as a CUDA graph ({reason}); it runs eagerly.", stacklevel=2)
+            return None
+        self.captures += 1
+        self._graphs[key] = graph
+        weakref.finalize(store, self._graphs.pop, key, None)  # a graph holds addresses of its buffer
+        return graph
+
+
+class _Captured:
+    """One graph with the tensors that it reads and writes."""
+
+    def __init__(self, forward: Forward, inputs: PassInputs, store: Any, pool: Any) -> None:
+        self._inputs = PassInputs(
+            tokens=inputs.tokens.clone(),
+            positions=inputs.positions.clone(),
+            slots=inputs.slots.clone(),
+            mask=inputs.mask.clone(),
+            first_row=inputs.first_row,
+            hidden=inputs.hidden,
+        )
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up in the first passes, which cannot be captured
+            for _ in range(2):
+                forward(self._inputs, store)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._outputs = forward(self._inputs, store)
+
+    def __call__(self, inputs: PassInputs) -> tuple[Tensor, Tensor | None]:
+        for name in ("tokens", "positions", "slots", "mask"):
+            getattr(self._inputs, name).copy_(getattr(inputs, name))
+        self._graph.replay()
+        return self._outputs
