@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     calls = [methods[row.method](pair, row.config, row.settings) for row in rows]
     prompts, warmup = read_prompts(cfg, task, pair)
     with tracked(cfg) as run:
-        measured = decode_and_score(rows, calls, prompts, warmup, pair, task, cfg.seed)
+        measured = decode_and_score(rows, calls, prompts, warmup, pair, task, cfg.seed, cfg.batch_size)
         results: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "provenance": {
@@ -101,6 +101,8 @@ def chosen_policies(cfg: DictConfig) -> list[str]:
 
 def read_prompts(cfg: DictConfig, task: Task, pair: ModelPair) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to measure, and others to warm up with (the same where there are no others)."""
+    if cfg.batch_size < 1:
+        raise UserError(f"batch_size is {cfg.batch_size}; give a whole number of at least 1.")
     for name in ("limit", "warmup"):
         least = 1 if name == "limit" else 0
         if cfg.prompts[name] is not None and cfg.prompts[name] < least:
@@ -122,6 +124,7 @@ def decode_and_score(
     pair: ModelPair,
     task: Task,
     seed: int,
+    batch_size: int = 1,
 ) -> list[list[Measurement]]:
     """Measurements [rows][prompts]: timed first, scored after, so that scoring disturbs no clock."""
     transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
@@ -129,7 +132,9 @@ def decode_and_score(
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         decoding = progress.add_task("decoding", total=len(rows) * (len(prompts) + len(warmup)))
         scoring = progress.add_task("scoring", total=len(rows) * len(prompts))
-        measured = run_rows(rows, calls, prompts, warmup, seed, pair.device, lambda _: progress.advance(decoding))
+        measured = run_rows(
+            rows, calls, prompts, warmup, seed, pair.device, lambda _: progress.advance(decoding), batch_size
+        )
         for row in measured:
             for measurement, prompt in zip(row, prompts, strict=True):
                 score(measurement, prompt, pair, task)

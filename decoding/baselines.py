@@ -7,7 +7,7 @@ methods and not implementations; the `hf_` ones are transformers' own `generate`
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +16,12 @@ import torch
 from transformers import GenerationConfig
 
 from decoding.config import DecodingConfig
-from decoding.decoder import DecodeResult, DecodeStats, DSBDDecoder, Prompts, as_token_lists, beam_sample
+from decoding.decoder import DecodeResult, DecodeStats, DSBDDecoder, Prompts, as_token_lists
 from decoding.pair import ModelPair, check_prompt, end_tokens
 from decoding.widths import FixedWidth, RandomWidth, ThresholdWidth, WidthPolicy
 
-Generate = Callable[[Prompts, torch.Generator], list[DecodeResult]]
+Streams = torch.Generator | Sequence[torch.Generator]  # one for each prompt, or one for all
+Generate = Callable[[Prompts, Streams], list[DecodeResult]]
 Settings = Mapping[str, Any]
 
 
@@ -69,7 +70,7 @@ def hf_generate(
     pair: ModelPair,
     prompts: Prompts,
     config: DecodingConfig,
-    generator: torch.Generator,
+    generator: Streams,
     assisted: bool = False,
     num_beams: int = 1,
 ) -> list[DecodeResult]:
@@ -84,7 +85,7 @@ def hf_generate(
         pair: the models; the draft is used where `assisted`.
         prompts: as for DSBDDecoder.generate.
         config: max_new_tokens, temperature, top_k, top_p, EOS, length_penalty, early_stopping, num_return_sequences.
-        generator: seeds torch's global generators within the call; they are restored after it.
+        generator: seeds torch's global generators within the call; they are restored after it. One, or one a prompt.
         assisted: speculative sampling with pair.draft as `assistant_model`; needs num_beams=1.
         num_beams: beams; 1 is plain sampling.
 
@@ -111,7 +112,8 @@ def hf_generate(
     results = []
     for i, row in enumerate(as_token_lists(prompts)):
         check_prompt(pair, row, config, i)
-        results.append(_hf_one(pair, row, options, ends, generator))
+        stream = generator if isinstance(generator, torch.Generator) else generator[i]
+        results.append(_hf_one(pair, row, options, ends, stream))
     return results
 
 
@@ -197,25 +199,17 @@ def _now(device: torch.device) -> float:
 
 
 def _engine_alone(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
-    return lambda prompts, generator: beam_sample(pair.target, prompts, config, generator=generator)
+    return DSBDDecoder(pair, config.with_changes(draft_depth=0)).generate
 
 
 def _hf(assisted: bool) -> Callable[[ModelPair, DecodingConfig, Settings], Generate]:
     def build(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
-        def generate(prompts: Prompts, generator: torch.Generator) -> list[DecodeResult]:
+        def generate(prompts: Prompts, generator: Streams) -> list[DecodeResult]:
             return hf_generate(pair, prompts, config, generator, assisted, config.target_width)
 
         return generate
 
     return build
-
-
-def _random(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
-    def generate(prompts: Prompts, generator: torch.Generator) -> list[DecodeResult]:
-        policy = RandomWidth(seed=_seed_from(generator))  # the same widths for the same generator
-        return DSBDDecoder(pair, config, policy).generate(prompts, generator)
-
-    return generate
 
 
 def _widest(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
@@ -241,7 +235,7 @@ METHODS: dict[str, Method] = {
     "fixed": policy_method(_fixed, ("target_width", *_DRAFT, "asked_width")),
     "threshold": policy_method(_threshold(as_shipped=False), (*_DRAFT, "threshold")),
     "threshold_as_shipped": policy_method(_threshold(as_shipped=True), (*_DRAFT, "threshold")),
-    "random": Method(_random, _DRAFT),
+    "random": policy_method(lambda pair, config, settings: RandomWidth(), _DRAFT),
     "hf_sample": Method(_hf(assisted=False), fixed=_CHAIN),
     "hf_beam_sample": Method(_hf(assisted=False), ("target_width",)),
     "hf_assisted": Method(_hf(assisted=True), fixed=_CHAIN),

@@ -92,8 +92,10 @@ def _new_manifest(about: dict[str, Any], key: str, pair: ModelPair) -> dict[str,
 def _collect(cfg: DictConfig, pair: ModelPair, features: Any, directory: Path, manifest: dict[str, Any]) -> None:
     """Decode what is not done yet, a shard at a time."""
     config: DecodingConfig = instantiate(cfg.decoding)
-    policy = instantiate(cfg.policy)
-    decoder = DSBDDecoder(pair, config, policy)
+    decoder = DSBDDecoder(pair, config, instantiate(cfg.policy))
+    size = int(cfg.collect.batch_size)
+    if size < 1:
+        raise UserError(f"collect.batch_size is {size}; give a whole number of at least 1.")
     sizes = tuple(m.config.get_text_config().hidden_size for m in (pair.target, pair.draft))
     prompts = _prompts(cfg, pair)
     directory.mkdir(parents=True, exist_ok=True)
@@ -110,15 +112,16 @@ def _collect(cfg: DictConfig, pair: ModelPair, features: Any, directory: Path, m
         for first in range(0, len(todo), SHARD_PROMPTS):
             chunk = todo[first : first + SHARD_PROMPTS]
             rows = []
-            for split, prompt in chunk:
-                seed = prompt_seed(cfg.seed, prompt.id)
-                recorder = TraceRecorder(features, sizes, shadow_seed=seed + 1)
-                recorder.start(prompt.id, split)
-                if hasattr(policy, "reseed"):
-                    policy.reseed(seed + 2)
-                decoder.generate([prompt.tokens], torch.Generator().manual_seed(seed), recorder)
-                rows += recorder.take_rows()
-                progress.advance(task)
+            for at in range(0, len(chunk), size):
+                group = chunk[at : at + size]
+                seeds = [prompt_seed(cfg.seed, prompt.id) for _, prompt in group]
+                recorders = [TraceRecorder(features, sizes, shadow_seed=seed + 1) for seed in seeds]
+                for recorder, (split, prompt) in zip(recorders, group, strict=True):
+                    recorder.start(prompt.id, split)
+                streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+                decoder.generate([prompt.tokens for _, prompt in group], streams, recorders)
+                rows += [row for recorder in recorders for row in recorder.take_rows()]
+                progress.advance(task, len(group))
             _add_shard(directory, manifest, rows, [prompt.id for _, prompt in chunk])
     manifest["complete"] = True
     write_manifest(directory, manifest)

@@ -127,6 +127,7 @@ def run_rows(
     seed: int,
     device: torch.device,
     advance: Callable[[str], None] = lambda what: None,
+    batch_size: int = 1,
 ) -> list[list[Measurement]]:
     """Decode every prompt by every row, interleaved: machine drift hits all rows alike.
 
@@ -137,30 +138,51 @@ def run_rows(
         rows, calls: each row and its method, built.
         device: of the models; on CUDA the clock waits for it, and joules are measured.
         advance: called with the row's name after each decoding.
+        batch_size: prompts decoded together; a row's turn takes so many. transformers' methods take them one by one.
 
     Returns:
         [rows][prompts] measurements, not yet scored.
     """
     meter = EnergyMeter(device)
     measured: list[list[Measurement]] = [[] for _ in rows]
-    for i, prompt in enumerate([*warmup, *prompts]):
+    groups = [*_groups(warmup, batch_size), *_groups(prompts, batch_size)]
+    for i, group in enumerate(groups):
         for j in range(len(rows)):
             at = (i + j) % len(rows)
-            measurement = measure(calls[at], prompt, seed, device, meter)
-            if i >= len(warmup):
-                measured[at].append(measurement)
-            advance(rows[at].name)
+            taken = measure(calls[at], group, seed, device, meter)
+            if i >= len(groups) - -(-len(prompts) // batch_size):
+                measured[at] += taken
+            for _ in group:
+                advance(rows[at].name)
     return measured
 
 
-def measure(generate: Generate, prompt: Prompt, seed: int, device: torch.device, meter: EnergyMeter) -> Measurement:
-    """Decode one prompt, by the clock."""
-    generator = torch.Generator().manual_seed(stable_hash(f"{seed} {prompt.id}") % 2**62)
+def _groups(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
+    return [prompts[first : first + size] for first in range(0, len(prompts), size)]
+
+
+def measure(
+    generate: Generate, prompts: Sequence[Prompt], seed: int, device: torch.device, meter: EnergyMeter
+) -> list[Measurement]:
+    """Decode prompts together, by the clock; seconds and joules are split as the stats' seconds are."""
+    streams = [prompt_stream(seed, prompt) for prompt in prompts]
     with meter:
         began = _now(device)
-        (result,) = generate([prompt.tokens], generator)
+        results = generate([prompt.tokens for prompt in prompts], streams)
         seconds = _now(device) - began
-    return Measurement(prompt.id, seconds, meter.joules, result.stats, list(result.sequences[0]), result.finished[0])
+    claimed = sum(result.stats.total_seconds for result in results)
+    measured = []
+    for prompt, result in zip(prompts, results, strict=True):
+        share = result.stats.total_seconds / claimed
+        joules = meter.joules * share if meter.joules is not None else None
+        tokens, finished = list(result.sequences[0]), result.finished[0]
+        measured.append(Measurement(prompt.id, seconds * share, joules, result.stats, tokens, finished))
+    return measured
+
+
+def prompt_stream(seed: int, prompt: Prompt) -> torch.Generator:
+    """The random stream of a prompt, the same for all rows."""
+    return torch.Generator().manual_seed(stable_hash(f"{seed} {prompt.id}") % 2**62)
 
 
 def score(measurement: Measurement, prompt: Prompt, pair: ModelPair, task: Task) -> None:
