@@ -31,6 +31,7 @@ from decoding.pair import ModelPair
 from decoding.profiling import profile_decoding
 from decoding.provenance import provenance, to_plain
 from decoding.roofline import kv_bytes_per_slot, roofline
+from decoding.soak import soak
 from decoding.tasks.base import Prompt, Task
 
 RESULTS, TRACE = "bench.json", "trace.json"
@@ -124,8 +125,8 @@ def read_prompts(
     cfg: DictConfig, task: Task, pair: ModelPair, rows: Sequence[BenchRow]
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to measure, and others to warm up with (the same where there are no others)."""
-    for name in ("prompts.limit", "prompts.tokens", "prompts.warmup", "repeats", "bootstrap", "profile_tokens"):
-        value, least = OmegaConf.select(cfg, name), 0 if name == "prompts.warmup" else 1
+    for name in ("prompts.limit", "prompts.tokens", "prompts.warmup", "repeats", "bootstrap", "profile_tokens", "soak"):
+        value, least = OmegaConf.select(cfg, name), 0 if name in ("prompts.warmup", "soak") else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise UserError(f"{name} is {value!r}; give a whole number of at least {least}.")
     prompts = task.prompts(cfg.prompts.split, cfg.prompts.limit, pair.tokenizer)
@@ -181,6 +182,7 @@ class Bench:
             "graphs": {},
             "roofline": None,
             "profile": None,
+            "soak": None,
         }
 
     def measure(self, warmup: Sequence[Prompt]) -> bool:
@@ -219,6 +221,8 @@ class Bench:
                 self.write()
             if self.cfg.profile:
                 self.results["profile"] = self._guarded(self._profile)
+            if self.cfg.soak:
+                self.results["soak"] = self._guarded(self._soak)
             self.results["complete"] = True
         path = self.write()
         console = Console(markup=False)  # brackets are intervals
@@ -264,6 +268,13 @@ class Bench:
         self.directory.mkdir(parents=True, exist_ok=True)
         found = profile_decoding(generate, prompts, self.cfg.seed, self.pair.device, self.directory / TRACE)
         return {"row": row.name, **found}
+
+    def _soak(self) -> dict[str, Any]:
+        record = self.records[-1]
+        size = record.row.batch_size
+        return {"row": record.row.name} | soak(
+            record.generate, self.pair, self.prompts, self.cfg.soak, size, self.cfg.seed
+        )
 
     def _guarded(self, part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A part's results, or its failure in a sentence: the rows are not lost for it."""

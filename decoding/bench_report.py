@@ -293,6 +293,18 @@ def _roofline_table(found: Node) -> Table:
     return table
 
 
+def _soak_lines(found: Node | None) -> list[str]:
+    if not _known(found):
+        return [f"Memory over many prompts: {found['error']}"] if found else []
+    assert found is not None
+    first, last = found["resident_megabytes"][0], found["resident_megabytes"][-1]
+    kv, prompts = found["kv_megabytes"], found["prompts"]
+    return [
+        f"Memory ({found['row']}): peak resident {first:.0f} MB after {prompts[0]:,} prompts, {last:.0f} MB after "
+        f"{prompts[-1]:,}; KV buffers {kv[0]:.1f} and {kv[-1]:.1f} MB."
+    ]
+
+
 def _operator_table(found: Node, key: str, heading: str) -> Table:
     table = _table(heading, "calls", "ms", "share")
     for row in found[key]:
@@ -348,6 +360,7 @@ def headlines(results: Node) -> list[str]:
         *_graph_lines(results),
         *_roofline_lines(results["roofline"]),
         *_profile_lines(results["profile"]),
+        *_soak_lines(results["soak"]),
     ]
 
 
