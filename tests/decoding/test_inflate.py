@@ -54,7 +54,7 @@ def distance(model: Any, wide: Any, tokens: Tensor) -> float:
 
 
 # Log-probabilities go down to about -40; float32 holds such numbers to 4e-6, and sums over 256 products and 7 layers in
-# another order lose a few times that. Measured 2.5e-5 at worst; every mistake below gives more than 5, a wrong eps less.
+# another order lose a few times that. Measured 2.5e-5 at worst; the mistakes below give more than 5, a wrong eps less.
 SAME = 1e-4
 
 
