@@ -199,7 +199,7 @@ class DSBDDecoder:
             finally:
                 batch.close()
         except torch.OutOfMemoryError as error:
-            raise OutOfDeviceMemory(self.config, size, results) from error
+            raise OutOfDeviceMemory(self.config, size, results) from error.with_traceback(None)  # frees its tensors
         return [result for result in results if result is not None]
 
 

@@ -39,12 +39,18 @@ def can_fuse(model: Any) -> bool:
     one_kind = len({(weight.dtype, weight.device) for weight in weights}) == 1
     if not one_kind or weights[0].dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-            return False
+    if hooked(model):
+        return False
     layers = model.model.layers
     plain = all(type(layer.get_submodule(name)) is nn.Linear for layer in layers for name in _PROJECTIONS)
     return plain and type(model.lm_head) is nn.Linear
+
+
+def hooked(model: Any) -> bool:
+    """Whether someone watches or changes what passes between the model's modules, which a fused pass would skip."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules()
+    )
 
 
 class FusedStore:

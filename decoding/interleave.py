@@ -15,7 +15,7 @@ from decoding.energy import EnergyMeter
 from decoding.errors import UserError
 from decoding.measure import Measurement, Row, measure
 from decoding.pair import ModelPair
-from decoding.scorer import runner_of
+from decoding.runner import runner_of
 from decoding.tasks.base import Prompt
 
 _COUNTERS = ("captures", "replays", "eager")

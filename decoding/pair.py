@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
-from decoding.scorer import ENGINES, check_forest_pass
+from decoding.probe import check_forest_pass
+from decoding.runner import ENGINES
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 

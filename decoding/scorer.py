@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +12,12 @@ import torch
 from torch import Tensor
 
 from decoding.cache import ForestCache, Placement
-from decoding.errors import UserError
 from decoding.forest import TokenForest
-from decoding.forward import Forward, PassInputs, TransformersForward
-from decoding.fused import FusedForward, can_fuse
-from decoding.graphs import GraphedForward
-from decoding.sampling import FloatArray, IntArray, log_probabilities, nan_message, top_entries
+from decoding.forward import Forward, PassInputs
+from decoding.runner import runner_of
+from decoding.sampling import FloatArray, IntArray, log_probabilities, top_entries
 
-SPARE_STORES = 3  # KV buffers kept for the next decoding
 PREFILL_CHUNK = 512  # prompt tokens in a pass: bounds the memory of its mask and its activations
-ENGINES = ("auto", "eager", "transformers")
 
 
 @dataclass
@@ -266,106 +261,3 @@ def _gather(rows: list[tuple[Tensor, int]]) -> Tensor:
             return first
         return first[torch.tensor(index).to(first.device)]
     return torch.stack([source[i] for source, i in rows])
-
-
-class Runner:
-    """What outlives a decoding: one model's forward, its graphs and its KV buffers, which are used again."""
-
-    def __init__(self, model: Any, engine: str) -> None:
-        self.prompts: Forward = (
-            FusedForward(model) if engine != "transformers" and can_fuse(model) else TransformersForward(model)
-        )
-        on_gpu = next(model.parameters()).device.type == "cuda"
-        self.forward: Forward = GraphedForward(self.prompts) if engine == "auto" and on_gpu else self.prompts
-        self.checked = False  # by check_forest_pass
-        self._spare: list[Any] = []  # KV buffers that no scorer uses
-
-    def borrow(self, rows: int, capacity: int) -> Any:
-        """A KV buffer of so many rows, with at least that capacity; its content is stale."""
-        fits = [store for store in self._spare if store.rows == rows and store.capacity >= capacity]
-        # One that is too small goes: two of a kind would add up. Those of other batch sizes stay, with their graphs.
-        self._spare = [store for store in self._spare if store.rows != rows or store in fits[1:]]
-        return fits[0] if fits else self.prompts.new_store(rows, capacity)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Memory of the KV buffers that no scorer uses now."""
-        return sum(store.bytes for store in self._spare)
-
-    def give_back(self, store: Any) -> None:
-        """A scorer is done with its buffer."""
-        self._spare = [*self._spare, store][-SPARE_STORES:]
-
-    def free(self) -> None:
-        """Keep no buffer."""
-        self._spare.clear()
-
-
-_runners: weakref.WeakKeyDictionary[Any, dict[str, tuple[tuple[Any, ...], Runner]]] = weakref.WeakKeyDictionary()
-
-
-def runner_of(model: Any, engine: str) -> Runner:
-    """The model's runner, made when it is first asked for, and again when the model's weights have changed."""
-    known = _runners.setdefault(model, {})
-    signature = _signature(model)
-    if engine not in known or known[engine][0] != signature:
-        with torch.inference_mode(False), torch.no_grad():  # weights that are moved stay trainable
-            runner = Runner(model, engine)
-        known[engine] = (_signature(model), runner)  # again: fusing may have moved weights
-    return known[engine][1]
-
-
-def _signature(model: Any) -> tuple[Any, ...]:
-    """Changes when a weight is replaced, moved or written to in place (not through `.data`)."""
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
-
-
-@torch.inference_mode()
-def check_forest_pass(model: Any, role: str, engine: str = "auto") -> None:
-    """Refuse a model whose forest pass differs from its sequential pass; once per model and engine.
-
-    Masks and positions are passed as transformers' attention models take them; a model that ignores either
-    (some with ALiBi or learned relative positions) would be decoded wrongly without a word.
-
-    Raises:
-        UserError: the two passes differ, or the model cannot run a forest pass at all.
-    """
-    runner = runner_of(model, engine)
-    if runner.checked:
-        return
-    kind = getattr(model.config, "model_type", type(model).__name__)
-    vocabulary = model.config.get_text_config().vocab_size
-    prompt = [token % vocabulary for token in (3, 1, 4, 1)]
-    forest = TokenForest()
-    scorer = ForestScorer(model, rows=1, longest_prompt=len(prompt), spare_slots=8, engine=engine)
-    first, second = forest.child(0, 5 % vocabulary), forest.child(0, 2 % vocabulary)
-    last = [forest.child(first, 6 % vocabulary), forest.child(second, 5 % vocabulary)]
-    try:
-        scorer.open(0, prompt, forest)
-        scorer.score({0: [first, second]})
-        scorer.score({0: last})
-        together = scorer.log_probs(0, last).exp()  # [2, V]
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"The {role} model ({kind}) cannot run a forest pass, in which one pass scores several beams under a 4-D "
-            f"attention mask: {reason[0]}"
-        ) from error
-    finally:
-        scorer.close()
-    distance = 0.0
-    for row, leaf in enumerate(last):
-        path = torch.tensor([prompt + forest.path(leaf)]).to(scorer.device)
-        positions = torch.arange(path.shape[1], device=scorer.device)[None]
-        logits = model(input_ids=path, position_ids=positions, use_cache=False).logits[0, -1].float()
-        if torch.isnan(logits).any():
-            raise UserError(nan_message(role))
-        distance = max(distance, 0.5 * (together[row] - logits.softmax(-1)).abs().sum().item())
-    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    if not distance <= (1e-3 if exact else 0.05):
-        raise UserError(
-            f"The {role} model ({kind}) scores a forest of beams differently than one beam at a time (total variation "
-            f"{distance:.3f}): it does not honour the mask or the positions it is given, so its beams would be wrong. "
-            "Use a model with rotary or learned positions, such as Llama, Qwen, Mistral or GPT-NeoX."
-        )
-    runner.checked = True

@@ -12,7 +12,7 @@ import torch
 from decoding.baselines import Generate
 from decoding.measure import prompt_stream
 from decoding.pair import ModelPair
-from decoding.scorer import runner_of
+from decoding.runner import runner_of
 from decoding.tasks.base import Prompt
 
 _CHECKPOINTS = 10

@@ -36,7 +36,8 @@ from decoding.cache import ForestCache
 from decoding.decoder import OutOfDeviceMemory, shared_prefix
 from decoding.forward import PassInputs, TransformersStore
 from decoding.fused import FusedStore
-from decoding.scorer import SPARE_STORES, ForestScorer, Runner, runner_of
+from decoding.runner import SPARE_STORES, Runner, runner_of
+from decoding.scorer import ForestScorer
 from decoding.traces import TraceRecorder
 from decoding.widths import TargetContext
 from tests.decoding.stubs import Beams, Reference, chi_square_p, llama_pair

@@ -33,7 +33,8 @@ from decoding import DecodingConfig, DSBDDecoder, ModelPair, beam_sample
 from decoding.forest import TokenForest
 from decoding.forward import PassInputs
 from decoding.fused import FusedForward, can_fuse
-from decoding.scorer import ForestScorer, runner_of
+from decoding.runner import runner_of
+from decoding.scorer import ForestScorer
 
 VOCABULARY = 23
 SHAPE = dict(
@@ -425,3 +426,31 @@ def test_engines_of_one_model_do_not_disturb_each_other() -> None:
         for engine in ("auto", "eager", "auto", "eager")
     ]
     assert results[0] == results[1] == results[2] == results[3]
+
+
+def test_a_hook_set_after_the_first_decode_is_heeded() -> None:
+    model, prompts = made("grouped heads"), [tokens_of(6)]
+    before = greedy(model, prompts)
+    hook = model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: -3 * output)
+    assert runner_of(model, "auto").prompts.name == "transformers"
+    assert greedy(model, prompts) == greedy_by_generate(model, prompts) != before
+    hook.remove()
+    assert greedy(model, prompts) == before
+
+
+def turned_wrongly(self: FusedForward, qkv: Tensor, turns: Tensor, layer: Any) -> Tensor:
+    return qkv[:, : self._heads * self._dim]
+
+
+def crash(self: FusedForward, qkv: Tensor, turns: Tensor, layer: Any) -> Tensor:
+    raise RuntimeError("a kernel that this machine lacks")
+
+
+@pytest.mark.parametrize("fault", [turned_wrongly, crash])
+def test_a_fused_pass_that_is_wrong_is_not_used(fault: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = made("grouped heads"), [tokens_of(6), tokens_of(4, 1)]
+    monkeypatch.setattr(FusedForward, "_turned", fault)
+    with pytest.warns(UserWarning, match="slower, but right"):
+        assert greedy(model, prompts) == greedy_by_generate(model, prompts)
+    assert runner_of(model, "auto").forward.name == "transformers"
+    assert greedy(model, prompts) == greedy_by_generate(model, prompts)  # without a further warning

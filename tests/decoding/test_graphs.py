@@ -21,7 +21,7 @@ from decoding.cache import QUERY_BUCKETS, SLOT_BUCKET, ForestCache
 from decoding.forward import PassInputs, TransformersStore
 from decoding.fused import FusedStore
 from decoding.graphs import GRAPH_LIMIT, GraphedForward
-from decoding.scorer import Runner, runner_of
+from decoding.runner import Runner, runner_of
 from tests.decoding.stubs import llama_pair
 from tests.decoding.test_batch import CONFIG, POLICIES, PROMPTS, SETTINGS, assert_same, seeded
 
