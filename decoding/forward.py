@@ -78,7 +78,7 @@ class _FlatLayer(CacheLayerMixin):
 
     def __init__(self, store: TransformersStore) -> None:
         super().__init__()
-        self._store = store
+        self._store: TransformersStore = weakref.proxy(store)  # no cycle: buffers go when the last user lets go
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         slots = self._store.rows * self._store.capacity

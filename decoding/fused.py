@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from decoding.forward import PassInputs, larger
 
@@ -21,10 +22,12 @@ _PROJECTIONS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
+# On a GPU without cuDNN's attention, which torch prefers on some: it plans anew, in many milliseconds, for every shape.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 Rotation = Callable[[int], Tensor]  # positions -> e^(i * angle) of each, [positions, D/2] complex64
 Linear = Callable[[Tensor], Tensor]
-Residual = Callable[[Tensor, Tensor], Tensor]  # (input, residual) -> residual + projection
+Residual = Callable[[Tensor, Tensor], Tensor]  # (input, residual) -> residual + projection, perhaps in its place
 
 
 def can_fuse(model: Any) -> bool:
@@ -165,6 +168,12 @@ class FusedForward:
 
     def __call__(self, inputs: PassInputs, store: FusedStore) -> tuple[Tensor, Tensor | None]:
         """Logits [T, V] (or [1, V] with last_only) and hidden states [T, H] where asked for."""
+        if not self._embedding.is_cuda:
+            return self._pass(inputs, store)
+        with sdpa_kernel(_ATTENTION):
+            return self._pass(inputs, store)
+
+    def _pass(self, inputs: PassInputs, store: FusedStore) -> tuple[Tensor, Tensor | None]:
         group = self._heads // self._kv_heads
         mask = inputs.mask if group == 1 else inputs.mask.repeat(1, 1, group, 1)  # [B, 1, G * N, S]
         turns = store.turns.index_select(0, inputs.positions)[:, None]  # [T, 1, D/2]
@@ -266,6 +275,8 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
 
 def _residual(weight: Tensor, bias: Tensor | None) -> Residual:
     if not _packs(weight):
+        if bias is None:
+            return lambda x, residual: residual.addmm_(x, weight.t())  # one kernel
         return lambda x, residual: F.linear(x, weight, bias).add_(residual)
     packed, multiply = _packed(weight), torch.ops.mkldnn._linear_pointwise.binary
     bias = bias.detach() if bias is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from typing import Any
@@ -53,7 +54,7 @@ class GraphedForward:
 
     def _capture(self, key: tuple[int, ...], inputs: PassInputs, store: Any) -> _Captured | None:
         try:
-            if self._pool is None:
+            if not self._graphs:  # torch refuses a pool again once all of its graphs are gone
                 self._pool = torch.cuda.graph_pool_handle()
             graph = _Captured(self._forward, inputs, store, self._pool)
         except torch.OutOfMemoryError:
@@ -81,18 +82,45 @@ class _Captured:
             first_row=inputs.first_row,
             hidden=inputs.hidden,
         )
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up in the first passes, which cannot be captured
-            for _ in range(2):
-                forward(self._inputs, store)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._outputs = forward(self._inputs, store)
+        device = inputs.tokens.device
+        current, side = torch.cuda.current_stream(device), _side_stream(device)
+        # This block gives the device and the stream back after a capture that failed, too; torch's own does not.
+        with torch.cuda.device(device), torch.cuda.stream(side):
+            side.wait_stream(current)
+            forward(self._inputs, store)  # libraries set themselves up in the first pass, which cannot be captured
+            _check_that_nothing_waits(forward, self._inputs, store)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                self._outputs = forward(self._inputs, store)
+        current.wait_stream(side)
 
     def __call__(self, inputs: PassInputs) -> tuple[Tensor, Tensor | None]:
         for name in ("tokens", "positions", "slots", "mask"):
             getattr(self._inputs, name).copy_(getattr(inputs, name))
         self._graph.replay()
         return self._outputs
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    """The stream of all warm-ups and captures on a device.
+
+    One for both, so that cuBLAS has its workspace before a capture and puts none into a pool of graphs, which could
+    then never be freed; and one for all, since it keeps a workspace for every stream.
+    """
+    return torch.cuda.Stream(device)
+
+
+def _check_that_nothing_waits(forward: Forward, inputs: PassInputs, store: Any) -> None:
+    """A pass; RuntimeError where the host waits for the device.
+
+    Found in a capture, that would leave torch's allocator and its generators on the GPU in disorder.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the mode a prototype, once
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward(inputs, store)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

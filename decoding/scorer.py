@@ -259,5 +259,5 @@ def _gather(rows: list[tuple[Tensor, int]]) -> Tensor:
         index = [i for _, i in rows]
         if index == list(range(len(first))):
             return first
-        return first[torch.tensor(index).to(first.device)]
+        return first[torch.tensor(index).to(first.device, non_blocking=True)]
     return torch.stack([source[i] for source, i in rows])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -267,6 +268,36 @@ def test_graphs_go_with_their_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
         runner_of(model, "auto")._spare.clear()
     gc.collect()
     assert [len(forward._graphs) for forward in forwards] == [0, 0]
+
+
+def test_a_pool_whose_graphs_are_gone_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses it: a pool dies with its last graph, its handle with it."""
+    pair = llama_pair()
+    forwards = graphed(pair, monkeypatch)
+    handles = iter(range(100))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    DSBDDecoder(pair, CONFIG).generate(PROMPTS, seeded())
+    first = [forward._pool for forward in forwards]
+    assert all(forward.captures > 1 for forward in forwards) and sorted(first) == [0, 1], "one pool a model"
+    _known.clear()
+    for model in (pair.target, pair.draft):
+        runner_of(model, "auto")._spare.clear()
+    gc.collect()
+    DSBDDecoder(pair, CONFIG).generate(PROMPTS, seeded())
+    assert sorted(forward._pool for forward in forwards) == [2, 3]
+    _known.clear()
+
+
+def test_a_buffer_goes_with_its_last_user() -> None:
+    """At once: the garbage collector does not know that a GPU's memory is short."""
+    store = TransformersStore(1, 64, 2)
+    gone = weakref.ref(store)
+    gc.disable()
+    try:
+        del store
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_no_more_graphs_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
