@@ -1,4 +1,4 @@
-"""The README's commands compose, its make targets exist, and its Python runs."""
+"""The README's commands, and the performance page's, compose, its make targets exist, and its Python runs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from decoding.entry import CONF_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-ENTRIES = {"train.py": "train", "evaluate.py": "evaluate", "decoding.collect": "collect"}
+ENTRIES = {
+    "train.py": "train",
+    "evaluate.py": "evaluate",
+    "decoding.collect": "collect",
+    "decoding.bench": "bench",
+}
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 def commands() -> list[str]:
-    lines = "\n".join(blocks("bash")).splitlines()
+    lines = "\n".join(blocks("bash") + blocks("bash", PERFORMANCE)).splitlines()
     return [line.split("#")[0].strip() for line in lines if line.strip()]
 
 
@@ -34,7 +40,7 @@ def test_commands_compose(command: str) -> None:
         if words[0] == "evaluate.py" and key == "controller":
             key = "controller_path"
         # a sweep's first value stands for all; an elided path is any path
-        value = value.replace("...", "x") if value.startswith("[") else value.split(",")[0].replace("...", "x")
+        value = value.replace("...", "x") if value.startswith(("[", "{")) else value.split(",")[0].replace("...", "x")
         overrides.append(f"{key}={value}")
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         compose(ENTRIES[words[0]], overrides)
