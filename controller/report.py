@@ -6,9 +6,7 @@ The format of results.json is described in docs/results.md.
 from __future__ import annotations
 
 import io
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
+from decoding.files import json_bytes, write_whole
 from decoding.measure import REFERENCE_METHODS, Measurement, Row
 
 SCHEMA_VERSION = 1
@@ -149,26 +148,14 @@ def write_report(
     Returns:
         Path of each file by its name.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     files = {
-        RESULTS: json.dumps(_finite(results), ensure_ascii=False, allow_nan=False).encode() + b"\n",
+        RESULTS: json_bytes(results),
         TABLE: results_page(results, with_calibration=bool(calibration)).encode(),
         FRONTIER: _png(plot_frontier(results["rows"])),
     }
     if calibration:
         files[CALIBRATION] = _png(plot_calibration(calibration))
-    return {name: write_atomically(directory / name, content) for name, content in files.items()}
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Write to a temporary name beside the file, then rename: the file is never half there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return {name: write_whole(directory / name, content) for name, content in files.items()}
 
 
 def calibration_curves(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,15 +163,6 @@ def calibration_curves(provenance: Mapping[str, Any]) -> dict[str, Any]:
     bins = provenance.get("reliability")
     known = isinstance(bins, Mapping) and {"predicted", "observed", "rows"} <= set(bins)
     return {"P(K_w >= M)": bins} if known else {}
-
-
-def _finite(node: Any) -> Any:
-    """JSON has no NaN: they become null."""
-    if isinstance(node, Mapping):
-        return {str(key): _finite(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_finite(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 # --------------------------------------------------------------------------------------------- tables

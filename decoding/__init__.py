@@ -1,9 +1,10 @@
 """Dynamic-width speculative beam decoding: prompts in, several hypotheses out."""
 
 from decoding.config import DecodingConfig
-from decoding.decoder import DecodeResult, DecodeStats, DSBDDecoder, beam_sample
+from decoding.decoder import DSBDDecoder, beam_sample
 from decoding.errors import UserError
 from decoding.pair import ModelPair
+from decoding.results import DecodeResult, DecodeStats
 from decoding.widths import FixedWidth, RandomWidth, ThresholdWidth, WidthPolicy
 
 __all__ = [

@@ -16,8 +16,9 @@ import torch
 from transformers import GenerationConfig
 
 from decoding.config import DecodingConfig
-from decoding.decoder import DecodeResult, DecodeStats, DSBDDecoder, Prompts, as_token_lists
+from decoding.decoder import DSBDDecoder, Prompts, as_token_lists
 from decoding.pair import ModelPair, check_prompt, end_tokens
+from decoding.results import DecodeResult, DecodeStats
 from decoding.widths import FixedWidth, RandomWidth, ThresholdWidth, WidthPolicy
 
 Streams = torch.Generator | Sequence[torch.Generator]  # one for each prompt, or one for all

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from decoding.baselines import METHODS
-from decoding.bench_report import SCHEMA_VERSION, headlines, summarise, tables, write_json
+from decoding.bench_report import SCHEMA_VERSION, headlines, summarise, tables
 from decoding.config import DecodingConfig
 from decoding.entry import entry_point
 from decoding.errors import UserError
+from decoding.files import json_bytes, write_whole
 from decoding.interleave import OUT_OF_MEMORY, BenchRow, Record, graph_counters, run_repeats, sentence, warm_up
 from decoding.measure import Row, log_probability
 from decoding.pair import ModelPair
@@ -242,7 +243,7 @@ class Bench:
             self.cfg.bootstrap,
             self.cfg.seed,
         )
-        return write_json(self.directory / RESULTS, self.results)
+        return write_whole(self.directory / RESULTS, json_bytes(self.results))
 
     def _score(self) -> None:
         for record in self.records:

@@ -5,21 +5,17 @@ Speeds are medians over repeats with their range; log-probabilities are means wi
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from decoding.decoder import PHASES
 from decoding.interleave import Record
 from decoding.measure import Measurement
 from decoding.profiling import overhead_share
+from decoding.results import PHASES
 
 SCHEMA_VERSION = 1
 REFERENCE = "hf_beam_sample"
@@ -208,27 +204,6 @@ def _prompt(repeat: int, measurement: Measurement) -> dict[str, Any]:
         "finished": measurement.finished,
         "log_prob": measurement.log_prob,
     }
-
-
-def write_json(path: Path, results: Node) -> Path:
-    """Write to a temporary name beside the file, then rename: the file is never half there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(_finite(results), ensure_ascii=False, allow_nan=False) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def _finite(node: Any) -> Any:
-    """JSON has no NaN: they become null."""
-    if isinstance(node, Mapping):
-        return {str(key): _finite(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_finite(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 # ---------------------------------------------------------------------------------------------- tables

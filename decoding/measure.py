@@ -15,10 +15,10 @@ import torch
 
 from decoding.baselines import Generate, Method
 from decoding.config import DecodingConfig
-from decoding.decoder import DecodeStats
 from decoding.energy import EnergyMeter
 from decoding.errors import UserError
 from decoding.pair import ModelPair
+from decoding.results import DecodeStats
 from decoding.tasks.base import Prompt, Task, stable_hash
 
 REFERENCE_METHODS = ("hf_beam_sample", "beam_sample")  # a row's speed-up is over these at its own target width

@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from decoding.baselines import Generate
-from decoding.decoder import DecodeResult
+from decoding.results import DecodeResult
 
 TOP = 15  # operators reported
 

@@ -16,8 +16,9 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 from decoding.acceptance import accept_probabilities, accepted_count_table, align
-from decoding.decoder import LayerEvent
 from decoding.errors import UserError
+from decoding.files import write_whole
+from decoding.results import LayerEvent
 from decoding.sampling import Dice
 from decoding.widths import DraftContext
 
@@ -170,9 +171,7 @@ def write_shard(directory: Path, name: str, rows: list[dict[str, Any]], about: d
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, under a temporary name until it is whole."""
-    partial = directory / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(manifest, indent=2, default=str) + "\n")
-    os.replace(partial, directory / MANIFEST)
+    write_whole(directory / MANIFEST, json.dumps(manifest, indent=2, default=str).encode() + b"\n")
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

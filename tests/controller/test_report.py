@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from controller import report
-from controller.report import calibration_curves, plot_frontier, summarise, write_atomically, write_report
+from controller.report import calibration_curves, plot_frontier, summarise, write_report
 from decoding import DecodeStats, DecodingConfig
 from decoding.measure import Measurement, Row
 
@@ -124,14 +124,6 @@ def test_what_must_be_known_about_a_pair_stands_above_the_numbers() -> None:
     noted = results() | {"provenance": PROVENANCE | {"pair": {"name": "small", "note": "Not a trained model."}}}
     page = report.results_page(noted)
     assert 0 < page.index("**Not a trained model.**") < page.index("| row |")
-
-
-def test_a_file_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_atomically(tmp_path / "x", b"old")
-    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x", b"old")]
 
 
 def test_frontier_has_a_curve_a_method() -> None:

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+import decoding.batch
 import decoding.cache
-import decoding.decoder
 import decoding.sampling
 import decoding.scorer
 from decoding import (
@@ -32,8 +32,9 @@ from decoding import (
     WidthPolicy,
     beam_sample,
 )
+from decoding.batch import shared_prefix
 from decoding.cache import ForestCache
-from decoding.decoder import OutOfDeviceMemory, shared_prefix
+from decoding.decoder import OutOfDeviceMemory
 from decoding.forward import PassInputs, TransformersStore
 from decoding.fused import FusedStore
 from decoding.runner import SPARE_STORES, Runner, runner_of
@@ -342,7 +343,7 @@ def test_a_shared_prefix_is_scored_once(
     pair = llama_pair(engine=engine)
     decoder = DSBDDecoder(pair, CONFIG.with_changes(max_new_tokens=4))
     with monkeypatch.context() as patch:
-        patch.setattr(decoding.decoder, "shared_prefix", lambda prompts: 0)
+        patch.setattr(decoding.batch, "shared_prefix", lambda prompts: 0)
         apart = decoder.generate(prompts, seeded(), batch_size=batch_size)
     counting = count_prompts(pair, monkeypatch)
     assert_same(decoder.generate(prompts, seeded(), batch_size=batch_size), apart)
@@ -368,7 +369,7 @@ def test_slots_that_run_out_grow(engine: str, monkeypatch: pytest.MonkeyPatch) -
             self.seen.append(self.cache.capacity)
             super().close()
 
-    monkeypatch.setattr(decoding.decoder, "ForestScorer", Tight)
+    monkeypatch.setattr(decoding.batch, "ForestScorer", Tight)
     monkeypatch.setattr(decoding.cache, "SLOT_STEP", 4)
     for model in (decoder.pair.target, decoder.pair.draft):
         runner_of(model, engine)._spare.clear()  # of a capacity that would do

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-import decoding.decoder
+import decoding.prompt_run
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, beam_sample
 from decoding.cache import QUERY_BUCKETS, SLOT_BUCKET, SLOT_STEP, ForestCache
 from decoding.forest import TokenForest
@@ -214,7 +214,7 @@ def check_slots(run: Any) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"one_beam_cache": True}, {"exact": True}, {"replacement": True}], ids=str)
 def test_slots_hold_living_paths_only(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    run = decoding.decoder._PromptRun
+    run = decoding.prompt_run.PromptRun
     prune, checks = run._prune, []
 
     def checked(self: Any) -> None:

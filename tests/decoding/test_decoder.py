@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, UserError, WidthPolicy, beam_sample
-from decoding.decoder import LayerEvent, as_token_lists
+from decoding.decoder import as_token_lists
+from decoding.results import LayerEvent
 from decoding.widths import TargetContext
 from tests.decoding.stubs import MAX_POSITIONS, TableModel, random_pair
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-import decoding.decoder
+import decoding.prompt_run
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, WidthPolicy, beam_sample
 from decoding.acceptance import LayerVerdict, align
-from decoding.decoder import DecodeResult, LayerEvent
 from decoding.forest import TokenForest
+from decoding.results import DecodeResult, LayerEvent
 from decoding.sampling import Dice, FloatArray, IntArray
 from decoding.widths import DraftContext, RootContext, TargetContext
 from tests.decoding.stubs import Beams, Reference, chi_square_p, chi_square_tail, random_pair
@@ -272,7 +272,7 @@ def test_every_beam_carries_its_true_weight(changes: dict[str, Any], monkeypatch
             super().__init__()
             forests.append(self)
 
-    monkeypatch.setattr(decoding.decoder, "TokenForest", SpiedForest)
+    monkeypatch.setattr(decoding.prompt_run, "TokenForest", SpiedForest)
     config = settings(3, 5, 3, 7, **changes)
     pair = random_pair(4, seed=12, closeness=0.7)
     reference = Reference(pair.target, PROMPT, config)
@@ -356,7 +356,7 @@ def second_verifier(twice: bool = False, forgetful: bool = False) -> Callable[..
 def test_wrong_verifiers_are_caught(
     fault: dict[str, bool], replacement: bool, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding.decoder, "verify_layer", second_verifier(**fault))
+    monkeypatch.setattr(decoding.prompt_run, "verify_layer", second_verifier(**fault))
     config = settings(2, 3, 1, 2, replacement=replacement)
     pair = unlike_pair()
     expected = Reference(pair.target, PROMPT, config).returned()
@@ -380,7 +380,7 @@ class Coin(WidthPolicy):
 
 def leak_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Show each layer's first draft to the prompt's policy before it is asked for M."""
-    run = decoding.decoder._PromptRun
+    run = decoding.prompt_run.PromptRun
     honest = run._commit_drafted
 
     def leaky(self: Any, context: TargetContext, target: Any, layer: Any) -> Any:
@@ -417,7 +417,7 @@ def test_the_slot_test_catches_a_peeking_policy(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("fault", [{"twice": True}, {"forgetful": True}], ids=str)
 def test_the_slot_test_catches_wrong_verifiers(fault: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding.decoder, "verify_layer", second_verifier(**fault))
+    monkeypatch.setattr(decoding.prompt_run, "verify_layer", second_verifier(**fault))
     recorder = SlotRecorder(replacement=False)
     decode_often(unlike_pair(), settings(2, 3, 1, 2), 2000, recorder=recorder)
     assert recorder.p_value() < CAUGHT
@@ -465,7 +465,7 @@ def test_contexts_hold_nothing_of_the_layers_drafts_or_of_what_lies_deeper(monke
     seen: list[tuple[Any, ...]] = []  # all that layer 2's context may depend on
     drafts: list[tuple[int, ...]] = []  # of layer 2, on which it must not depend
     first: list[tuple[int, ...]] = []  # of layer 1
-    run = decoding.decoder._PromptRun
+    run = decoding.prompt_run.PromptRun
     honest = run._commit_drafted
 
     def listening(self: Any, context: TargetContext, target: Any, layer: Any) -> Any:

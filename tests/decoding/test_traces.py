@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, UserError
 from decoding.collect import ensure_traces
-from decoding.decoder import LayerEvent
+from decoding.results import LayerEvent
 from decoding.tasks.base import Prompt
 from decoding.traces import MANIFEST, TraceRecorder, load_traces
 from decoding.widths import DraftContext
