@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     calls = [methods[row.method](pair, row.config, row.settings) for row in rows]
     prompts, warmup = read_prompts(cfg, task, pair)
     with tracked(cfg) as run:
-        measured = decode_and_score(rows, calls, prompts, warmup, pair, task, cfg.seed, cfg.batch_size)
+        rows, measured, failed = decode_and_score(rows, calls, prompts, warmup, pair, task, cfg.seed, cfg.batch_size)
         results: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "provenance": {
@@ -56,6 +56,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
                 "latency": LatencyTable.measure(pair).to_dict() if uses_measured_latency(cfg, rows) else None,
                 "config": to_plain(cfg),
             },
+            "failed": failed,
             "rows": summarise(rows, measured, cfg.bootstrap, cfg.seed),
         }
         files = write_report(Path(cfg.output_dir), results, calibration_curves(trained))
@@ -63,6 +64,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     console.print(console_table(results["rows"]))
+    for name, sentence in failed.items():
+        console.print(f"{name} failed: {sentence}", highlight=False, soft_wrap=True)
     console.print(
         "\n".join(["", *(f"{name}: {path}" for name, path in files.items())]), highlight=False, soft_wrap=True
     )
@@ -124,22 +127,33 @@ def decode_and_score(
     pair: ModelPair,
     task: Task,
     seed: int,
-    batch_size: int = 1,
-) -> list[list[Measurement]]:
-    """Measurements [rows][prompts]: timed first, scored after, so that scoring disturbs no clock."""
+    batch_size: int,
+) -> tuple[list[Row], list[list[Measurement]], dict[str, str]]:
+    """Time all rows, then score what they gave, so that scoring disturbs no clock.
+
+    Returns:
+        The rows that memory sufficed for; their measurements, [rows][prompts]; and of the others a sentence by name.
+
+    Raises:
+        UserError: it sufficed for none.
+    """
+    failed: dict[int, str] = {}
     transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         decoding = progress.add_task("decoding", total=len(rows) * (len(prompts) + len(warmup)))
         scoring = progress.add_task("scoring", total=len(rows) * len(prompts))
         measured = run_rows(
-            rows, calls, prompts, warmup, seed, pair.device, lambda _: progress.advance(decoding), batch_size
+            rows, calls, prompts, warmup, seed, pair.device, lambda _: progress.advance(decoding), batch_size, failed
         )
-        for row in measured:
+        if len(failed) == len(rows):
+            raise UserError(failed[0])
+        kept = [i for i in range(len(rows)) if i not in failed]
+        for row in (measured[i] for i in kept):
             for measurement, prompt in zip(row, prompts, strict=True):
                 score(measurement, prompt, pair, task)
                 progress.advance(scoring)
-    return measured
+    return [rows[i] for i in kept], [measured[i] for i in kept], {rows[i].name: why for i, why in failed.items()}
 
 
 if __name__ == "__main__":

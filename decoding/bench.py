@@ -26,8 +26,8 @@ from decoding.config import DecodingConfig
 from decoding.entry import entry_point
 from decoding.errors import UserError
 from decoding.files import json_bytes, write_whole
-from decoding.interleave import OUT_OF_MEMORY, BenchRow, Record, graph_counters, run_repeats, sentence, warm_up
-from decoding.measure import Row, log_probability
+from decoding.interleave import BenchRow, Record, graph_counters, run_repeats, sentence, warm_up
+from decoding.measure import OUT_OF_MEMORY, Row, log_probability
 from decoding.pair import ModelPair
 from decoding.profiling import profile_decoding
 from decoding.provenance import provenance, to_plain

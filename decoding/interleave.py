@@ -13,16 +13,12 @@ import torch
 from decoding.baselines import Generate
 from decoding.energy import EnergyMeter
 from decoding.errors import UserError
-from decoding.measure import Measurement, Row, measure
+from decoding.measure import OUT_OF_MEMORY, Measurement, Row, measure
 from decoding.pair import ModelPair
 from decoding.runner import runner_of
 from decoding.tasks.base import Prompt
 
 _COUNTERS = ("captures", "replays", "eager")
-OUT_OF_MEMORY = (
-    "The device ran out of memory: lower the row's batch_size, target_width or draft_width, decoding.max_new_tokens or "
-    "the length of the prompts."
-)
 
 
 @dataclass(frozen=True)

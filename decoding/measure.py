@@ -15,12 +15,17 @@ import torch
 
 from decoding.baselines import Generate, Method
 from decoding.config import DecodingConfig
+from decoding.decoder import OutOfDeviceMemory
 from decoding.energy import EnergyMeter
 from decoding.errors import UserError
 from decoding.pair import ModelPair
 from decoding.results import DecodeStats
 from decoding.tasks.base import Prompt, Task, stable_hash
 
+OUT_OF_MEMORY = (
+    "The device ran out of memory: lower batch_size, target_width, draft_width, max_new_tokens or the length of the "
+    "prompts."
+)
 REFERENCE_METHODS = ("hf_beam_sample", "beam_sample")  # a row's speed-up is over these at its own target width
 GRID_AXES = {
     "widths": "target_width",
@@ -128,6 +133,7 @@ def run_rows(
     device: torch.device,
     advance: Callable[[str], None] = lambda what: None,
     batch_size: int = 1,
+    failed: dict[int, str] | None = None,
 ) -> list[list[Measurement]]:
     """Decode every prompt by every row, interleaved: machine drift hits all rows alike.
 
@@ -139,6 +145,8 @@ def run_rows(
         device: of the models; on CUDA the clock waits for it, and joules are measured.
         advance: called with the row's name after each decoding.
         batch_size: prompts decoded together; a row's turn takes so many. transformers' methods take them one by one.
+        failed: gets the index of a row that the device's memory did not suffice for, and a sentence; its measurements
+            end there, those of the other rows go on. None: the error is raised.
 
     Returns:
         [rows][prompts] measurements, not yet scored.
@@ -149,9 +157,16 @@ def run_rows(
     for i, group in enumerate(groups):
         for j in range(len(rows)):
             at = (i + j) % len(rows)
-            taken = measure(calls[at], group, seed, device, meter)
-            if i >= len(groups) - -(-len(prompts) // batch_size):
-                measured[at] += taken
+            if failed is None or at not in failed:
+                try:
+                    taken = measure(calls[at], group, seed, device, meter)
+                except (OutOfDeviceMemory, torch.OutOfMemoryError) as error:
+                    if failed is None:
+                        raise
+                    failed[at] = str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
+                    continue
+                if i >= len(groups) - -(-len(prompts) // batch_size):
+                    measured[at] += taken
             for _ in group:
                 advance(rows[at].name)
     return measured

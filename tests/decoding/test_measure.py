@@ -7,7 +7,7 @@ import torch
 
 from decoding import DecodeResult, DecodeStats, DecodingConfig, UserError
 from decoding.baselines import METHODS, Streams
-from decoding.decoder import Prompts
+from decoding.decoder import OutOfDeviceMemory, Prompts
 from decoding.measure import Row, log_probability, make_rows, run_rows
 from decoding.tasks.base import Prompt, stable_hash
 from tests.small_pair import small_pair
@@ -96,6 +96,29 @@ def test_rows_take_turns_with_the_same_seed(batch_size: int) -> None:
     assert [[m.prompt_id for m in row] for row in measured] == [["p0", "p1", "p2"]] * 3
     assert len(done) == 12
     assert measured[0][0].joules is None
+
+
+def test_a_row_that_runs_out_of_memory_loses_no_other() -> None:
+    def method(error: Exception | None):  # type: ignore[no-untyped-def]
+        def generate(prompts: Prompts, streams: Streams) -> list[DecodeResult]:
+            if error is not None and int(prompts[0][0]) == 1:
+                raise error
+            stats = DecodeStats(new_tokens=1, iterations=1, seconds={"target": 0.5})
+            return [DecodeResult([[1]], [0.0], [False], stats) for _ in prompts]
+
+        return generate
+
+    errors = [None, OutOfDeviceMemory(CONFIG, 4, []), torch.OutOfMemoryError("CUDA out of memory")]
+    rows, methods = [Row(name, {}, CONFIG) for name in "abc"], [method(error) for error in errors]
+    prompts = [Prompt(f"p{i}", [i]) for i in range(3)]
+    failed: dict[int, str] = {}
+    measured = run_rows(rows, methods, prompts, [], 0, torch.device("cpu"), failed=failed)
+    assert [len(row) for row in measured] == [3, 1, 1]
+    assert set(failed) == {1, 2}
+    assert "Lower batch_size (4)" in failed[1]
+    assert "lower batch_size" in failed[2]
+    with pytest.raises(UserError, match="ran out of memory"):
+        run_rows(rows, methods, prompts, [], 0, torch.device("cpu"))
 
 
 def test_log_probability_is_that_of_one_token_at_a_time() -> None:
