@@ -208,7 +208,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int = 
     ("error", "words"),
     [
         (OutOfDeviceMemory(DecodingConfig(), 8, [None, None]), "Lower batch_size (8)"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "lower the row's batch_size, target_width"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "lower batch_size, target_width"),
         (UserError("The target model returned NaN."), "returned NaN"),
     ],
 )
