@@ -126,16 +126,18 @@ def read_prompts(
     cfg: DictConfig, task: Task, pair: ModelPair, rows: Sequence[BenchRow]
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to measure, and others to warm up with (the same where there are no others)."""
-    for name in ("prompts.limit", "prompts.tokens", "prompts.warmup", "repeats", "bootstrap", "profile_tokens", "soak"):
+    counts = ("prompts.limit", "prompts.tokens", "prompts.warmup", "repeats", "bootstrap", "profile_tokens", "soak")
+    for name in (*counts, "reference_width"):
         value, least = OmegaConf.select(cfg, name), 0 if name in ("prompts.warmup", "soak") else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise UserError(f"{name} is {value!r}; give a whole number of at least {least}.")
     prompts = task.prompts(cfg.prompts.split, cfg.prompts.limit, pair.tokenizer)
-    most = max(row.batch_size for row in rows)
+    most, widest = max((row.batch_size, i) for i, row in enumerate(rows))
     if most > len(prompts):
         raise UserError(
-            f"A row's batch_size is {most} but there are {len(prompts)} prompts: its batch would not be full; raise "
-            "prompts.limit or lower batch_size."
+            f"rows[{widest}].batch_size is {most} but there are {len(prompts)} prompts: its batch would never be full. "
+            f"Set prompts.limit to {most} or more, or give rows without it, such as "
+            "'rows=[{method: hf_beam_sample, target_width: 4}, {method: beam_sample, target_width: 6}]'."
         )
     try:
         warmup = task.prompts("val", max(cfg.prompts.warmup, most), pair.tokenizer)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +110,7 @@ def _collect(cfg: DictConfig, pair: ModelPair, features: Any, directory: Path, m
         TextColumn("prompts"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns) as progress, _kept(directory, manifest):
         task = progress.add_task("", total=len(prompts), completed=len(prompts) - len(todo))
         for first in range(0, len(todo), SHARD_PROMPTS):
             chunk = todo[first : first + SHARD_PROMPTS]
@@ -127,6 +130,19 @@ def _collect(cfg: DictConfig, pair: ModelPair, features: Any, directory: Path, m
     write_manifest(directory, manifest)
 
 
+@contextmanager
+def _kept(directory: Path, manifest: dict[str, Any]) -> Iterator[None]:
+    """Say what is kept when someone stops the collection."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(
+            f"{manifest['prompts']} prompts are kept in {directory}; the same command goes on from there.",
+            file=sys.stderr,
+        )
+        raise
+
+
 def _add_shard(directory: Path, manifest: dict[str, Any], rows: list[dict[str, Any]], done: list[str]) -> None:
     """Write a shard, then the manifest that names it."""
     about = {"trace_key": manifest["trace_key"], "feature_names": manifest["features"]["names"]}
@@ -139,6 +155,9 @@ def _add_shard(directory: Path, manifest: dict[str, Any], rows: list[dict[str, A
 
 
 def _prompts(cfg: DictConfig, pair: ModelPair) -> list[tuple[str, Prompt]]:
+    for name in ("train_prompts", "val_prompts"):
+        if cfg.collect[name] is not None and cfg.collect[name] < 1:
+            raise UserError(f"collect.{name} is {cfg.collect[name]}; give a whole number of at least 1.")
     task = instantiate(cfg.data)
     chosen = [
         (split, prompt)

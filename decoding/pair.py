@@ -94,7 +94,11 @@ class ModelPair:
 
         if dtype not in _DTYPES[1:]:
             raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES[1:])}.")
-        _check_device(device)
+        try:
+            _check_device(device)
+        except UserError as error:
+            small = "pair.target_size=400m pair.draft_size=68m pair.device=cpu pair.dtype=float32"
+            raise UserError(f"{error} On a CPU choose small sizes: {small}.") from error
         sizes = (target_size, draft_size)
         shapes = [shape_of(size) for size in sizes]
         names = [size if isinstance(size, str) else "custom" for size in sizes]

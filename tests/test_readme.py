@@ -55,7 +55,7 @@ def test_make_targets_exist() -> None:
 def test_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = blocks("python")
     exec(compile(block, "README.md", "exec"), {})
-    assert "tokens per target call" in capsys.readouterr().out
+    assert "tokens per iteration" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http|#)([^)]+)\)", README))
