@@ -24,7 +24,7 @@ help: ## list the targets
 	$(RUN) -m pip install --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: .venv/.installed ## log traces, train a controller, evaluate it; about 5 minutes on 2 cores, offline after the install
+demo: .venv/.installed ## log traces, train a controller, evaluate it; about 4 minutes on 2 cores, offline after the install
 	$(RUN) train.py experiment=demo
 	$(RUN) evaluate.py experiment=demo_evaluate
 	@echo "controller: outputs/demo/controller    table and plots: outputs/demo/evaluation"
