@@ -109,7 +109,7 @@ def dense_joint(
     config: DecodingConfig,
     model_name: str = "model",
 ) -> DenseJoint:
-    """The joint distribution of `joint_distribution`, cut in the same way, without waiting for the device.
+    """The distribution of `compact_joint`, cut in the same way, without waiting for the device.
 
     NaN is reported by whatever first brings a number of the result to the host.
     """

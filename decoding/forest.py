@@ -39,12 +39,6 @@ class TokenForest:
             node = self.parents[node]
         return tokens[::-1]
 
-    def ancestor(self, node: int, depth: int) -> int:
-        """The node on the path to `node` at `depth`."""
-        while self.depths[node] > depth:
-            node = self.parents[node]
-        return node
-
     def release(self, leaves: list[int], keep: set[int]) -> list[int]:
         """Let go of the paths that end in `leaves`, except what leads to a node of `keep` or has other children.
 

@@ -120,22 +120,6 @@ def top_entries(log_probs: Tensor, count: int) -> tuple[FloatArray, IntArray]:
     return both[0], both[1].astype(np.int64)
 
 
-def joint_distribution(
-    log_probs: Tensor,  # [B, V] float32, from log_probabilities
-    nodes: Sequence[int],  # B nodes
-    weights: Sequence[float],  # B log-weights
-    config: DecodingConfig,
-    model_name: str = "model",
-) -> Joint:
-    """The joint distribution P(i, v) ∝ exp(s_i) p(v | x_i) after top-k and top-p; see `compact_joint`.
-
-    Raises:
-        UserError: the model returned NaN.
-    """
-    count = log_probs.shape[1] if config.top_k is None else config.top_k
-    return compact_joint(*top_entries(log_probs, count), nodes, weights, config, model_name)
-
-
 def compact_joint(
     values: FloatArray,  # [B, K] log-probabilities, from top_entries
     tokens: IntArray,  # [B, K]
@@ -144,7 +128,7 @@ def compact_joint(
     config: DecodingConfig,
     model_name: str = "model",
 ) -> Joint:
-    """The joint distribution from each row's likeliest tokens.
+    """The joint distribution P(i, v) ∝ exp(s_i) p(v | x_i) after top-k and top-p, from each row's likeliest tokens.
 
     `warp="joint"` cuts the joint; `warp="beam"` masks each row as transformers' warpers do, before the
     weights are added and without re-normalising the row. Exactly `top_k` entries stay; of equal ones at the edge, any.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +13,21 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding import DecodingConfig, ModelPair
+from decoding.sampling import Joint, compact_joint, top_entries
 
 MAX_POSITIONS = 16
+
+
+def joint_distribution(
+    log_probs: Tensor,  # [B, V] float32
+    nodes: Sequence[int],
+    weights: Sequence[float],
+    config: DecodingConfig,
+    model_name: str = "model",
+) -> Joint:
+    """The compact joint as the decoder makes it: the likeliest tokens to the host, then the cut."""
+    count = log_probs.shape[1] if config.top_k is None else config.top_k
+    return compact_joint(*top_entries(log_probs, count), nodes, weights, config, model_name)
 
 
 class TableModel(nn.Module):

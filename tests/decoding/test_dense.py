@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from decoding import DecodingConfig, UserError, dense
 from decoding.acceptance import LayerVerdict, align, verify_layer
 from decoding.dense import DenseJoint, dense_joint, draw_dense, verify_dense
-from decoding.sampling import Dice, FloatArray, draw, joint_distribution, log_probabilities
-from tests.decoding.stubs import chi_square_p
+from decoding.sampling import Dice, FloatArray, draw, log_probabilities
+from tests.decoding.stubs import chi_square_p, joint_distribution
 from tests.decoding.test_acceptance import ScriptedDice, slots_distribution, successive_draws
 
 CUTS = [(None, None), (5, None), (None, 0.6), (7, 0.9), (1, None), (100, None), (None, 1e-12), (None, 1.0)]

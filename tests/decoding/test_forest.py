@@ -24,7 +24,6 @@ def test_paths_depths_and_ancestors() -> None:
     assert forest.path(c) == [5, 6, 5]
     assert forest.path(0) == []
     assert forest.depths[c] == 3
-    assert [forest.ancestor(c, depth) for depth in range(4)] == [0, a, b, c]
 
 
 def test_release_stops_at_forks_and_at_what_is_kept() -> None:

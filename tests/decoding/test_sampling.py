@@ -11,8 +11,8 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from decoding import DecodingConfig, UserError
-from decoding.sampling import Dice, Joint, draw, joint_distribution, log_probabilities
-from tests.decoding.stubs import chi_square_p
+from decoding.sampling import Dice, Joint, draw, log_probabilities
+from tests.decoding.stubs import chi_square_p, joint_distribution
 
 NODES, WEIGHTS = [4, 9, 2], [-1.0, -0.2, -3.0]
 
