@@ -8,13 +8,16 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from decoding.config import DecodingConfig
 from decoding.pair import ModelPair, end_tokens
 from decoding.prompt_run import PromptRun
 from decoding.results import DecodeResult, Recorder
+from decoding.rules import Rules
 from decoding.sampling import entries_needed
 from decoding.scorer import ForestScorer
+from decoding.search import SearchRun, entries_searched
 from decoding.widths import WidthPolicy
 
 
@@ -26,6 +29,7 @@ class Batch:
         prompts, streams, recorders: token ids, random numbers and listener of each.
         size: prompts at a time.
         results: filled in as prompts are done.
+        rules: of the caller, for each prompt.
     """
 
     def __init__(
@@ -38,10 +42,19 @@ class Batch:
         recorders: list[Recorder | None],
         size: int,
         results: list[DecodeResult | None],
+        rules: Sequence[Rules | None],
     ) -> None:
         self.config, self.policy, self.ends = config, policy, end_tokens(pair, config)
         self.prompts, self.streams, self.recorders = prompts, streams, recorders
-        self.size, self.results = size, results
+        self.size, self.results, self.rules = size, results, rules
+        self._runs: dict[int, PromptRun] = {}  # row -> the prompt in it
+        processed = config.min_new_tokens > 0 or any(r is not None and r.processors is not None for r in rules)
+        searches = config.mode == "beam_search"
+        self._make: type[PromptRun] = SearchRun if searches else PromptRun
+        if searches:
+            top: int | None = entries_searched(config, len(self.ends), pair.vocab_size)
+        else:
+            top = entries_needed(config, pair.vocab_size)
         hidden = policy.needs_hidden or any(recorder is not None for recorder in recorders)
         spare = config.max_new_tokens + config.draft_width * config.draft_depth + 2 * config.target_width
 
@@ -52,9 +65,10 @@ class Batch:
                 longest_prompt=max(map(len, prompts)),
                 spare_slots=spare,
                 temperature=config.temperature,
-                top=entries_needed(config, pair.vocab_size),
+                top=top,
                 keep_hidden=hidden,
                 engine=pair.engine,
+                process=self._process if processed else None,
             )
 
         self.scorers = {"target": scorer(pair.target)}
@@ -93,7 +107,7 @@ class Batch:
         """A prompt takes a free row: score its tokens, but those of a prefix that some row holds already."""
         prompt = self.prompts[index]
         stream = self.streams[index]
-        run = PromptRun(
+        run = self._runs[row] = self._make(
             index,
             row,
             len(prompt),
@@ -103,6 +117,7 @@ class Batch:
             stream,
             self.recorders[index],
             self.scorers,
+            self.rules[index],
         )
         source = row if row in self._opened else min(self._opened, default=None)
         shared = (source, self._prefix) if source is not None else None
@@ -111,6 +126,9 @@ class Batch:
                 scorer.open(row, prompt, run.forest, shared)
         self._opened.add(row)
         return run
+
+    def _process(self, row: int, nodes: Sequence[int], logits: Tensor) -> Tensor:
+        return self._runs[row].process(nodes, logits)
 
     def _pass(self, name: str, served: list[PromptRun]) -> None:
         """One pass for all; its seconds are split evenly."""

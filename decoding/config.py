@@ -16,7 +16,11 @@ _CHOICES = {
     "refill": ("full", "width"),
     "early_stopping": (True, False, "never"),
 }
-_COUNTS = ("target_width", "draft_width", "draft_depth", "min_width", "max_new_tokens", "num_return_sequences")
+_COUNTS = (
+    *("target_width", "draft_width", "draft_depth", "min_width"),
+    *("max_new_tokens", "min_new_tokens", "num_return_sequences"),
+)
+_FROM_ZERO = ("draft_depth", "min_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,15 @@ class DecodingConfig:
     further beams may be added, never substituted.
 
     Args:
-        mode: "beam_sample" draws from the joint distribution; "beam_search" is not implemented yet.
+        mode: "beam_sample" draws from the joint distribution; "beam_search" keeps its likeliest entries, as
+            `generate(num_beams=target_width, do_sample=False)` of transformers does: token for token where every layer
+            keeps target_width beams. temperature, top_k, top_p, warp and replacement do not apply to it.
         target_width: widest M, the beams kept after a layer.
         draft_width: widest w, the beams drafted per layer; at least `target_width`.
         draft_depth: deepest forest, in layers per iteration; 0 decodes with the target alone.
         min_width: least M that a policy may ask for.
         max_new_tokens: continuation length at which every beam stops, in tokens.
+        min_new_tokens: no hypothesis ends on EOS before it has so many tokens.
         temperature: divides the logits of both models; > 0.
         top_k, top_p: cut the distribution (None: whole vocabulary); see `warp`.
         warp: cut the "joint" distribution over (beam, token), or each "beam"'s row as transformers does.
@@ -55,6 +62,7 @@ class DecodingConfig:
     draft_depth: int = 3
     min_width: int = 1
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -78,12 +86,13 @@ class DecodingConfig:
             if not any(value is a if isinstance(a, bool) else value == a for a in allowed):
                 raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
         for name in _COUNTS:
-            self._check_count(name, least=0 if name == "draft_depth" else 1)
+            self._check_count(name, least=0 if name in _FROM_ZERO else 1)
         if self.top_k is not None:
             self._check_count("top_k", least=1)
         self._check_numbers()
         self._check_end_tokens()
         self._check_widths()
+        self._check_search()
 
     def _check_count(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -119,6 +128,11 @@ class DecodingConfig:
                 f"draft_width ({self.draft_width}) is less than target_width ({self.target_width}): a layer could "
                 "never pass. Raise draft_width or lower target_width."
             )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"min_new_tokens ({self.min_new_tokens}) is more than max_new_tokens ({self.max_new_tokens}). Lower it "
+                "or raise max_new_tokens."
+            )
         if self.min_width > self.target_width:
             raise UserError(
                 f"min_width ({self.min_width}) is more than target_width ({self.target_width}), the widest M. "
@@ -134,6 +148,16 @@ class DecodingConfig:
                 f"top_k ({self.top_k}) is less than target_width ({self.target_width}) and warp is 'joint': the cut "
                 "would leave fewer continuations than beams. Raise top_k, lower target_width, or set warp=beam."
             )
+
+    def _check_search(self) -> None:
+        """Beam search draws nothing: refuse what shapes draws."""
+        usual = {"temperature": 1.0, "top_k": None, "top_p": None, "replacement": False}
+        for name, value in usual.items() if self.mode == "beam_search" else ():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r} and mode is 'beam_search', which draws nothing: leave {name} "
+                    f"at {value!r} (on the command line decoding=beam_search does), or use mode='beam_sample'."
+                )
 
     def with_changes(self, **changes: Any) -> DecodingConfig:
         """A checked copy with some fields changed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.pair import ModelPair, check_prompt
 from decoding.results import DecodeResult, Recorder
+from decoding.rules import Rules
 from decoding.widths import FixedWidth, WidthPolicy
 
 Prompts = Sequence[Sequence[int] | Tensor] | Tensor
+Each = TypeVar("Each")
 
 
 class DSBDDecoder:
@@ -38,11 +41,6 @@ class DSBDDecoder:
         self, pair: ModelPair, config: DecodingConfig | None = None, policy: WidthPolicy | None = None
     ) -> None:
         self.pair, self.config, self.policy = pair, config or DecodingConfig(), policy or FixedWidth()
-        if self.config.mode != "beam_sample":
-            raise UserError(
-                f"mode={self.config.mode!r} is not implemented yet; use mode='beam_sample', or transformers' "
-                "generate(num_beams=..., do_sample=False)."
-            )
         self.policy.check(self.config)
         self.policy.check_pair(pair)
         pair.check_forest_passes()
@@ -54,6 +52,7 @@ class DSBDDecoder:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         recorder: Recorder | Sequence[Recorder] | None = None,
         batch_size: int | None = None,
+        rules: Rules | Sequence[Rules | None] | None = None,
     ) -> list[DecodeResult]:
         """Continue each prompt.
 
@@ -66,6 +65,7 @@ class DSBDDecoder:
                 which of them it is); or one for each prompt.
             recorder: is told of every layer; one for each prompt, unless there is only one.
             batch_size: prompts decoded at a time, the next when one is done; None: all.
+            rules: logits processors, stopping criteria and a listener; one for each prompt, unless there is only one.
 
         Returns:
             One DecodeResult per prompt, with config.num_return_sequences hypotheses where there are as many.
@@ -82,12 +82,13 @@ class DSBDDecoder:
             raise UserError(f"batch_size is {batch_size!r}; give a whole number of at least 1, or None for all.")
         if not rows:
             return []
-        recorders = _one_each(recorder, len(rows))
+        recorders = _one_each(recorder, len(rows), "recorders")
+        given = _one_each(rules, len(rows), "rules")
         streams = _streams(generator, rows)
         size = min(batch_size or len(rows), len(rows))
         results: list[DecodeResult | None] = [None] * len(rows)
         try:
-            batch = Batch(self.pair, self.config, self.policy, rows, streams, recorders, size, results)
+            batch = Batch(self.pair, self.config, self.policy, rows, streams, recorders, size, results, given)
             try:
                 batch.decode()
             except (UserError, torch.OutOfMemoryError):
@@ -168,10 +169,10 @@ def _streams(
     return streams
 
 
-def _one_each(recorder: Recorder | Sequence[Recorder] | None, count: int) -> list[Recorder | None]:
-    if recorder is None:
+def _one_each(given: Each | Sequence[Each | None] | None, count: int, what: str) -> list[Any]:
+    if given is None:
         return [None] * count
-    recorders = list(recorder) if isinstance(recorder, Sequence) else [recorder]
-    if len(recorders) != count:
-        raise UserError(f"{len(recorders)} recorders for {count} prompts; give one for each prompt.")
-    return list(recorders)
+    listed = list(given) if isinstance(given, Sequence) else [given]
+    if len(listed) != count:
+        raise UserError(f"{len(listed)} {what} for {count} prompts; give one for each prompt.")
+    return listed

@@ -6,18 +6,20 @@ A `PromptRun` is a coroutine: it stops where it needs nodes scored, so that a ba
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from decoding.acceptance import LayerVerdict, align, verify_layer
 from decoding.config import DecodingConfig
 from decoding.dense import DenseJoint, dense_joint, draw_dense, verify_dense
 from decoding.forest import TokenForest
 from decoding.results import PHASES, DecodeResult, DecodeStats, LayerEvent, Recorder
+from decoding.rules import Rules
 from decoding.sampling import Dice, IntArray, Joint, compact_joint, draw
 from decoding.scorer import ForestScorer
 from decoding.widths import (
@@ -74,6 +76,7 @@ class PromptRun:
         stream: its random numbers.
         recorder: is told of every layer.
         scorers: of the "target", and of the "draft" where there is one.
+        rules: of the caller, for this prompt.
     """
 
     def __init__(
@@ -87,9 +90,10 @@ class PromptRun:
         stream: torch.Generator,
         recorder: Recorder | None,
         scorers: Mapping[str, ForestScorer],
+        rules: Rules | None = None,
     ) -> None:
         self.index, self.row, self.config, self.policy, self.eos = index, row, config, policy, ends
-        self.dice, self.recorder = Dice(stream), recorder
+        self.dice, self.recorder, self.rules = Dice(stream), recorder, rules
         self.forest = TokenForest()
         self.stats = DecodeStats(prompt_tokens=prompt_tokens)
         self.clock = _Clock(self.stats.seconds)
@@ -97,6 +101,8 @@ class PromptRun:
         self.beams = [Beam(0, 0.0)]
         self.pool: list[Hypothesis] = []  # ended on EOS, best first
         self.touched: list[int] = []  # nodes made or used in this iteration
+        self._stopped: set[int] = set()  # nodes that a stopping criterion ended
+        self._told = 0  # tokens that the listener knows
         self.history: tuple[LayerRecord, ...] = ()
         self.done = False
         self.result: DecodeResult | None = None
@@ -114,6 +120,23 @@ class PromptRun:
         finally:
             self.stats.seconds["other"] += time.perf_counter() - began - (self.clock.claimed - claimed)
 
+    def process(self, nodes: Sequence[int], logits: Tensor) -> Tensor:
+        """What the models' scores count as: log-probabilities, or what processors make of them; [N, V] both ways.
+
+        As in transformers, processors see logits where one beam is kept and log-probabilities where several are, and
+        what they return is not normalised again with several.
+        """
+        alone = self.config.target_width == 1
+        scores = logits if alone else logits.log_softmax(-1)
+        if self.rules is not None and self.rules.processors is not None:
+            scores = self.rules.process([self.forest.path(node) for node in nodes], scores)
+        early = [i for i, node in enumerate(nodes) if self.forest.depths[node] < self.config.min_new_tokens]
+        if early and self.eos:
+            scores = scores.clone()
+            rows = torch.tensor(early, device=scores.device)[:, None]
+            scores[rows, torch.tensor(sorted(self.eos), device=scores.device)] = -torch.inf
+        return scores.log_softmax(-1) if alone else scores
+
     def _decode(self) -> Generator[Request]:
         self.policy.reset(self.config)
         while not self.done:
@@ -128,12 +151,15 @@ class PromptRun:
         root = self._root_context()
         layers = (yield from self._draft_forest(root, self.draft)) if self.draft is not None else []
         drafted = [node for layer in layers for node in layer.nodes]
+        if self.recorder is not None:
+            self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], _weighted(layers))
         wanted = dict.fromkeys([beam.node for beam in self.beams] + [n for n in drafted if not self._ended(n)])
         yield Request("target", list(wanted))
         forest_nodes = len(set(drafted))
         self.touched += [beam.node for beam in self.beams] + drafted
         self.history = tuple(self._verify_forest(root, layers))
         self._prune()
+        self._tell()
         self.stats.iterations += 1
         spent = {name: self.stats.seconds[name] - before[name] for name in PHASES}
         record = IterationRecord(self.history, self.stats.new_tokens - committed_before, sum(spent.values()))
@@ -176,7 +202,7 @@ class PromptRun:
             )
             with self.clock.phase("policy"):
                 width = _clip(self.policy.draft_width(context), 1, self.config.draft_width)
-            picks = draw_entries(joint, width, self.config.replacement, self.dice)
+            picks = self._propose(joint, width)
             drafts = joint.entries(picks)
             nodes = [self.forest.child(parent, token) for parent, token, _ in drafts]
             layers.append(DraftedLayer(context, joint, picks, nodes))
@@ -184,6 +210,10 @@ class PromptRun:
             beams = _best_first(Beam(node, weight) for node, weight in weights.items() if not self._ended(node))
             widths = (*widths, len(picks))
         return layers
+
+    def _propose(self, joint: Joint | DenseJoint, width: int) -> IntArray:
+        """Entries of Q to draft, in order."""
+        return draw_entries(joint, width, self.config.replacement, self.dice)
 
     def _joint(self, scorer: ForestScorer, beams: list[Beam], name: str) -> Joint | DenseJoint:
         nodes, weights = [beam.node for beam in beams], [beam.weight for beam in beams]
@@ -267,6 +297,7 @@ class PromptRun:
         """
         beams = _best_first(Beam(self.forest.child(parent, token), weight) for parent, token, weight in children)
         self.touched += [beam.node for beam in beams]
+        self._mark_stopped([beam.node for beam in beams])
         self.beams = [beam for beam in beams if not self._ended(beam.node)]
         self.stats.new_tokens += 1
         ended = [self._hypothesis(beam, True) for beam in beams if self._ended(beam.node)]
@@ -293,7 +324,28 @@ class PromptRun:
         return self.pool[-1].score >= self.beams[0].weight / length**config.length_penalty
 
     def _ended(self, node: int) -> bool:
-        return self.forest.tokens[node] in self.eos
+        return self.forest.tokens[node] in self.eos or node in self._stopped
+
+    def _mark_stopped(self, nodes: Sequence[int]) -> None:
+        """Ask the caller's stopping criteria about nodes of one layer."""
+        if self.rules is not None and self.rules.criteria is not None:
+            stops = self.rules.stops([self.forest.path(node) for node in nodes], self.target.device)
+            self._stopped.update(node for node, stop in zip(nodes, stops, strict=True) if stop)
+
+    def _tell(self) -> None:
+        """Tell the listener which further tokens all hypotheses share."""
+        if self.rules is None or self.rules.listener is None:
+            return
+        paths = [self.forest.path(beam.node) for beam in self.beams] + [ended.tokens for ended in self.pool]
+        if paths:
+            first, last = min(paths), max(paths)  # of sorted sequences the outer two differ first
+            shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+            self._tell_up_to(first[:shared])
+
+    def _tell_up_to(self, tokens: list[int]) -> None:
+        if self.rules is not None and self.rules.listener is not None and len(tokens) > self._told:
+            self.rules.listener(tokens[self._told :])
+            self._told = len(tokens)
 
     def _prune(self) -> None:
         """Free what leads to no beam."""
@@ -306,9 +358,12 @@ class PromptRun:
             self.draft.forget(self.row, dead, live)
         self.touched = []
 
+    def _hypotheses(self) -> list[Hypothesis]:
+        """What may be returned."""
+        return self.pool + [self._hypothesis(beam, False) for beam in self.beams]
+
     def _finish(self) -> DecodeResult:
-        growing = [self._hypothesis(beam, False) for beam in self.beams]
-        best = sorted(self.pool + growing, key=lambda h: -h.score)
+        best = sorted(self._hypotheses(), key=lambda h: -h.score)
         if self.recorder is not None:
             node, path = best[0].node, []
             while node > 0:
@@ -320,6 +375,7 @@ class PromptRun:
         self.stats.kv_slots_peak = self.target.cache.slots_peak(self.row)
         self.stats.kv_slots_end = self.target.cache.slots_used(self.row)
         best = best[: self.config.num_return_sequences]
+        self._tell_up_to(best[0].tokens)
         return DecodeResult([h.tokens for h in best], [h.score for h in best], [h.finished for h in best], self.stats)
 
 
@@ -345,6 +401,15 @@ def judge_layer(
     both = align(target, draft)
     verdict = verify_layer(both.p, both.q, both.of_draft[picks], **rule)
     return verdict, target.entries(both.in_target(list(dict.fromkeys(verdict.slots))))
+
+
+def _weighted(layers: Iterable[DraftedLayer]) -> list[list[tuple[int, float]]]:
+    """Each layer's drafts as (node, the draft's weight), in draw order."""
+    entries = [layer.joint.entries(layer.picks) for layer in layers]
+    return [
+        [(node, weight) for node, (_, _, weight) in zip(layer.nodes, drafts, strict=True)]
+        for layer, drafts in zip(layers, entries, strict=True)
+    ]
 
 
 def _best_first(beams: Iterable[Beam]) -> list[Beam]:

@@ -136,7 +136,7 @@ def compact_joint(
     Raises:
         UserError: the model returned NaN.
     """
-    if not values[:, 0].max() <= 1:  # NaN: a row that has one is NaN throughout
+    if np.isnan(values.max()):
         raise UserError(nan_message(model_name))
     base = np.asarray(weights, dtype=np.float64)  # [B]
     count = values.shape[1]

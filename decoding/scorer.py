@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from decoding.forward import Forward, PassInputs
 from decoding.runner import runner_of
 from decoding.sampling import FloatArray, IntArray, log_probabilities, top_entries
 
+Process = Callable[[int, Sequence[int], Tensor], Tensor]
 PREFILL_CHUNK = 512  # prompt tokens in a pass: bounds the memory of its mask and its activations
 
 
@@ -50,6 +51,7 @@ class ForestScorer:
         top: log-probabilities of so many likeliest tokens per node are brought to the host; None: all stay on the
             device, for `log_probs`.
         keep_hidden: also keep the last hidden state of scored nodes.
+        process: (row, nodes, logits [N, V] float32) -> their log-probabilities; None: log-softmax.
         engine: "auto": fused where the model's family is known, as CUDA graphs on a GPU; "eager": without graphs;
             "transformers": the model's own forward.
     """
@@ -64,10 +66,11 @@ class ForestScorer:
         top: int | None = None,
         keep_hidden: bool = False,
         engine: str = "auto",
+        process: Process | None = None,
     ) -> None:
         weight = next(model.parameters())
         self.model, self.temperature, self.device = model, temperature, weight.device
-        self.top, self._keep_hidden = top, keep_hidden
+        self.top, self._keep_hidden, self._process = top, keep_hidden, process
         self.runner = runner_of(model, engine)
         self.model_seconds = 0.0  # inside forward passes, the transfer of their results included
         self.cache = ForestCache(
@@ -116,7 +119,8 @@ class ForestScorer:
                 last_only=True,
                 hidden=self._keep_hidden,
             )
-            self._run(inputs, [(row, 0)], [0], self.runner.prompts)
+            scored = [(row, 0)] if last == len(prompt) else []
+            self._run(inputs, scored, range(len(scored)), self.runner.prompts)
             first = last
 
     def close_row(self, row: int) -> None:
@@ -189,7 +193,10 @@ class ForestScorer:
         """One pass; keeps what it gave for the nodes of `order`, which stand at rows `at` of its output."""
         began = time.perf_counter()
         logits, hidden = forward(inputs, self._store)
-        log_probs = log_probabilities(logits, self.temperature)
+        if not order:  # a part of a prompt
+            self.model_seconds += time.perf_counter() - began
+            return
+        log_probs = self._log_probs(logits, order, at)
         tops = top_entries(log_probs, self.top) if self.top is not None else None
         if tops is None and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the dice are next and would wait: let the pass have its seconds
@@ -202,6 +209,18 @@ class ForestScorer:
             if hidden is not None:
                 held.hidden[node] = (hidden, i)
         self.model_seconds += time.perf_counter() - began
+
+    def _log_probs(self, logits: Tensor, order: list[tuple[int, int]], at: Sequence[int]) -> Tensor:
+        """Logits of a pass -> log-probabilities, [T, V] float32."""
+        if self._process is None:
+            return log_probabilities(logits, self.temperature)
+        logits = logits.float() / self.temperature
+        log_probs = torch.empty_like(logits)
+        for row in dict.fromkeys(row for row, _ in order):
+            mine = [(node, i) for (of, node), i in zip(order, at, strict=True) if of == row]
+            index = torch.tensor([i for _, i in mine], device=logits.device)
+            log_probs[index] = self._process(row, [node for node, _ in mine], logits[index])
+        return log_probs
 
     def calls(self, row: int) -> int:
         """Passes that scored nodes of the row's prompt; its own pass not counted."""

@@ -198,6 +198,9 @@ class KeptRecorder:
     def __init__(self) -> None:
         self.seen: list[tuple[bool, int, int]] = []
 
+    def drafted(self, *forest: object) -> None:
+        pass
+
     def layer(self, event: LayerEvent) -> None:
         if event.verdict is not None:
             self.seen.append((event.record.passed, event.record.accepted, len(event.kept)))
@@ -344,11 +347,6 @@ def test_a_long_prompt_for_the_draft_alone_is_refused() -> None:
 def test_generators_must_match_prompts() -> None:
     with pytest.raises(UserError, match="2 generators for 1 prompts"):
         DSBDDecoder(random_pair(4), DecodingConfig(max_new_tokens=2)).generate([[1]], [torch.Generator()] * 2)
-
-
-def test_beam_search_is_refused_until_it_exists() -> None:
-    with pytest.raises(UserError, match="mode='beam_search' is not implemented yet"):
-        DSBDDecoder(random_pair(4), DecodingConfig(mode="beam_search"))
 
 
 @pytest.mark.parametrize("role", ["target", "draft"])
