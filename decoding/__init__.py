@@ -1,6 +1,7 @@
 """Dynamic-width speculative beam decoding: prompts in, several hypotheses out."""
 
 from decoding.config import DecodingConfig
+from decoding.custom_generate import dsbd_generate
 from decoding.decoder import DSBDDecoder, beam_sample
 from decoding.errors import UserError
 from decoding.pair import ModelPair
@@ -19,4 +20,5 @@ __all__ = [
     "UserError",
     "WidthPolicy",
     "beam_sample",
+    "dsbd_generate",
 ]
