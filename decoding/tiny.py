@@ -77,7 +77,13 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
         ),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=EOS,
+        padding_side="left",  # so that batches can be continued
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
     )
 
 
