@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from decoding.acceptance import LayerVerdict
+from decoding.forest import TokenForest
 from decoding.sampling import Dice
 from decoding.widths import LayerRecord, TargetContext
 
@@ -53,6 +54,17 @@ class Recorder(Protocol):
     """Listens to a decoding run, for traces."""
 
     shadow: Dice | None
+
+    def drafted(
+        self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
+    ) -> None:
+        """An iteration's forest stands, before it is verified.
+
+        Args:
+            forest: tokens and parents of all nodes; it grows on.
+            beams: the input beams as (node, weight), best first.
+            layers: the drafts of each layer as (node, the draft's weight), in draw order.
+        """
 
     def layer(self, event: LayerEvent) -> None:
         """A layer was committed."""

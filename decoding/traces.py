@@ -18,6 +18,7 @@ from datasets import Dataset, Features, List, Value
 from decoding.acceptance import accept_probabilities, accepted_count_table, align
 from decoding.errors import UserError
 from decoding.files import write_whole
+from decoding.forest import TokenForest
 from decoding.results import LayerEvent
 from decoding.sampling import Dice
 from decoding.widths import DraftContext
@@ -90,6 +91,11 @@ class TraceRecorder:
         """A prompt begins."""
         self._prompt_id, self._split = prompt_id, split
         self._open, self._iteration_start = [], 0
+
+    def drafted(
+        self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
+    ) -> None:
+        """Nothing to log: rows are made of what is judged."""
 
     def layer(self, event: LayerEvent) -> None:
         """Add a row; its seconds and survivor rank come later."""

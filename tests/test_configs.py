@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from decoding import DecodingConfig, FixedWidth, RandomWidth, ThresholdWidth
 from decoding.entry import CONF_DIR, build_all, check_settings
 
-COMMANDS = ("train", "collect", "evaluate", "bench")
+COMMANDS = ("train", "collect", "evaluate", "bench", "generate")
 GLOBAL = ("experiment", "debug", "sweep")  # set values of other groups; each is for the commands that it names
 MISSING = {
     "pair=local": ["pair.target=a", "pair.draft=b"],
@@ -38,7 +38,8 @@ def options_of(group: str) -> list[str]:
 
 def commands_named_in(path: Path) -> list[str]:
     head = "".join(re.findall(r"^#.*\n", path.read_text(), re.MULTILINE))
-    named = {"train": "train.py", "evaluate": "evaluate.py", "collect": "decoding.collect", "bench": "decoding.bench"}
+    named = {"train": "train.py", "evaluate": "evaluate.py"}
+    named |= {name: f"decoding.{name}" for name in ("collect", "bench", "generate")}
     return [command for command, name in named.items() if name in head or "All commands" in head]
 
 

@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from decoding.entry import CONF_DIR
+from decoding.generate import read_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -18,6 +19,7 @@ ENTRIES = {
     "evaluate.py": "evaluate",
     "decoding.collect": "collect",
     "decoding.bench": "bench",
+    "decoding.generate": "generate",
 }
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
 
@@ -34,6 +36,8 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python") and "decoding.tiny" not in c])
 def test_commands_compose(command: str) -> None:
     words = [word for word in shlex.split(command)[1:] if word != "-m"]
+    if words[0] == "decoding.generate":
+        words[1:] = read_arguments(words[1:]).settings
     overrides = []
     for word in words[1:]:
         key, _, value = word.partition("=")

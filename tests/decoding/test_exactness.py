@@ -177,6 +177,9 @@ class SlotRecorder:
         self._random = np.random.default_rng(1)
         self.uniforms: dict[int, list[float]] = defaultdict(list)  # M -> numbers
 
+    def drafted(self, *forest: object) -> None:
+        pass
+
     def layer(self, event: LayerEvent) -> None:
         if event.verdict is None:
             return
@@ -225,6 +228,9 @@ class WeightRecorder:
     def __init__(self, reference: Reference, forests: list[TokenForest], prompt: int) -> None:
         self.reference, self.forests, self.prompt = reference, forests, prompt
         self.kept = 0
+
+    def drafted(self, *forest: object) -> None:
+        pass
 
     def layer(self, event: LayerEvent) -> None:
         forest, target = self.forests[self.prompt], event.context.target

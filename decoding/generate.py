@@ -1,0 +1,255 @@
+"""Continue a text: `python -m decoding.generate "text"`, conf/generate.yaml. Prints, and writes nothing.
+
+The text is the first argument that is neither a setting (name=value without a space in the name) nor an option; what
+follows `--` is text whatever it looks like, and so is the value of text=... Hydra never sees it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.text import Text
+
+from decoding.config import DecodingConfig
+from decoding.decoder import DSBDDecoder
+from decoding.entry import entry_point
+from decoding.errors import UserError
+from decoding.forest_view import ForestRecorder, render
+from decoding.pair import ModelPair
+from decoding.results import DecodeResult, DecodeStats
+from decoding.tasks.base import read_bytes
+
+_SETTING = re.compile(r"(\+\+?|~)?[A-Za-z_][\w-]*([./@:][\w-]+)*=(?!=)|~[A-Za-z_][\w./@-]*$")
+_OPTION = re.compile(r"--?[A-Za-z][\w-]*(=.*)?$", re.DOTALL)
+_WITH_VALUE = re.compile("-c|--cfg|-p|--package|-cp|--config-path|-cn|--config-name|-cd|--config-dir|-i|--info")
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)  # what moves a terminal's cursor, sets its colours or turns its lines around
+_PROMPT_SHOWN = 1500  # characters of a long prompt
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A command line, split into what Hydra reads and what is taken as it is written."""
+
+    settings: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    file: str | None = None
+
+
+def command_line() -> Any:
+    """Run on `sys.argv`; whoever reads the output may stop early, as `| head` does."""
+    given = read_arguments(sys.argv[1:])
+    sys.argv[1:] = given.settings
+
+    @entry_point("generate")
+    def generate(cfg: DictConfig) -> DecodeResult:
+        return run(cfg, given)
+
+    try:
+        result = generate()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        raise SystemExit(1) from None
+    return result
+
+
+def main(cfg: DictConfig) -> DecodeResult:
+    """Continue the text of a config, print, and return what was decoded."""
+    return run(cfg, Arguments())
+
+
+def run(cfg: DictConfig, given: Arguments) -> DecodeResult:
+    """Decode one text and print the outcome.
+
+    Raises:
+        UserError: no text, or one that the pair cannot take; settings that cannot work.
+    """
+    texts = given.texts or (() if cfg.text is None else (str(cfg.text),))
+    text = read_text(texts, given.file or cfg.file)
+    recorder = forest_recorder(cfg)
+    config: DecodingConfig = instantiate(cfg.decoding)
+    policy = instantiate(cfg.policy)  # before the models are loaded
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    pair: ModelPair = instantiate(cfg.pair)
+    prompt = tokenised(pair, text)
+    decoder = DSBDDecoder(pair, config, policy)
+    (result,) = decoder.generate([prompt], torch.Generator().manual_seed(cfg.seed), recorder)
+    show(text, prompt, result, pair.tokenizer, config, recorder)
+    if recorder is not None and recorder.view is None:
+        raise UserError(
+            f"forest_iteration is {cfg.forest_iteration}, but there were {recorder.iterations} iterations; give 1 to "
+            f"{recorder.iterations}."
+        )
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ input
+
+
+def read_arguments(arguments: Sequence[str]) -> Arguments:
+    """Split a command line (without the program's name); see the module's first lines for the rule."""
+    settings, texts, file = [], [], None
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            texts += rest
+            break
+        if argument == "--show-forest":
+            settings.append("show_forest=true")
+        elif argument.startswith("text="):
+            texts.append(argument.removeprefix("text="))
+        elif argument.startswith("file="):
+            file = argument.removeprefix("file=")
+        elif _SETTING.match(argument) or _OPTION.match(argument):
+            settings.append(argument)
+            if _WITH_VALUE.fullmatch(argument) and rest:
+                settings.append(rest.pop(0))
+        else:
+            texts.append(argument)
+    return Arguments(tuple(settings), tuple(texts), file)
+
+
+def read_text(texts: Sequence[str], file: str | None) -> str:
+    """The one text that was given, from a file or a pipe where it is not among `texts`.
+
+    Raises:
+        UserError: none, several, an empty one, or one that is not UTF-8.
+    """
+    if len(texts) + (file is not None) > 1:
+        given = [repr(text if len(text) <= 30 else text[:30] + "...") for text in texts]
+        given += [] if file is None else [f"file={file}"]
+        raise UserError(
+            f"{' and '.join(given)} are {len(given)} texts; give one, in quotes. Settings are name=value, in front of "
+            "any --."
+        )
+    if file is not None:
+        return _decoded(read_bytes(file), str(file))
+    if texts and texts[0] != "-":
+        if not texts[0]:
+            raise UserError("The text is empty; give at least one character.")
+        return _decoded(texts[0].encode(errors="surrogateescape"), "The text", whole=True)
+    piped = b""
+    if sys.stdin is not None and (texts or not sys.stdin.isatty()):
+        piped = sys.stdin.buffer.read()
+    if not piped:
+        raise UserError('No text: give it as python -m decoding.generate "text", as file=..., or through a pipe.')
+    return _decoded(piped, "What was piped in")
+
+
+def _decoded(content: bytes, name: str, whole: bool = False) -> str:
+    """Bytes as text; of files and pipes without the newline that editors and `echo` put at the end."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    text = text if whole else text.replace("\r\n", "\n").removesuffix("\n")
+    if not text:
+        raise UserError(f"{name} is empty; give at least one character.")
+    return text
+
+
+def tokenised(pair: ModelPair, text: str) -> list[int]:
+    """Token ids of the text, with whatever the tokenizer puts in front."""
+    if pair.tokenizer is None:
+        raise UserError(f"The pair {pair.name!r} has no tokenizer, so it cannot read text; give one that has.")
+    return list(pair.tokenizer(text, verbose=False)["input_ids"])
+
+
+def forest_recorder(cfg: DictConfig) -> ForestRecorder | None:
+    """What listens for --show-forest, None where it was not asked for."""
+    wanted = cfg.forest_iteration
+    if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
+        raise UserError(f"forest_iteration is {wanted!r}; give a whole number of at least 1.")
+    return ForestRecorder(wanted) if cfg.show_forest or wanted is not None else None
+
+
+# ----------------------------------------------------------------------------------------------- output
+
+
+def show(
+    text: str,
+    prompt: Sequence[int],
+    result: DecodeResult,
+    tokenizer: Any,
+    config: DecodingConfig,
+    recorder: ForestRecorder | None,
+) -> None:
+    """Print the prompt, the forest if there is one, the continuations, and what they took."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, emoji=False, width=160)
+
+    def text_of(before: Sequence[int], tokens: Sequence[int]) -> str:
+        return continuation(tokenizer, before or prompt, tokens)
+
+    cut = f"[{len(text) - _PROMPT_SHOWN} characters]..." if len(text) > _PROMPT_SHOWN else ""
+    console.out(fit(cut + text[-_PROMPT_SHOWN:], console), style="dim")
+    if recorder is not None and recorder.view is not None:
+        console.print()
+        console.print(render(recorder.view, text_of, console.options.ascii_only))
+    for place in range(len(result.sequences)):
+        tokens = result.sequences[place]
+        console.print(Text(f"\n{heading(place, result, config)}", "bold"))
+        console.out(fit(continuation(tokenizer, prompt, tokens, special=False), console))
+    console.print(Text(f"\n{footer(result.stats)}", "dim"))
+
+
+def heading(place: int, result: DecodeResult, config: DecodingConfig) -> str:
+    """A hypothesis in numbers."""
+    score, length = result.scores[place], len(result.sequences[place])
+    per_token = score * length**config.length_penalty / length
+    if result.finished[place]:
+        end = f"finished after {length} tokens"
+    elif length >= config.max_new_tokens:
+        end = f"cut at max_new_tokens ({length})"
+    else:
+        end = f"unfinished after {length} tokens"
+    return f"[{place + 1}] score {score:.3f}, log-probability {per_token:.3f} a token, {end}"
+
+
+def footer(stats: DecodeStats) -> str:
+    """Speed, calls, and seconds by phase."""
+    seconds = ", ".join(f"{name} {spent:.2f}" for name, spent in stats.seconds.items() if spent >= 0.005)
+    return (
+        f"{stats.new_tokens / stats.total_seconds:.0f} tokens/s, {stats.block_efficiency:.2f} tokens per target pass; "
+        f"{stats.target_calls} target and {stats.draft_calls} draft calls; {stats.prompt_tokens} prompt tokens; "
+        f"seconds: {seconds or 'under 0.01'}"
+    )
+
+
+def continuation(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], special: bool = True) -> str:
+    """Text of tokens as it follows those before them: some tokenizers drop a space at the beginning.
+
+    Args:
+        special: write special tokens, such as EOS, too.
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+    left, whole = decode(before), decode([*before, *tokens])
+    return whole[len(left) :] if whole.startswith(left) and not left.endswith("\ufffd") else decode(tokens)
+
+
+def fit(text: str, console: Console) -> str:
+    """Text that a terminal shows and does not obey, in characters that the stream can take."""
+    text = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+    return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+
+
+if __name__ == "__main__":
+    command_line()
