@@ -65,6 +65,7 @@ class ForestCache:
         spare: slots of a row for nodes, to begin with; they double when they run out.
         device, dtype: of the model; the mask is additive in that dtype.
         static: bucket shapes, so that a pass can be captured once and replayed.
+        positions: also keep the position of each slot's token, for windows and ALiBi.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class ForestCache:
         device: torch.device,
         dtype: torch.dtype,
         static: bool = False,
+        positions: bool = False,
     ) -> None:
         self.rows, self.static = rows, static
         self._hidden = torch.finfo(dtype).min
@@ -82,6 +84,7 @@ class ForestCache:
         self._tables: list[_Row | None] = [None] * rows
         self.spare, self.capacity = spare, self._capacity(spare)
         self._masks = self._mask_table(spare, self.capacity)
+        self._positions = self._position_table(self.capacity) if positions else None
 
     def _capacity(self, spare: int) -> int:
         """Slots of a row that leave `spare` ones for nodes; the last takes what fillers write."""
@@ -102,18 +105,27 @@ class ForestCache:
         masks[-1, 0] = 0
         return masks
 
+    def _position_table(self, capacity: int) -> Tensor:
+        """[rows, capacity] int64"""
+        return torch.zeros(self.rows, capacity, dtype=torch.int64, device=self._device)
+
     def _grow(self, spare: int) -> None:
-        """More slots for nodes; mask rows are copied."""
+        """More slots for nodes; mask rows and positions are copied."""
         capacity = max(self.capacity, self._capacity(spare))
         masks = self._mask_table(spare, capacity)
         old = self._masks[:-1].view(self.rows, self.spare + 1, self.capacity)
         masks[:-1].view(self.rows, spare + 1, capacity)[:, : self.spare + 1, : self.capacity] = old
+        if self._positions is not None:
+            positions = self._position_table(capacity)
+            positions[:, : self.capacity] = self._positions
+            self._positions = positions
         self.spare, self.capacity, self._masks = spare, capacity, masks
 
     def reserve(self, capacity: int) -> None:
         """Address a buffer that is larger than was asked for; before any row is opened."""
         if capacity > self.capacity:
             self.capacity, self._masks = capacity, self._mask_table(self.spare, capacity)
+            self._positions = self._position_table(capacity) if self._positions is not None else None
 
     def open(self, row: int, prompt_length: int) -> None:
         """A prompt takes a row; whatever was in it is forgotten."""
@@ -121,6 +133,8 @@ class ForestCache:
         mask = self._masks[row * (self.spare + 1)]
         mask.fill_(self._hidden)
         mask[:prompt_length] = 0
+        if self._positions is not None:
+            self._positions[row, :prompt_length] = torch.arange(prompt_length, device=self._device)
 
     def close(self, row: int) -> None:
         """The prompt in a row is done."""
@@ -213,6 +227,43 @@ class ForestCache:
         masks.view(-1).index_fill_(0, bits, 0)
         self._masks.index_copy_(0, mask_rows, masks)
         return masks.view(rows, 1, -1, self.capacity)[..., :read]
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether `note`, `positions` and `window_mask` work."""
+        return self._positions is not None
+
+    @property
+    def longest_path(self) -> int:
+        """Tokens that a path can have, its prompt included."""
+        return self._longest + self.spare
+
+    def note(self, slots: Tensor, positions: Tensor) -> None:
+        """Tokens at `positions` [T] take `slots` [T] of the flat buffer."""
+        assert self._positions is not None
+        self._positions.view(-1).index_copy_(0, slots, positions)
+
+    def positions(self, first_row: int, rows: int, read: int) -> Tensor:
+        """Of the token in each slot read, [rows, slots read]; of an empty slot, of whatever was there."""
+        assert self._positions is not None
+        return self._positions[first_row : first_row + rows, :read]
+
+    def window_mask(self, mask: Tensor, positions: Tensor, first_row: int, window: int) -> Tensor:
+        """A mask without what lies `window` tokens or more before its query, as sliding layers of transformers see it.
+
+        Along a path: all that a query sees are its ancestors, whatever their slots.
+
+        Args:
+            mask: [rows, 1, N, slots read].
+            positions: of the queries, [rows * N].
+
+        Returns:
+            Additive, in the shape of `mask`.
+        """
+        rows, _, queries, read = mask.shape
+        keys = self.positions(first_row, rows, read)[:, None, None]  # [rows, 1, 1, S]
+        distance = positions.view(rows, 1, queries, 1) - keys
+        return mask.masked_fill(distance >= window, self._hidden)
 
     def release(self, row: int, nodes: Sequence[int]) -> None:
         """Free the slots of dead nodes; nodes without a slot are ignored."""

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from decoding.alibi import alibi_by_position
+from decoding.windows import sliding_layers
 
 
 @dataclass
@@ -27,11 +31,18 @@ class PassInputs:
     unpad: Tensor | None = None  # [T] where a token stands among the rows * N
     last_only: bool = False  # logits of the last token only, for prompts (one row)
     hidden: bool = False  # also give the last hidden states
+    window_mask: Tensor | None = None  # [rows, 1, N, S] as `mask`, for sliding layers; None: they see as much
+    key_positions: Tensor | None = None  # [rows, S] int64, of the token in each slot, where ALiBi needs them
 
     @property
     def rows(self) -> int:
         """Rows read."""
         return self.mask.shape[0]
+
+    @property
+    def masks(self) -> dict[bool, Tensor]:
+        """Of layers that slide (True), and of those that do not."""
+        return {True: self.mask if self.window_mask is None else self.window_mask, False: self.mask}
 
     @property
     def read(self) -> int:
@@ -168,6 +179,7 @@ class TransformersForward:
         self._model = weakref.ref(model)  # its runner is kept as long as the model lives, and must not keep it alive
         self._layers = model.config.get_text_config().num_hidden_layers
         self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._all_slide = all(sliding_layers(model.config))
 
     def new_store(self, rows: int, capacity: int) -> TransformersStore:
         """An empty buffer; keys and values are allocated by the first pass."""
@@ -183,14 +195,15 @@ class TransformersForward:
             hook = head.register_forward_pre_hook(lambda module, args: states.append(args[0]))
         store.inputs = inputs
         try:
-            logits = model(
-                input_ids=inputs.tokens.view(inputs.rows, -1),
-                position_ids=inputs.positions.view(inputs.rows, -1),
-                attention_mask=inputs.mask,
-                past_key_values=store,
-                use_cache=True,
-                **({"logits_to_keep": 1} if inputs.last_only and self._can_keep else {}),
-            ).logits.flatten(0, 1)
+            with self._mask(model, inputs) as mask:
+                logits = model(
+                    input_ids=inputs.tokens.view(inputs.rows, -1),
+                    position_ids=inputs.positions.view(inputs.rows, -1),
+                    attention_mask=mask,
+                    past_key_values=store,
+                    use_cache=True,
+                    **({"logits_to_keep": 1} if inputs.last_only and self._can_keep else {}),
+                ).logits.flatten(0, 1)
         finally:
             store.inputs = None
             if hook is not None:
@@ -199,3 +212,13 @@ class TransformersForward:
         if inputs.last_only:
             return logits[-1:], hidden[-1:] if hidden is not None else None
         return logits, hidden
+
+    def _mask(self, model: Any, inputs: PassInputs) -> AbstractContextManager[Tensor | dict[str, Tensor]]:
+        """The attention mask as the model takes it: by kind of layer where the kinds see different things."""
+        if inputs.key_positions is not None:
+            return alibi_by_position(model, inputs.mask, inputs.key_positions)
+        if inputs.window_mask is None:
+            return nullcontext(inputs.mask)
+        if self._all_slide:
+            return nullcontext(inputs.window_mask)
+        return nullcontext({"full_attention": inputs.mask, "sliding_attention": inputs.window_mask})

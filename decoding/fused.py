@@ -6,7 +6,9 @@ What it computes is what the model's own `forward` computes; `check_forest_pass`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from decoding.forward import PassInputs, larger
+from decoding.windows import sliding_layers
 
 # Every one of these is: norm, attention with rotary positions, residual, norm, gated SiLU, residual.
 _FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -144,6 +147,25 @@ class _Layer:
         self.q_norm, self.k_norm = (norm.weight[order] if norm is not None else None for norm in norms)
 
 
+_made: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], weakref.ref[Any]]] = weakref.WeakKeyDictionary()
+
+
+def _shared(module: nn.Module, weights: Iterable[Tensor], make: Callable[[], Any]) -> Any:
+    """What `make` returns, once for all models that share a module, and again when the weights have changed."""
+    weights = list(weights)
+    made_for, made = _made.get(module, (None, lambda: None))
+    thing = made() if made_for == signature(weights) else None
+    if thing is None:
+        thing = make()
+        _made[module] = signature(weights), weakref.ref(thing)  # after `make`, which may move weights
+    return thing
+
+
+def signature(weights: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Changes when a weight is replaced, moved or written to in place (not through `.data`)."""
+    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
+
+
 class FusedForward:
     """Runs a model of one of the families that `can_fuse` knows."""
 
@@ -155,11 +177,15 @@ class FusedForward:
         self._heads = config.num_attention_heads
         self._kv_heads = config.num_key_value_heads
         self._dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
-        self._layers = [_Layer(block, self._dim) for block in model.model.layers]
+        blocks = model.model.layers
+        self._layers = [_shared(block, block.parameters(), partial(_Layer, block, self._dim)) for block in blocks]
+        self._slides = sliding_layers(config)
         self._scale = model.model.layers[0].self_attn.scaling
         self._embedding = model.model.embed_tokens.weight
         self._norm = _Norm(model.model.norm)
-        self._head = self._norm.then(model.lm_head.weight, model.lm_head.bias)
+        head = model.lm_head
+        made_from = [*head.parameters(), self._norm.weight]
+        self._head = _shared(head, made_from, lambda: self._norm.then(head.weight, head.bias))
         self._rotary = model.model.rotary_emb
 
     def new_store(self, rows: int, capacity: int) -> FusedStore:
@@ -175,17 +201,20 @@ class FusedForward:
 
     def _pass(self, inputs: PassInputs, store: FusedStore) -> tuple[Tensor, Tensor | None]:
         group = self._heads // self._kv_heads
-        mask = inputs.mask if group == 1 else inputs.mask.repeat(1, 1, group, 1)  # [B, 1, G * N, S]
+        masks = {slides: inputs.masks[slides] for slides in set(self._slides)}
+        if group > 1:
+            masks = {slides: mask.repeat(1, 1, group, 1) for slides, mask in masks.items()}  # [B, 1, G * N, S]
         turns = store.turns.index_select(0, inputs.positions)[:, None]  # [T, 1, D/2]
         states = F.embedding(inputs.tokens, self._embedding)  # [T, H]
         width = states.shape[-1]
-        for layer, buffer, (keys, values) in zip(self._layers, store.buffers, store.views(inputs), strict=True):
+        weights = zip(self._layers, self._slides, store.buffers, store.views(inputs), strict=True)
+        for layer, slides, buffer, (keys, values) in weights:
             qkv = layer.qkv(layer.norm(states))  # [T, (heads + 2 kv) * D]
             queries = self._turned(qkv, turns, layer)
             buffer.index_copy_(0, inputs.slots, qkv[:, self._heads * self._dim :])
             if inputs.pad is not None:
                 queries = queries.index_select(0, inputs.pad)
-            mixed = self._attend(queries, keys, values, mask)  # [B * N, heads * D]
+            mixed = self._attend(queries, keys, values, masks[slides])  # [B * N, heads * D]
             if inputs.unpad is not None:
                 mixed = mixed.index_select(0, inputs.unpad)
             states = layer.out(mixed, states)

@@ -42,7 +42,8 @@ class GraphedForward:
 
     def __call__(self, inputs: PassInputs, store: Any) -> tuple[Tensor, Tensor | None]:
         """As the captured forward; the tensors are overwritten by the next pass of the same shape."""
-        key = (id(store), store.capacity, inputs.rows, inputs.tokens.shape[0], inputs.read, inputs.hidden)
+        slides = inputs.window_mask is not None
+        key = (id(store), store.capacity, inputs.rows, inputs.tokens.shape[0], inputs.read, inputs.hidden, slides)
         graph = self._graphs.get(key)
         if graph is None and self._works and len(self._graphs) < GRAPH_LIMIT:
             graph = self._capture(key, inputs, store)
@@ -74,14 +75,8 @@ class _Captured:
     """One graph with the tensors that it reads and writes."""
 
     def __init__(self, forward: Forward, inputs: PassInputs, store: Any, pool: Any) -> None:
-        self._inputs = PassInputs(
-            tokens=inputs.tokens.clone(),
-            positions=inputs.positions.clone(),
-            slots=inputs.slots.clone(),
-            mask=inputs.mask.clone(),
-            first_row=inputs.first_row,
-            hidden=inputs.hidden,
-        )
+        read = {name: getattr(inputs, name).clone() for name in _read_by(inputs)}
+        self._inputs = PassInputs(**read, first_row=inputs.first_row, hidden=inputs.hidden)
         device = inputs.tokens.device
         current, side = torch.cuda.current_stream(device), _side_stream(device)
         # This block gives the device and the stream back after a capture that failed, too; torch's own does not.
@@ -95,10 +90,16 @@ class _Captured:
         current.wait_stream(side)
 
     def __call__(self, inputs: PassInputs) -> tuple[Tensor, Tensor | None]:
-        for name in ("tokens", "positions", "slots", "mask"):
+        for name in _read_by(inputs):
             getattr(self._inputs, name).copy_(getattr(inputs, name))
         self._graph.replay()
         return self._outputs
+
+
+def _read_by(inputs: PassInputs) -> list[str]:
+    """Names of the tensors that a pass in static shapes reads; some only where a model slides or has ALiBi."""
+    names = ("tokens", "positions", "slots", "mask", "window_mask", "key_positions")
+    return [name for name in names if getattr(inputs, name) is not None]
 
 
 @functools.cache

@@ -16,6 +16,8 @@ from decoding.scorer import ForestScorer
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # total variation; sums in another order give some 1e-5
 _COARSE = 0.05  # of 16-bit weights
+_PROBED_WINDOW = 256  # tokens; a wider sliding window would make a long prompt of what should be quick
+_SIBLINGS = 8
 
 
 @torch.inference_mode()
@@ -25,7 +27,7 @@ def check_forest_pass(model: Any, role: str, engine: str = "auto") -> None:
     A fused pass that differs is replaced by the model's own, with a warning.
 
     Masks and positions are passed as transformers' attention models take them; a model that ignores either
-    (some with ALiBi or learned relative positions) would be decoded wrongly without a word.
+    (some with learned relative positions) would be decoded wrongly without a word.
 
     Raises:
         UserError: the two passes differ, or the model cannot run a forest pass at all.
@@ -54,7 +56,7 @@ def check_forest_pass(model: Any, role: str, engine: str = "auto") -> None:
         raise UserError(
             f"The {role} model ({kind}) scores a forest of beams differently than one beam at a time (total variation "
             f"{distance:.3f}): it does not honour the mask or the positions it is given, so its beams would be wrong. "
-            "Use a model with rotary or learned positions, such as Llama, Qwen, Mistral or GPT-NeoX."
+            "Use a model of a family that docs/families.md names, such as Llama, Qwen, Mistral or GPT-NeoX."
         )
     runner.checked = True
 
@@ -63,17 +65,20 @@ def _distance(model: Any, role: str, engine: str) -> float:
     """Largest total variation between a forest's rows and those of one sequence at a time through the model itself."""
     kind = getattr(model.config, "model_type", type(model).__name__)
     vocabulary = model.config.get_text_config().vocab_size
-    prompt = [token % vocabulary for token in (3, 1, 4, 1)]
+    window = runner_of(model, engine).window
+    length = window + 2 if window is not None and window <= _PROBED_WINDOW else 4
+    prompt = [(i * i + 3) % vocabulary for i in range(length)]
     forest = TokenForest()
-    scorer = ForestScorer(model, rows=1, longest_prompt=len(prompt), spare_slots=8, engine=engine)
-    first, second = forest.child(0, 5 % vocabulary), forest.child(0, 2 % vocabulary)
-    last = [forest.child(first, 6 % vocabulary), forest.child(second, 5 % vocabulary)]
+    scorer = ForestScorer(model, rows=1, longest_prompt=length, spare_slots=2 * _SIBLINGS, engine=engine)
+    # Many siblings: the last one's slots lie far from its position, so that taking one for the other shows.
+    siblings = [forest.child(0, (5 + i) % vocabulary) for i in range(_SIBLINGS)]
+    last = [forest.child(siblings[0], 6 % vocabulary), forest.child(siblings[-1], 5 % vocabulary)]
     try:
         scorer.open(0, prompt, forest)
-        scorer.score({0: [first, second]})
+        scorer.score({0: siblings})
         scorer.score({0: last})
         together = scorer.log_probs(0, last).exp()  # [2, V]
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"The {role} model ({kind}) cannot run a forest pass, in which one pass scores several beams under a 4-D "
@@ -84,8 +89,7 @@ def _distance(model: Any, role: str, engine: str) -> float:
     distance = 0.0
     for row, leaf in enumerate(last):
         path = torch.tensor([prompt + forest.path(leaf)]).to(scorer.device)
-        positions = torch.arange(path.shape[1], device=scorer.device)[None]
-        logits = model(input_ids=path, position_ids=positions, use_cache=False).logits[0, -1].float()
+        logits = model(input_ids=path, use_cache=False).logits[0, -1].float()  # positions as the model counts them
         if torch.isnan(logits).any():
             raise UserError(nan_message(role))
         distance = max(distance, 0.5 * (together[row] - logits.softmax(-1)).abs().sum().item())

@@ -52,7 +52,9 @@ class TableModel(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, **_: Any) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **_: Any) -> SimpleNamespace:
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1])[None]
         return SimpleNamespace(logits=self.head(self.table[position_ids, input_ids]))  # [B, N, V]
 
 
