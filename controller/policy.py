@@ -127,8 +127,8 @@ class LearnedWidth(WidthPolicy):
         trained = self.provenance.get("pair", {})
         if found.get("fingerprint") != trained.get("fingerprint"):
             raise UserError(
-                f"The controller was trained for the pair {trained.get('name')!r} ({trained.get('fingerprint')}), not "
-                f"for {found.get('name')!r} ({found.get('fingerprint')}). Train one with python train.py pair=..."
+                f"The controller was trained for the pair {_in_words(trained)}, not for {_in_words(found)}. Train one "
+                "with python train.py pair=..."
             )
 
     def check(self, config: DecodingConfig) -> None:
@@ -275,6 +275,13 @@ class LearnedWidth(WidthPolicy):
         self._passing: list[float] = []  # of this iteration's drafted layers, as planned
         self._widths = []  # drafted in this iteration
         self._roots = 1
+
+
+def _in_words(pair: dict[str, Any]) -> str:
+    """A pair's `describe()` in a few words."""
+    draft = pair.get("draft")
+    by = f" with draft={draft}" if draft not in (None, "model") else ""
+    return f"{pair.get('name')!r}{by} ({pair.get('fingerprint')})"
 
 
 def _closed_form(context: TargetContext) -> FloatArray:

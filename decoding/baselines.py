@@ -17,10 +17,13 @@ from transformers import GenerationConfig
 
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder, Prompts, as_token_lists
+from decoding.errors import UserError
+from decoding.lookup import NgramDraft
 from decoding.pair import ModelPair, check_prompt, end_tokens
 from decoding.results import DecodeResult, DecodeStats
 from decoding.widths import FixedWidth, RandomWidth, ThresholdWidth, WidthPolicy
 
+_LOOKUP_TOKENS = 10  # that transformers' prompt lookup drafts at a time, as its documentation does
 Streams = torch.Generator | Sequence[torch.Generator]  # one for each prompt, or one for all
 Generate = Callable[[Prompts, Streams], list[DecodeResult]]
 Settings = Mapping[str, Any]
@@ -39,11 +42,12 @@ class Method:
 
     build: Callable[[ModelPair, DecodingConfig, Settings], Generate]
     axes: tuple[str, ...] = ()
-    fixed: Mapping[str, int] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def configure(self, config: DecodingConfig, settings: Settings) -> DecodingConfig:
         """The config with the method's and the row's settings; narrower widths pull their dependents along."""
-        changes = {key: settings[key] for key in ("target_width", "draft_width", "draft_depth") if key in settings}
+        names = ("target_width", "draft_width", "draft_depth")
+        changes: dict[str, Any] = {key: settings[key] for key in names if key in settings}
         changes.update(self.fixed)
         width = changes.get("target_width", config.target_width)
         changes["min_width"] = min(config.min_width, width)
@@ -75,7 +79,7 @@ def hf_generate(
     assisted: bool = False,
     num_beams: int = 1,
 ) -> list[DecodeResult]:
-    """transformers' `generate(do_sample=True)`, one prompt at a time: sampling, beam sampling, assisted sampling.
+    """transformers' `generate`, one prompt at a time: sampling, beam sampling, assisted sampling, beam search.
 
     Differences from this engine that a reader of a comparison should know: top_k and top_p cut each beam's row, not the
     joint distribution; beam sampling draws 2 * num_beams candidates (more with several EOS tokens) and keeps the best
@@ -85,9 +89,11 @@ def hf_generate(
     Args:
         pair: the models; the draft is used where `assisted`.
         prompts: as for DSBDDecoder.generate.
-        config: max_new_tokens, temperature, top_k, top_p, EOS, length_penalty, early_stopping, num_return_sequences.
+        config: mode, max_new_tokens, min_new_tokens, temperature, top_k, top_p, EOS, length_penalty, early_stopping,
+            num_return_sequences.
         generator: seeds torch's global generators within the call; they are restored after it. One, or one a prompt.
-        assisted: speculative sampling with pair.draft as `assistant_model`; needs num_beams=1.
+        assisted: speculative sampling with pair.draft as `assistant_model`, or by transformers' own prompt lookup where
+            the draft is n-grams; needs num_beams=1.
         num_beams: beams; 1 is plain sampling.
 
     Returns:
@@ -96,20 +102,24 @@ def hf_generate(
     """
     ends = end_tokens(pair, config)
     options: dict[str, Any] = {
-        "do_sample": True,
+        "do_sample": config.mode == "beam_sample",
         "num_beams": num_beams,
         "num_return_sequences": min(config.num_return_sequences, num_beams),
         "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "top_k": config.top_k or 0,  # 0 is no cut; None would be transformers' default of 50
-        "top_p": 1.0 if config.top_p is None else config.top_p,
+        "min_new_tokens": config.min_new_tokens or None,
         "eos_token_id": sorted(ends) or None,
         "pad_token_id": min(ends, default=0),
     }
+    if options["do_sample"]:
+        options |= {
+            "temperature": config.temperature,
+            "top_k": config.top_k or 0,  # 0 is no cut; None would be transformers' default of 50
+            "top_p": 1.0 if config.top_p is None else config.top_p,
+        }
     if num_beams > 1:
         options |= {"length_penalty": config.length_penalty, "early_stopping": config.early_stopping}
     if assisted:
-        options["assistant_model"] = pair.draft
+        options |= _assistance(pair)
     results = []
     for i, row in enumerate(as_token_lists(prompts)):
         check_prompt(pair, row, config, i)
@@ -122,11 +132,12 @@ def _hf_one(
     pair: ModelPair, row: list[int], options: dict[str, Any], ends: frozenset[int], generator: torch.Generator
 ) -> DecodeResult:
     ids = torch.tensor([row], device=pair.device)  # [1, T]
-    beams, assisted = options["num_beams"], "assistant_model" in options
+    beams = options["num_beams"]
+    assisted = "assistant_model" in options or "prompt_lookup_num_tokens" in options
     with ExitStack() as stack:
         stack.enter_context(_seeded(generator, pair.device))
         stack.enter_context(_own_settings_aside(pair.target))
-        target, draft = (stack.enter_context(_count_calls(model)) for model in (pair.target, pair.draft))
+        target, draft = (stack.enter_context(_count_calls(pair.models.get(role))) for role in ("target", "draft"))
         began = _now(pair.device)
         output = pair.target.generate(ids, attention_mask=torch.ones_like(ids), **options)  # [N, T + new]
         seconds = _now(pair.device) - began
@@ -143,6 +154,18 @@ def _hf_one(
     stats.seconds["other"] = seconds
     stats.kv_slots_peak = stats.kv_slots_end = beams * (len(row) + stats.new_tokens - 1)
     return DecodeResult(sequences, [float("nan")] * len(sequences), [finished for _, finished in ended], stats)
+
+
+def _assistance(pair: ModelPair) -> dict[str, Any]:
+    """What `generate` takes to be assisted by the pair's draft."""
+    if isinstance(pair.draft, NgramDraft):
+        return {"prompt_lookup_num_tokens": _LOOKUP_TOKENS, "max_matching_ngram_size": pair.draft.max_ngram}
+    if pair.vocabulary is not None:
+        raise UserError(
+            "hf_assisted needs a draft with the target's token ids and as many embedding rows, as transformers' own "
+            f"generate does; the target has {pair.vocab_size}, the draft {pair.vocabulary.draft_size}."
+        )
+    return {"assistant_model": pair.draft}
 
 
 def _cut_at_end(tokens: list[int], ends: frozenset[int]) -> tuple[list[int], bool]:
@@ -227,6 +250,7 @@ def _threshold(as_shipped: bool) -> Callable[[ModelPair, DecodingConfig, Setting
 
 _DRAFT = ("draft_width", "draft_depth")
 _ONE = {"target_width": 1}
+_SEARCH = {"mode": "beam_search", "temperature": 1.0, "top_k": None, "top_p": None, "replacement": False}
 _CHAIN = {"target_width": 1, "draft_width": 1}
 METHODS: dict[str, Method] = {
     "multinomial": Method(_engine_alone, fixed=_CHAIN),
@@ -237,7 +261,10 @@ METHODS: dict[str, Method] = {
     "threshold": policy_method(_threshold(as_shipped=False), (*_DRAFT, "threshold")),
     "threshold_as_shipped": policy_method(_threshold(as_shipped=True), (*_DRAFT, "threshold")),
     "random": policy_method(lambda pair, config, settings: RandomWidth(), _DRAFT),
+    "beam_search": Method(_engine_alone, ("target_width",), _SEARCH),
+    "speculative_beam_search": Method(_widest, ("target_width", *_DRAFT), _SEARCH),
     "hf_sample": Method(_hf(assisted=False), fixed=_CHAIN),
     "hf_beam_sample": Method(_hf(assisted=False), ("target_width",)),
+    "hf_beam_search": Method(_hf(assisted=False), ("target_width",), _SEARCH),
     "hf_assisted": Method(_hf(assisted=True), fixed=_CHAIN),
 }

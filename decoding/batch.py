@@ -6,11 +6,13 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from decoding.config import DecodingConfig
+from decoding.drafts import DraftScorer
 from decoding.pair import ModelPair, end_tokens
 from decoding.prompt_run import PromptRun
 from decoding.results import DecodeResult, Recorder
@@ -58,22 +60,18 @@ class Batch:
         hidden = policy.needs_hidden or any(recorder is not None for recorder in recorders)
         spare = config.max_new_tokens + config.draft_width * config.draft_depth + 2 * config.target_width
 
-        def scorer(model: torch.nn.Module) -> ForestScorer:
-            return ForestScorer(
-                model,
-                rows=size,
-                longest_prompt=max(map(len, prompts)),
-                spare_slots=spare,
-                temperature=config.temperature,
-                top=top,
-                keep_hidden=hidden,
-                engine=pair.engine,
-                process=self._process if processed else None,
-            )
-
-        self.scorers = {"target": scorer(pair.target)}
+        options: dict[str, Any] = {
+            "rows": size,
+            "longest_prompt": max(map(len, prompts)),
+            "spare_slots": spare,
+            "temperature": config.temperature,
+            "top": top,
+            "keep_hidden": hidden,
+            "process": self._process if processed else None,
+        }
+        self.scorers: dict[str, DraftScorer] = {"target": ForestScorer(pair.target, **options, engine=pair.engine)}
         if pair.draft is not None and config.draft_depth > 0:
-            self.scorers["draft"] = scorer(pair.draft)
+            self.scorers["draft"] = pair.draft_scorer(**options)
         self._prefix = shared_prefix(prompts)
         self._opened: set[int] = set()  # rows that hold the shared prefix
 

@@ -43,6 +43,7 @@ _FLAGS: dict[str, tuple[type, ...]] = {  # DecodingConfig fields that this engin
     "warp": (str,),
     "one_beam_cache": (bool,),
 }
+_KINDS: dict[str, tuple[type, ...]] = {**_FLAGS, "threshold": (int, float), "draft": (str,)}
 
 
 @entry_point("bench")
@@ -62,7 +63,11 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
     if cfg.profile:
         row_to_profile(rows, cfg.profile_row)  # a wrong name is refused now
-    records = [Record(row, METHODS[row.method](pair, row.row.config, row.row.settings)) for row in rows]
+    pairs = pairs_of(rows, pair)
+    records = [
+        Record(row, METHODS[row.method](pairs[row.draft], row.row.config, row.row.settings), pairs[row.draft])
+        for row in rows
+    ]
     bench = Bench(cfg, pair, task, prompts, records)
     interrupted = bench.measure(warmup)
     bench.finish(complete=not interrupted)
@@ -96,24 +101,31 @@ def _read_row(place: str, entry: Any, config: DecodingConfig) -> BenchRow:
         raise UserError(f"{place}.method is {given}; choose among {', '.join(METHODS)}.")
     name = entry["method"]
     method, ours = METHODS[name], not name.startswith("hf_")
-    allowed = [*method.axes, *((*_FLAGS, "batch_size") if ours else ())]
+    drafts = "draft_depth" in method.axes or name == "hf_assisted"
+    allowed = [*method.axes, *(["draft"] if drafts else []), *((*_FLAGS, "batch_size") if ours else ())]
     settings = {key: value for key, value in entry.items() if key != "method"}
     for key, value in settings.items():
         if key not in allowed and not (key == "batch_size" and value == 1):
             takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
             one = ", and decodes one prompt at a time" if key == "batch_size" else ""
             raise UserError(f"{place}.{key} is not a setting of {name}; {takes}{one}.")
-        _check_kind(f"{place}.{key}", value, _FLAGS.get(key, (int, float) if key == "threshold" else (int,)))
+        _check_kind(f"{place}.{key}", value, _KINDS.get(key, (int,)))
     batch_size = settings.pop("batch_size", 1)
     if batch_size < 1:
         raise UserError(f"{place}.batch_size is {batch_size}; give a whole number of at least 1.")
+    draft = settings.pop("draft", None)
     flags = {key: settings.pop(key) for key in _FLAGS if key in settings}
     try:
         own_config = method.configure(config.with_changes(**flags), settings)
     except UserError as error:
         raise UserError(f"{place} ({name}): {error}") from error
     taken = {axis: getattr(own_config, axis) for axis in method.axes if hasattr(own_config, axis)}
-    return BenchRow(Row(name, {**taken, **settings}, own_config), batch_size, flags)
+    return BenchRow(Row(name, {**taken, **settings}, own_config), batch_size, flags, draft)
+
+
+def pairs_of(rows: Sequence[BenchRow], pair: ModelPair) -> dict[str | None, ModelPair]:
+    """The pair of each draft that rows name; under None the pair itself."""
+    return {None: pair} | {draft: pair.with_draft(draft) for row in rows if (draft := row.draft) is not None}
 
 
 def _check_kind(path: str, value: Any, kinds: tuple[type, ...]) -> None:
@@ -201,11 +213,9 @@ class Bench:
 
             try:
                 for record in self.records:
-                    warm_up(record, warmup[: max(record.row.batch_size, self.cfg.prompts.warmup)], self.pair)
+                    warm_up(record, warmup[: max(record.row.batch_size, self.cfg.prompts.warmup)])
                     advance()
-                for _ in run_repeats(
-                    self.records, self.prompts, self.cfg.repeats, self.cfg.seed, self.pair, size, advance
-                ):
+                for _ in run_repeats(self.records, self.prompts, self.cfg.repeats, self.cfg.seed, size, advance):
                     self.write()
             except KeyboardInterrupt:
                 progress.stop()
@@ -266,7 +276,8 @@ class Bench:
     def _profile(self) -> dict[str, Any]:
         row = row_to_profile([record.row for record in self.records], self.cfg.profile_row)
         config = row.row.config.with_changes(max_new_tokens=self.cfg.profile_tokens)
-        generate = METHODS[row.method](self.pair, config, row.row.settings)
+        pair = next(record.pair for record in self.records if record.row is row)
+        generate = METHODS[row.method](pair, config, row.row.settings)
         prompts = [prompt.tokens for prompt in self.prompts[: row.batch_size]]
         self.directory.mkdir(parents=True, exist_ok=True)
         found = profile_decoding(generate, prompts, self.cfg.seed, self.pair.device, self.directory / TRACE)
@@ -276,7 +287,7 @@ class Bench:
         record = self.records[-1]
         size = record.row.batch_size
         return {"row": record.row.name} | soak(
-            record.generate, self.pair, self.prompts, self.cfg.soak, size, self.cfg.seed
+            record.generate, record.pair, self.prompts, self.cfg.soak, size, self.cfg.seed
         )
 
     def _guarded(self, part: Callable[[], dict[str, Any]]) -> dict[str, Any]:

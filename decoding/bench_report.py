@@ -60,7 +60,11 @@ def summarise(
             "name": record.row.name,
             "alone": record.row.alone,
             "method": record.row.method,
-            "settings": {**record.row.row.settings, **record.row.flags},
+            "settings": {
+                **record.row.row.settings,
+                **record.row.flags,
+                **({"draft": record.row.draft} if record.row.draft is not None else {}),
+            },
             "target_width": record.row.row.config.target_width,
             "batch_size": record.row.batch_size,
             "config": vars(record.row.row.config).copy(),

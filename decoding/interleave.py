@@ -28,6 +28,7 @@ class BenchRow:
     row: Row
     batch_size: int
     flags: Mapping[str, Any]
+    draft: str | None = None  # instead of the pair's own
 
     @property
     def method(self) -> str:
@@ -38,6 +39,7 @@ class BenchRow:
     def alone(self) -> str:
         """The name without the batch size: rows that share it differ by nothing else."""
         words = [key if value is True else f"{key}={value}" for key, value in self.flags.items()]
+        words += [f"draft={self.draft}"] if self.draft is not None else []
         return " ".join([self.row.name, *words])
 
     @property
@@ -63,13 +65,14 @@ class Record:
 
     row: BenchRow
     generate: Generate
+    pair: ModelPair  # that it decodes with
     turns: list[Turn] = field(default_factory=list)
     error: str | None = None  # a row that failed takes no further turns
 
 
-def warm_up(record: Record, prompts: Sequence[Prompt], pair: ModelPair) -> None:
+def warm_up(record: Record, prompts: Sequence[Prompt]) -> None:
     """Decode prompts without measuring."""
-    turn = take_turn(record, prompts, list(range(len(prompts))), 0, 0, pair, EnergyMeter("cpu"))
+    turn = take_turn(record, prompts, list(range(len(prompts))), 0, 0, EnergyMeter("cpu"))
     if turn is None:
         print(f"{record.row.name} failed: {record.error}", file=sys.stderr)
 
@@ -79,7 +82,6 @@ def run_repeats(
     prompts: Sequence[Prompt],
     repeats: int,
     seed: int,
-    pair: ModelPair,
     size: int,
     advance: Callable[[], None] = lambda: None,
 ) -> Iterator[int]:
@@ -90,16 +92,14 @@ def run_repeats(
     Yields:
         Each repeat that is done.
     """
-    meter = EnergyMeter(pair.device)
+    meter = EnergyMeter(records[0].pair.device)  # all have one target
     rounds = 0
     for repeat in range(repeats):
         for places in chunks(range(len(prompts)), size):
             for j in range(len(records)):
                 record = records[(rounds + j) % len(records)]
                 if record.error is None:
-                    turn = take_turn(
-                        record, [prompts[i] for i in places], list(places), repeat, seed + repeat, pair, meter
-                    )
+                    turn = take_turn(record, [prompts[i] for i in places], list(places), repeat, seed + repeat, meter)
                     if turn is not None:
                         record.turns.append(turn)
                     else:
@@ -115,10 +115,10 @@ def take_turn(
     places: list[int],
     repeat: int,
     seed: int,
-    pair: ModelPair,
     meter: EnergyMeter,
 ) -> Turn | None:
     """Decode by one row; None if it failed, which the record then says."""
+    pair = record.pair
     before, measurements, silent = graph_counters(pair), [], EnergyMeter("cpu")
     try:
         with meter:  # one window a turn: the counter moves in steps
@@ -143,8 +143,8 @@ def take_turn(
 def graph_counters(pair: ModelPair) -> dict[str, dict[str, Any]]:
     """Captures, replays and eager passes so far of each model that runs as CUDA graphs."""
     counters = {}
-    for role, model in (("target", pair.target), ("draft", pair.draft)):
-        forward = runner_of(model, pair.engine).forward if model is not None else None
+    for role, model in pair.models.items():
+        forward = runner_of(model, pair.engine).forward
         if all(hasattr(forward, name) for name in _COUNTERS):
             counters[role] = {name: int(getattr(forward, name)) for name in _COUNTERS}
     return counters

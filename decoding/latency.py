@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from decoding.drafts import DraftScorer
+from decoding.errors import UserError
 from decoding.forest import TokenForest
 from decoding.pair import ModelPair
 from decoding.scorer import ForestScorer
@@ -61,29 +63,30 @@ class LatencyTable:
         """Time passes over forests of several sizes; median of `repeats`. Measured once per process and pair.
 
         Args:
-            pair: both models.
+            pair: both models; what an n-gram draft takes to look up its nodes is timed in the same way.
             prompt_tokens: prompt length behind the forest (at most half of the context is used).
             repeats: timed passes per size, after two to warm up.
+
+        Raises:
+            UserError: a pair without a draft.
         """
+        if pair.draft is None:
+            raise UserError("A latency table needs a draft: give the pair one, such as draft=ngram.")
         key = (str(pair.device), pair.fingerprint, str(next(pair.target.parameters()).dtype), pair.engine)
         if key not in _measured:
             length = min(prompt_tokens, (pair.context or 2 * prompt_tokens) // 2)
             prompt = [i % pair.vocab_size for i in range(1, length + 1)]
-            _measured[key] = cls(
-                NODE_COUNTS,
-                tuple(_pass_seconds(pair.target, prompt, repeats, pair.engine)),
-                tuple(_pass_seconds(pair.draft, prompt, repeats, pair.engine)),
-                str(pair.device),
-            )
+            sizes: dict[str, Any] = {"rows": 1, "longest_prompt": length, "spare_slots": max(NODE_COUNTS), "top": 1}
+            target = _pass_seconds(ForestScorer(pair.target, **sizes, engine=pair.engine), prompt, repeats)
+            draft = _pass_seconds(pair.draft_scorer(**sizes), prompt, repeats)
+            _measured[key] = cls(NODE_COUNTS, tuple(target), tuple(draft), str(pair.device))
         return _measured[key]
 
 
 @torch.inference_mode()
-def _pass_seconds(model: torch.nn.Module, prompt: list[int], repeats: int, engine: str) -> list[float]:
+def _pass_seconds(scorer: DraftScorer, prompt: list[int], repeats: int) -> list[float]:
     """Median seconds of a pass for each of NODE_COUNTS; never decreasing in the number of nodes."""
     forest = TokenForest()
-    most = max(NODE_COUNTS)
-    scorer = ForestScorer(model, rows=1, longest_prompt=len(prompt), spare_slots=most, top=1, engine=engine)
     medians = []
     try:
         scorer.open(0, prompt, forest)

@@ -1,9 +1,10 @@
-"""ModelPair: a target and a draft that share a vocabulary; loading, checks, description."""
+"""ModelPair: a target and what drafts for it; loading, checks, description."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,27 +15,50 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from decoding.config import DecodingConfig
+from decoding.drafts import ALLOWED, DraftScorer, is_kind, named_draft
 from decoding.errors import UserError
+from decoding.lookup import NgramDraft, NgramScorer
 from decoding.probe import check_forest_pass
 from decoding.runner import ENGINES
+from decoding.scorer import ForestScorer
+from decoding.vocabulary import VocabularyMap, match_vocabularies
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Fields of configs of models that keep a state; not all of them name their kinds of layers.
+_STATE = (
+    *("state_size", "ssm_state_size", "mamba_d_state", "lru_width"),
+    *("conv_kernel", "conv_L_cache", "rescale_every"),
+)
+# Models that the probe could accept although some of their passes would be wrong.
+_UNFIT = {
+    "mpt": "its attention takes one ALiBi bias for all prompts of a batch, whose tokens lie in different slots",
+    "gpt_neo": "its attention hides tokens by their place in the cache, whatever the mask says",
+}
 
 
 @dataclass
 class ModelPair:
-    """Two transformers causal LMs with one vocabulary.
+    """A transformers causal LM and its draft.
 
     Args:
-        target, draft: models in hand; `draft` may be None where only the target is used.
-        tokenizer: for text in and out; None if you work with token ids.
+        target: a model in hand.
+        draft: another one; "layers:8", the target's own first layers; "ngram" or "ngram:4", what followed the same
+            tokens before; None where only the target is used.
+        tokenizer: the target's, for text in and out; None if you work with token ids.
         name: shown in results.
         engine: how the models are run: "auto", passes fused where the family is known, and CUDA graphs on a GPU;
             "eager", without graphs; "transformers", the models' own forward.
         note: what a reader of results must know about the pair; shown with them.
+        draft_tokenizer: the draft's. With both, tokens are matched by their strings, so that the draft may know fewer
+            of them, under other ids; without, ids mean the same as far as both models have them.
+
+    Attributes:
+        vocabulary: the draft's token ids as the target's; None where they are the same.
+        draft_name: "model", or what `draft` was as text; None without one.
 
     Raises:
-        UserError: a model that cannot be decoded with a forest cache, or vocabularies that differ.
+        UserError: a model that cannot be decoded with a forest cache, a draft with tokens that the target lacks, or a
+            draft that does not exist.
     """
 
     target: Any
@@ -43,28 +67,41 @@ class ModelPair:
     name: str = "custom"
     engine: str = "auto"
     note: str = ""
+    draft_tokenizer: Any = None
+    vocabulary: VocabularyMap | None = field(default=None, init=False, repr=False)
+    draft_name: str | None = field(default=None, init=False)
     _fingerprint: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise UserError(f"engine is {self.engine!r}; choose one of {', '.join(ENGINES)}.")
-        for role, model in (("target", self.target), ("draft", self.draft)):
-            if model is not None:
-                check_architecture(model.config, role)
-                model.eval()
-        if self.draft is not None:
-            _check_vocabularies(self.target, self.draft)
+        check_architecture(self.target.config, "target")
+        self.target.eval()
+        self.draft_name = None if self.draft is None else "model"
+        if isinstance(self.draft, str):
+            self.draft, self.draft_name = named_draft(self.draft, self.target)
+        elif isinstance(self.draft, NgramDraft):
+            self.draft_name = self.draft.name
+        elif self.draft is not None:
+            check_architecture(self.draft.config, "draft")
+            self.draft.eval()
+            draft_size = int(self.draft.config.get_text_config().vocab_size)
+            found = match_vocabularies(self.vocab_size, draft_size, self.tokenizer, self.draft_tokenizer)
+            self.vocabulary = found.to(_device_of(self.draft)) if found is not None else None
 
     @classmethod
-    def tiny(cls, device: str = "cpu", engine: str = "auto") -> ModelPair:
-        """The built-in pair: offline, on the CPU by default, trained by `python -m decoding.tiny`."""
+    def tiny(cls, device: str = "cpu", engine: str = "auto", draft: str | None = None) -> ModelPair:
+        """The built-in pair: offline, on the CPU by default, trained by `python -m decoding.tiny`.
+
+        `draft` as for the class, instead of the pair's own: "layers:2", "ngram".
+        """
         from decoding.tiny import load_tiny
 
         _check_device(device)
-        target, draft, tokenizer = load_tiny()
+        target, small, tokenizer = load_tiny()
         torch.nn.Module.to(target, device)
-        torch.nn.Module.to(draft, device)
-        return cls(target, draft, tokenizer, name="tiny", engine=engine)
+        torch.nn.Module.to(small, device)
+        return cls(target, draft or small, tokenizer, name=_name("tiny", draft), engine=engine)
 
     @classmethod
     def inflated(
@@ -74,6 +111,7 @@ class ModelPair:
         device: str = "cuda",
         dtype: str = "bfloat16",
         engine: str = "auto",
+        draft: str | None = None,
     ) -> ModelPair:
         """The built-in pair in models of real size: its distributions, and so its acceptance, at their cost.
 
@@ -85,6 +123,8 @@ class ModelPair:
             device: as for `load`.
             dtype: "bfloat16", "float16" or "float32".
             engine: how the models are run, as for the class.
+            draft: "ngram" or "ngram:4" instead of a model of `draft_size`. Not "layers:8": the layers that a size adds
+                do nothing, so an early exit would guess far better than a real one of its cost.
 
         Raises:
             UserError: unknown sizes, sizes that cannot hold the built-in models, or too little memory on the GPU.
@@ -94,30 +134,31 @@ class ModelPair:
 
         if dtype not in _DTYPES[1:]:
             raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES[1:])}.")
+        if draft is not None and not draft.startswith("ngram"):
+            raise UserError(f"draft is {draft!r}; an inflated pair takes ngram, ngram:N, or null for draft_size.")
         try:
             _check_device(device)
         except UserError as error:
             small = "pair.target_size=400m pair.draft_size=68m pair.device=cpu pair.dtype=float32"
             raise UserError(f"{error} On a CPU choose small sizes: {small}.") from error
-        sizes = (target_size, draft_size)
+        sizes = (target_size,) if draft else (target_size, draft_size)
         shapes = [shape_of(size) for size in sizes]
         names = [size if isinstance(size, str) else "custom" for size in sizes]
-        if shapes[0].vocab_size != shapes[1].vocab_size:
+        if shapes[0].vocab_size != shapes[-1].vocab_size:
             raise UserError(
                 f"target_size {names[0]} has {shapes[0].vocab_size} tokens, draft_size {names[1]} has "
                 f"{shapes[1].vocab_size}: choose two sizes with one vocabulary, such as 8b and 1b, or 13b and 68m."
             )
         kind = getattr(torch, dtype)
         _check_memory(sum(shape.parameters for shape in shapes) * kind.itemsize, device)
-        target, draft, tokenizer = load_tiny()
-        target, draft = (
-            inflate(model, shape, device, kind) for model, shape in zip((target, draft), shapes, strict=True)
-        )
+        target, model, tokenizer = load_tiny()
+        wide = [inflate(model, shape, device, kind) for model, shape in zip((target, model), shapes, strict=False)]
         note = (
-            f"The built-in pair in the shapes {names[0]} and {names[1]}: a model of what these sizes cost, not trained "
-            "models of these sizes. Acceptance and text are the built-in pair's."
+            f"The built-in pair in the shapes {' and '.join(names)}: a model of what these sizes cost, not trained "
+            "models of these sizes. Acceptance and text are the built-in pair's; draft=layers:N says nothing."
         )
-        return cls(target, draft, tokenizer, name=f"inflated-{names[0]}-{names[1]}", engine=engine, note=note)
+        name = _name("-".join(["inflated", *names]), draft)
+        return cls(wide[0], draft or wide[1], tokenizer, name=name, engine=engine, note=note)
 
     @classmethod
     def load(
@@ -134,7 +175,7 @@ class ModelPair:
         """Load a pair from the Hugging Face hub or from local directories.
 
         Args:
-            target, draft: hub ids or paths.
+            target, draft: hub ids or paths; `draft` may also be "layers:8", "ngram" or "ngram:4", as for the class.
             device: "cuda", "cuda:1", "cpu", ...
             dtype: "bfloat16", "float16", "float32" or "auto".
             trust_remote_code: run code that comes with a checkpoint; off unless you ask for it.
@@ -148,8 +189,9 @@ class ModelPair:
         if dtype not in _DTYPES:
             raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
         _check_device(device)
-        models = {}
-        for role, source in (("target", target), ("draft", draft)):
+        sources = {"target": target} if _comes_without_model(draft) else {"target": target, "draft": draft}
+        models, tokenizers = {}, {}
+        for role, source in sources.items():
             config = _from_hub(AutoConfig, source, role, trust_remote_code=trust_remote_code)
             check_architecture(config, role)
             models[role] = _from_hub(
@@ -161,22 +203,45 @@ class ModelPair:
                 use_safetensors=True,
                 **options,
             ).to(device)
-        tokenizers = {}
-        for role, source in (("target", target), ("draft", draft)):
+        for role, source in sources.items():
             tokenizers[role] = _from_hub(AutoTokenizer, source, role, trust_remote_code=trust_remote_code)
-        _check_tokenizers(tokenizers["target"], tokenizers["draft"])
-        return cls(models["target"], models["draft"], tokenizers["target"], name or Path(target).name, engine)
+        return cls(
+            models["target"],
+            models.get("draft", draft),
+            tokenizers["target"],
+            name or _name(Path(target).name, draft if "draft" not in sources else None),
+            engine,
+            draft_tokenizer=tokenizers.get("draft"),
+        )
+
+    def with_draft(self, draft: Any) -> ModelPair:
+        """The same target with another draft, as for the class."""
+        return ModelPair(self.target, draft, self.tokenizer, self.name, self.engine, self.note)
+
+    def draft_scorer(self, rows: int, longest_prompt: int, spare_slots: int, **options: Any) -> DraftScorer:
+        """What scores nodes for the draft; arguments as for ForestScorer."""
+        if isinstance(self.draft, NgramDraft):
+            known = {name: options[name] for name in ("temperature", "top", "process") if name in options}
+            return NgramScorer(self.draft, rows, self.vocab_size, device=self.device, **known)
+        return ForestScorer(
+            self.draft, rows, longest_prompt, spare_slots, **options, engine=self.engine, vocabulary=self.vocabulary
+        )
 
     def check_forest_passes(self) -> None:
         """Make sure, once, that both models score forests as they score sequences (UserError otherwise)."""
-        for role, model in (("target", self.target), ("draft", self.draft)):
-            if model is not None:
-                check_forest_pass(model, role, self.engine)
+        for role, model in self.models.items():
+            check_forest_pass(model, role, self.engine)
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """The models by role: "target", and "draft" where the draft is one."""
+        drafts = self.draft is not None and not isinstance(self.draft, NgramDraft)
+        return {"target": self.target} | ({"draft": self.draft} if drafts else {})
 
     @property
     def device(self) -> torch.device:
         """Where the target lives."""
-        return next(self.target.parameters()).device
+        return _device_of(self.target)
 
     @property
     def vocab_size(self) -> int:
@@ -186,33 +251,36 @@ class ModelPair:
     @property
     def context(self) -> int | None:
         """Longest sequence that both models take, in tokens; None where they do not say."""
-        limits = [_context_of(m) for m in (self.target, self.draft) if m is not None]
+        limits = [_context_of(model) for model in self.models.values()]
         known = [limit for limit in limits if limit is not None]
         return min(known) if known else None
 
     @property
     def fingerprint(self) -> str:
-        """Hash of both configs and of a sample of the weights; equal for equal pairs."""
+        """Hash of both configs, of a sample of the weights and of how ids are matched; equal for equal pairs."""
         if self._fingerprint is None:
             digest = hashlib.sha256()
-            for model in (self.target, self.draft):
-                if model is None:
-                    continue
+            for model in self.models.values():
                 text = model.config.get_text_config()
                 shape = [text.model_type, text.vocab_size, text.hidden_size, text.num_hidden_layers]
                 digest.update(json.dumps(shape).encode())
                 for weight in list(model.parameters())[:: max(1, len(list(model.parameters())) // 8)]:
                     digest.update(weight.detach().flatten()[:64].to(torch.bfloat16).float().cpu().numpy().tobytes())
+            if isinstance(self.draft, NgramDraft):
+                digest.update(self.draft.name.encode())
+            if self.vocabulary is not None:
+                digest.update(self.vocabulary.digest)
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
     def describe(self) -> dict[str, Any]:
         """What the pair is, for results, traces and controllers; JSON-able."""
-        models = {"target": self.target, "draft": self.draft}
         return {
             "name": self.name,
             **({"note": self.note} if self.note else {}),
             "fingerprint": self.fingerprint,
+            "draft": self.draft_name,
+            **({"vocabulary": self.vocabulary.describe()} if self.vocabulary is not None else {}),
             "vocab_size": self.vocab_size,
             "device": str(self.device),
             "dtype": str(next(self.target.parameters()).dtype).removeprefix("torch."),
@@ -223,8 +291,7 @@ class ModelPair:
                     "hidden_size": model.config.get_text_config().hidden_size,
                     "layers": model.config.get_text_config().num_hidden_layers,
                 }
-                for role, model in models.items()
-                if model is not None
+                for role, model in self.models.items()
             },
         }
 
@@ -240,16 +307,15 @@ def check_architecture(config: Any, role: str) -> None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = set(getattr(text, "layer_types", None) or [])
     recurrent = layers - {"full_attention", "sliding_attention", "chunked_attention"}
-    state = any(
-        hasattr(text, name)
-        for name in ("state_size", "ssm_state_size", "mamba_d_state", "conv_kernel", "rescale_every")
-    )
+    state = any(hasattr(text, name) for name in _STATE)
     if recurrent or state or not hasattr(text, "num_attention_heads"):
         what = f" (layers: {', '.join(sorted(recurrent))})" if recurrent else ""
         raise UserError(
             f"The {role} model ({kind}) keeps a recurrent state{what}, which cannot branch into a forest of beams; use "
             "a model whose layers are all attention."
         )
+    if kind in _UNFIT:
+        raise UserError(f"The {role} model ({kind}) cannot score a forest of beams: {_UNFIT[kind]}.")
 
 
 def check_prompt(pair: ModelPair, prompt: list[int], config: DecodingConfig, index: int) -> None:
@@ -262,8 +328,8 @@ def check_prompt(pair: ModelPair, prompt: list[int], config: DecodingConfig, ind
             f"Prompt {index} holds token id {worst}, outside the vocabulary of {pair.vocab_size} (0 to "
             f"{pair.vocab_size - 1}). Was it made with another tokenizer?"
         )
-    for role, model in (("target", pair.target), ("draft", pair.draft)):
-        limit = _context_of(model) if model is not None else None
+    for role, model in pair.models.items():
+        limit = _context_of(model)
         if limit is not None and len(prompt) + config.max_new_tokens > limit:
             raise UserError(
                 f"Prompt {index} has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}, together more "
@@ -285,12 +351,13 @@ def end_tokens(pair: ModelPair, config: DecodingConfig) -> frozenset[int]:
 
 
 def _context_of(model: Any) -> int | None:
-    """Tokens that one model takes; a sliding window or chunk counts as its limit until they follow paths."""
+    """Tokens that one model takes; a chunk is a limit, and so is a length at which all angles of a model change."""
     text = model.config.get_text_config()
     limits = [getattr(text, "max_position_embeddings", None)]
-    if getattr(text, "use_sliding_window", True):
-        limits.append(getattr(text, "sliding_window", None))
     limits.append(getattr(text, "attention_chunk_size", None))
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        limits.append(rope.get("original_max_position_embeddings"))
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
     return min(known) if known else None
 
@@ -317,25 +384,22 @@ def _check_memory(needed: int, device: str) -> None:
             )
 
 
-def _check_vocabularies(target: Any, draft: Any) -> None:
-    sizes = [m.config.get_text_config().vocab_size for m in (target, draft)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"The vocabularies differ: the target's has {sizes[0]} tokens, the draft's {sizes[1]}. A draft must come "
-            "from the same family, with the same tokenizer and the same number of embedding rows."
-        )
+def _device_of(model: Any) -> torch.device:
+    return next(model.parameters()).device
 
 
-def _check_tokenizers(target: Any, draft: Any) -> None:
-    a, b = target.get_vocab(), draft.get_vocab()
-    if a == b:
-        return
-    differing = sorted({*a.items()} ^ {*b.items()}, key=lambda item: (item[1], item[0]))
-    examples = ", ".join(f"{token!r} ({id_})" for token, id_ in differing[:3])
-    raise UserError(
-        f"The tokenizers differ: target {len(a)} entries, draft {len(b)}, {len(differing)} of them not shared, such as "
-        f"{examples}. Choose a draft of the target's own family."
-    )
+def _name(base: str, draft: str | None) -> str:
+    """A pair's name that tells drafts apart and can be a directory's: tiny, tiny-layers2."""
+    return base if draft is None else f"{base}-{draft.replace(':', '')}"
+
+
+def _comes_without_model(draft: str) -> bool:
+    """Whether a text names a draft that is not loaded; what looks like one and is not is refused."""
+    if is_kind(draft):
+        return True
+    if re.fullmatch(r"\w+:\w*", draft) and not Path(draft).exists():
+        raise UserError(f"draft is {draft!r}; give a directory written by save_pretrained, a hub id, or {ALLOWED}.")
+    return False
 
 
 def _from_hub(loader: Any, source: str, role: str, **options: Any) -> Any:

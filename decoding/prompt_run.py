@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from decoding.acceptance import LayerVerdict, align, verify_layer
 from decoding.config import DecodingConfig
 from decoding.dense import DenseJoint, dense_joint, draw_dense, verify_dense
+from decoding.drafts import DraftScorer
 from decoding.forest import TokenForest
 from decoding.results import PHASES, DecodeResult, DecodeStats, LayerEvent, Recorder
 from decoding.rules import Rules
@@ -89,7 +90,7 @@ class PromptRun:
         ends: frozenset[int],
         stream: torch.Generator,
         recorder: Recorder | None,
-        scorers: Mapping[str, ForestScorer],
+        scorers: Mapping[str, DraftScorer],
         rules: Rules | None = None,
     ) -> None:
         self.index, self.row, self.config, self.policy, self.eos = index, row, config, policy, ends
@@ -97,7 +98,7 @@ class PromptRun:
         self.forest = TokenForest()
         self.stats = DecodeStats(prompt_tokens=prompt_tokens)
         self.clock = _Clock(self.stats.seconds)
-        self.target, self.draft = scorers["target"], scorers.get("draft")
+        self.target, self.draft = cast(ForestScorer, scorers["target"]), scorers.get("draft")
         self.beams = [Beam(0, 0.0)]
         self.pool: list[Hypothesis] = []  # ended on EOS, best first
         self.touched: list[int] = []  # nodes made or used in this iteration
@@ -135,7 +136,10 @@ class PromptRun:
             scores = scores.clone()
             rows = torch.tensor(early, device=scores.device)[:, None]
             scores[rows, torch.tensor(sorted(self.eos), device=scores.device)] = -torch.inf
-        return scores.log_softmax(-1) if alone else scores
+        if not alone:
+            return scores
+        possible = (scores > -torch.inf).any(-1, keepdim=True)  # not where all that a draft knows is forbidden
+        return torch.where(possible, scores.log_softmax(-1), scores)
 
     def _decode(self) -> Generator[Request]:
         self.policy.reset(self.config)
@@ -183,8 +187,11 @@ class PromptRun:
             target_hidden=hidden,
         )
 
-    def _draft_forest(self, root: RootContext, scorer: ForestScorer) -> Generator[Request, None, list[DraftedLayer]]:
-        """Draw up to γ layers from the draft model; the last token before max_new_tokens is never drafted."""
+    def _draft_forest(self, root: RootContext, scorer: DraftScorer) -> Generator[Request, None, list[DraftedLayer]]:
+        """Draw up to γ layers from the draft; the last token before max_new_tokens is never drafted.
+
+        Where it has nothing to propose for any beam, nothing further is drafted: known before the layer is drawn.
+        """
         layers: list[DraftedLayer] = []
         beams = self.beams
         widths: tuple[int, ...] = ()
@@ -195,6 +202,8 @@ class PromptRun:
                 break
             nodes = [beam.node for beam in beams]
             yield Request("draft", nodes)
+            if not scorer.proposes(self.row, nodes):
+                break
             joint = self._joint(scorer, beams, "draft")
             hidden = scorer.hidden(self.row, nodes)
             context = DraftContext(
@@ -215,7 +224,7 @@ class PromptRun:
         """Entries of Q to draft, in order."""
         return draw_entries(joint, width, self.config.replacement, self.dice)
 
-    def _joint(self, scorer: ForestScorer, beams: list[Beam], name: str) -> Joint | DenseJoint:
+    def _joint(self, scorer: DraftScorer, beams: list[Beam], name: str) -> Joint | DenseJoint:
         nodes, weights = [beam.node for beam in beams], [beam.weight for beam in beams]
         if scorer.top is None:
             return dense_joint(scorer.log_probs(self.row, nodes), nodes, weights, self.config, name)

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from decoding.alibi import has_alibi
 from decoding.forward import Forward, TransformersForward
-from decoding.fused import FusedForward, can_fuse, hooked
+from decoding.fused import FusedForward, can_fuse, hooked, signature
 from decoding.graphs import GraphedForward
+from decoding.windows import window_of
 
 ENGINES = ("auto", "eager", "transformers")
 SPARE_STORES = 3  # KV buffers kept for the next decoding
@@ -25,6 +27,8 @@ class Runner:
     Attributes:
         prompts: runs passes over prompts, whose shapes do not repeat.
         forward: runs passes over nodes.
+        window: tokens that its sliding layers see; None where there are none.
+        alibi: its passes need the positions of keys.
         checked: `check_forest_pass` has compared it with the model's own passes.
     """
 
@@ -35,6 +39,7 @@ class Runner:
             self.prompts = TransformersForward(model)
         self._graphs = engine == "auto" and next(model.parameters()).device.type == "cuda"
         self.forward = self._with_graphs()
+        self.window, self.alibi = window_of(model.config), has_alibi(model.config)
         self.checked = False
         self._spare: list[Any] = []  # KV buffers that no scorer uses
 
@@ -74,17 +79,12 @@ _runners: weakref.WeakKeyDictionary[Any, dict[str, tuple[tuple[Any, ...], Runner
 def runner_of(model: Any, engine: str) -> Runner:
     """The model's runner, made when it is first asked for, and again when its weights or hooks have changed."""
     known = _runners.setdefault(model, {})
-    signature = _signature(model)
-    current = {name: runner for name, (made_for, runner) in known.items() if made_for == signature}
+    now = signature(model.parameters())
+    current = {name: runner for name, (made_for, runner) in known.items() if made_for == now}
     if engine in current and not (current[engine].prompts.name == FusedForward.name and hooked(model)):
         return current[engine]
     fused = next((r.prompts for r in current.values() if isinstance(r.prompts, FusedForward)), None)
     with torch.inference_mode(False), torch.no_grad():  # weights that are moved stay trainable
         runner = Runner(model, engine, fused)
-    known[engine] = (_signature(model), runner)  # again: fusing may have moved weights
+    known[engine] = (signature(model.parameters()), runner)  # again: fusing may have moved weights
     return runner
-
-
-def _signature(model: Any) -> tuple[Any, ...]:
-    """Changes when a weight is replaced, moved or written to in place (not through `.data`)."""
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())

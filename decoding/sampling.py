@@ -121,7 +121,7 @@ def top_entries(log_probs: Tensor, count: int) -> tuple[FloatArray, IntArray]:
 
 
 def compact_joint(
-    values: FloatArray,  # [B, K] log-probabilities, from top_entries
+    values: FloatArray,  # [B, K] log-probabilities, from top_entries; -inf where there is no token
     tokens: IntArray,  # [B, K]
     nodes: Sequence[int],  # B nodes
     weights: Sequence[float],  # B log-weights
@@ -134,15 +134,16 @@ def compact_joint(
     weights are added and without re-normalising the row. Exactly `top_k` entries stay; of equal ones at the edge, any.
 
     Raises:
-        UserError: the model returned NaN.
+        UserError: the model returned NaN, or no token at all is possible.
     """
-    if np.isnan(values.max()):
-        raise UserError(nan_message(model_name))
+    best = values.max()
+    if not best > -np.inf:
+        raise UserError(nan_message(model_name) if np.isnan(best) else nothing_left_message(model_name))
     base = np.asarray(weights, dtype=np.float64)  # [B]
     count = values.shape[1]
     score, tokens, rows = (values + base[:, None]).ravel(), tokens.ravel(), _row_of_entry(len(base), count)
     if config.warp == "beam" and config.top_p is not None and config.top_p < 1:
-        keep = np.concatenate([_nucleus(share / share.sum(), config.top_p) for share in np.exp(values)])
+        keep = np.concatenate([_nucleus(share / (share.sum() or 1.0), config.top_p) for share in np.exp(values)])
         rows, tokens, score = rows[keep], tokens[keep], score[keep]
     if config.warp == "joint" and config.top_k is not None and config.top_k < len(score):
         order = (-score).argpartition(config.top_k - 1)[: config.top_k]
@@ -168,6 +169,14 @@ def _row_of_entry(rows: int, count: int) -> IntArray:
     index = np.arange(rows).repeat(count)
     index.flags.writeable = False
     return index
+
+
+def nothing_left_message(model_name: str) -> str:
+    """What to say of a model, or of its processors, where nothing can follow."""
+    return (
+        f"The {model_name} model gives every continuation the probability 0, as it does where logits processors forbid "
+        "all tokens. Change them."
+    )
 
 
 def nan_message(model_name: str) -> str:

@@ -16,6 +16,7 @@ from decoding.forest import TokenForest
 from decoding.forward import Forward, PassInputs
 from decoding.runner import runner_of
 from decoding.sampling import FloatArray, IntArray, log_probabilities, top_entries
+from decoding.vocabulary import VocabularyMap
 
 Process = Callable[[int, Sequence[int], Tensor], Tensor]
 PREFILL_CHUNK = 512  # prompt tokens in a pass: bounds the memory of its mask and its activations
@@ -52,6 +53,7 @@ class ForestScorer:
             device, for `log_probs`.
         keep_hidden: also keep the last hidden state of scored nodes.
         process: (row, nodes, logits [N, V] float32) -> their log-probabilities; None: log-softmax.
+        vocabulary: makes the model's token ids the forest's; None where they are the same.
         engine: "auto": fused where the model's family is known, as CUDA graphs on a GPU; "eager": without graphs;
             "transformers": the model's own forward.
     """
@@ -67,14 +69,22 @@ class ForestScorer:
         keep_hidden: bool = False,
         engine: str = "auto",
         process: Process | None = None,
+        vocabulary: VocabularyMap | None = None,
     ) -> None:
         weight = next(model.parameters())
         self.model, self.temperature, self.device = model, temperature, weight.device
         self.top, self._keep_hidden, self._process = top, keep_hidden, process
+        self._vocabulary = vocabulary.to(weight.device) if vocabulary is not None else None
         self.runner = runner_of(model, engine)
         self.model_seconds = 0.0  # inside forward passes, the transfer of their results included
         self.cache = ForestCache(
-            rows, longest_prompt, spare_slots, self.device, weight.dtype, static=self.runner.forward.static
+            rows,
+            longest_prompt,
+            spare_slots,
+            self.device,
+            weight.dtype,
+            static=self.runner.forward.static,
+            positions=self.runner.alibi or self.runner.window is not None,
         )
         self._store = self.runner.borrow(rows, self.cache.capacity)
         self.cache.reserve(self._store.capacity)
@@ -106,7 +116,8 @@ class ForestScorer:
             source, first = shared
             if source != row:
                 self._store.copy_slots(source, row, first)
-        tokens = torch.tensor(prompt).to(self.device)
+        known = prompt if self._vocabulary is None else self._vocabulary.to_draft(prompt)
+        tokens = torch.tensor(known).to(self.device)
         while first < len(prompt):
             last = min(first + PREFILL_CHUNK, len(prompt))
             positions = torch.arange(first, last, device=self.device)
@@ -162,6 +173,8 @@ class ForestScorer:
             held = self._held(row)
             tokens.append(held.forest.tokens[node])
             positions.append(held.forest.depths[node] + len(held.tokens) - 1)
+        if self._vocabulary is not None:
+            tokens = self._vocabulary.to_draft(tokens)
         count, places = len(tokens), rows * queries
         slots: Sequence[int] = placement.slots
         at: Sequence[int] = placement.places
@@ -192,6 +205,8 @@ class ForestScorer:
     def _run(self, inputs: PassInputs, order: list[tuple[int, int]], at: Sequence[int], forward: Forward) -> None:
         """One pass; keeps what it gave for the nodes of `order`, which stand at rows `at` of its output."""
         began = time.perf_counter()
+        if self.cache.keeps_positions:
+            self._look_back(inputs)
         logits, hidden = forward(inputs, self._store)
         if not order:  # a part of a prompt
             self.model_seconds += time.perf_counter() - began
@@ -210,8 +225,23 @@ class ForestScorer:
                 held.hidden[node] = (hidden, i)
         self.model_seconds += time.perf_counter() - began
 
+    def _look_back(self, inputs: PassInputs) -> None:
+        """Add what a pass reads of distances along paths: the mask of sliding layers, or positions for ALiBi."""
+        cache, runner, first, rows = self.cache, self.runner, inputs.first_row, inputs.rows
+        cache.note(inputs.slots, inputs.positions)
+        if runner.alibi:
+            inputs.key_positions = cache.positions(first, rows, inputs.read)
+        if runner.window is not None and cache.longest_path > runner.window:
+            positions = inputs.positions
+            if inputs.unpad is not None:  # one for each place; fillers stand at 0, where all that they see is near
+                places = positions.new_zeros(rows * inputs.mask.shape[2])
+                positions = places.index_copy_(0, inputs.unpad, positions)
+            inputs.window_mask = cache.window_mask(inputs.mask, positions, first, runner.window)
+
     def _log_probs(self, logits: Tensor, order: list[tuple[int, int]], at: Sequence[int]) -> Tensor:
         """Logits of a pass -> log-probabilities, [T, V] float32."""
+        if self._vocabulary is not None:
+            logits = self._vocabulary.to_target(logits)
         if self._process is None:
             return log_probabilities(logits, self.temperature)
         logits = logits.float() / self.temperature
@@ -225,6 +255,14 @@ class ForestScorer:
     def calls(self, row: int) -> int:
         """Passes that scored nodes of the row's prompt; its own pass not counted."""
         return self._held(row).calls
+
+    def proposes(self, row: int, nodes: Sequence[int]) -> bool:
+        """Whether any token may follow any of some scored nodes; processors may forbid all that the model knows."""
+        if self._process is None:
+            return True
+        if self.top is None:
+            return bool((self.log_probs(row, nodes) != -torch.inf).any())  # NaN is for others to report
+        return bool((self.tops(row, nodes)[0] != -np.inf).any())
 
     def tops(self, row: int, nodes: Sequence[int]) -> tuple[FloatArray, IntArray]:
         """Log-probabilities of the likeliest next tokens at scored nodes, best first, and the tokens; [N, K] each."""

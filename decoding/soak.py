@@ -41,7 +41,7 @@ def soak(
         if before * _CHECKPOINTS // count != done * _CHECKPOINTS // count:
             found["prompts"].append(done)
             found["resident_megabytes"].append(peak_resident_bytes() / 1e6)
-            found["kv_megabytes"].append(sum(runner_of(m, pair.engine).kv_bytes for m in _models(pair)) / 1e6)
+            found["kv_megabytes"].append(sum(runner_of(m, pair.engine).kv_bytes for m in pair.models.values()) / 1e6)
             on_gpu = pair.device.type == "cuda"
             found["device_megabytes"].append(torch.cuda.max_memory_allocated(pair.device) / 1e6 if on_gpu else None)
     return found
@@ -51,7 +51,3 @@ def peak_resident_bytes() -> int:
     """Most memory that this process has held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _models(pair: ModelPair) -> list[Any]:
-    return [model for model in (pair.target, pair.draft) if model is not None]

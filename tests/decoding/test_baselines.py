@@ -32,7 +32,8 @@ def test_every_method_gives_the_length_asked_for_and_is_reproducible(pair: Model
     results = generate(PROMPTS, seeded())
     assert [result.sequences for result in generate(PROMPTS, seeded())] == [result.sequences for result in results]
     others = [[result.sequences for result in generate(PROMPTS, seeded(seed))] for seed in (1, 2)]
-    assert [result.sequences for result in results] not in others
+    drawn = [result.sequences for result in results] not in others
+    assert drawn != name.endswith("beam_search"), "seeds matter, but to beam search"
     for prompt, result in zip(PROMPTS, results, strict=True):
         assert [len(sequence) for sequence in result.sequences] == [7]
         assert result.finished == [False]

@@ -18,6 +18,7 @@ import torch
 
 import decoding.batch
 import decoding.cache
+import decoding.pair
 import decoding.sampling
 import decoding.scorer
 from decoding import (
@@ -369,7 +370,8 @@ def test_slots_that_run_out_grow(engine: str, monkeypatch: pytest.MonkeyPatch) -
             self.seen.append(self.cache.capacity)
             super().close()
 
-    monkeypatch.setattr(decoding.batch, "ForestScorer", Tight)
+    for module in (decoding.batch, decoding.pair):  # of the target, of the draft
+        monkeypatch.setattr(module, "ForestScorer", Tight)
     monkeypatch.setattr(decoding.cache, "SLOT_STEP", 4)
     for model in (decoder.pair.target, decoder.pair.draft):
         runner_of(model, engine)._spare.clear()  # of a capacity that would do
