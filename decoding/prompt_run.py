@@ -360,12 +360,16 @@ class PromptRun:
         """Free what leads to no beam."""
         if self.config.one_beam_cache and not self.done:
             self.beams = self.beams[:1]
-        live = [beam.node for beam in self.beams]
+        live = self._living()
         dead = self.forest.release(list(set(self.touched)), set(live))
         self.target.forget(self.row, dead, live)
         if self.draft is not None:
             self.draft.forget(self.row, dead, live)
         self.touched = []
+
+    def _living(self) -> list[int]:
+        """Nodes whose paths stay."""
+        return [beam.node for beam in self.beams]
 
     def _hypotheses(self) -> list[Hypothesis]:
         """What may be returned."""
