@@ -245,7 +245,7 @@ class ForestScorer:
         if self._process is None:
             return log_probabilities(logits, self.temperature)
         logits = logits.float() / self.temperature
-        log_probs = torch.empty_like(logits)
+        log_probs = torch.zeros_like(logits)  # places of fillers are not read, but may not hold what cannot be cast
         for row in dict.fromkeys(row for row, _ in order):
             mine = [(node, i) for (of, node), i in zip(order, at, strict=True) if of == row]
             index = torch.tensor([i for _, i in mine], device=logits.device)

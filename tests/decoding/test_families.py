@@ -302,30 +302,39 @@ def test_sampled_beams_follow_beam_sampling(name: str) -> None:
     assert chi_square_p(counts, Reference(pair.target, prompt, config.with_changes(eos_token_id=3)).returned()) > 1e-3
 
 
+OPTIONS: list[dict[str, Any]] = [
+    *({"early_stopping": early, "length_penalty": lp} for early in (False, True, "never") for lp in (0.5, 1.0, 2.0)),
+    {"eos_token_id": None},
+    {"min_new_tokens": 5},
+]
+
+
 @having(SEARCH)
 def test_beam_search_is_generate(name: str) -> None:
-    """Token for token, with end tokens; drafts are right now and then."""
+    """Token for token, over widths and options; drafts are right now and then."""
     pair = related_pair(name)
     prompts = [tokens_of(count, seed=seed) for count in (5, 11) for seed in range(3)][:5]
     ended = accepted = 0
     for width in (1, 2, 4):
-        config = DecodingConfig(
-            mode="beam_search",
-            target_width=width,
-            draft_width=width + 1,
-            draft_depth=2,
-            max_new_tokens=14,
-            num_return_sequences=width,
-            eos_token_id=ENDS,
-        )
-        results = DSBDDecoder(pair, config).generate(prompts)
-        for prompt, result in zip(prompts, results, strict=True):
-            sequences, scores = beams_of_generate(pair.target, prompt, width)
-            assert result.sequences == sequences
-            if width > 1:  # generate gives no scores of greedy decoding
-                assert result.scores == pytest.approx(scores, abs=1e-4)
-            ended += sum(result.finished)
-            accepted += sum(result.stats.accepted)
+        for options in OPTIONS if width > 1 else [{}, *OPTIONS[-2:]]:  # the others are for several beams
+            options = {"eos_token_id": ENDS, **options}
+            config = DecodingConfig(
+                mode="beam_search",
+                target_width=width,
+                draft_width=width + 1,
+                draft_depth=2,
+                max_new_tokens=14,
+                num_return_sequences=width,
+                **{name: -1 if value is None else value for name, value in options.items()},
+            )
+            results = DSBDDecoder(pair, config).generate(prompts)
+            expected = beams_of_generate(pair.target, prompts, width, options)
+            for result, (sequences, scores) in zip(results, expected, strict=True):
+                assert result.sequences == sequences, (width, options)
+                if width > 1:  # generate gives no scores of greedy decoding
+                    assert result.scores == pytest.approx(scores, abs=1e-4, rel=1e-4)
+                ended += sum(result.finished)
+                accepted += sum(result.stats.accepted)
     assert ended > 0
     assert accepted > 0
 
@@ -340,26 +349,35 @@ def related_pair(name: str) -> ModelPair:
     return ModelPair(target, draft)
 
 
-def beams_of_generate(model: Any, prompt: list[int], width: int) -> tuple[list[list[int]], list[float]]:
-    """Continuations up to and with their end token, best first, and their scores."""
-    ids = torch.tensor([prompt])
-    found = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        num_beams=width,
-        num_return_sequences=width,
-        max_new_tokens=14,
-        eos_token_id=ENDS,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    sequences = []
-    for sequence in found.sequences[:, len(prompt) :].tolist():
-        ends = [i for i, token in enumerate(sequence, 1) if token in ENDS]
-        sequences.append(sequence[: ends[0]] if ends else sequence)
-    return sequences, found.sequences_scores.tolist() if width > 1 else []
+def beams_of_generate(
+    model: Any, prompts: list[list[int]], width: int, options: dict[str, Any]
+) -> list[tuple[list[list[int]], list[float]]]:
+    """Of each prompt: continuations up to and with their end token, best first, and their scores."""
+    found: list[tuple[list[list[int]], list[float]]] = []
+    for length in sorted({len(prompt) for prompt in prompts}):  # prompts of one length need no padding
+        ids = torch.tensor([prompt for prompt in prompts if len(prompt) == length])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=width,
+            num_return_sequences=width,
+            max_new_tokens=14,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **options,
+        )
+        ends = options["eos_token_id"] or []
+        beams = [up_to_end(sequence, ends) for sequence in output.sequences[:, length:].tolist()]
+        scores = output.sequences_scores.tolist() if width > 1 else [0.0] * len(beams)
+        found += [(beams[i : i + width], scores[i : i + width]) for i in range(0, len(beams), width)]
+    return found
+
+
+def up_to_end(tokens: list[int], ends: list[int]) -> list[int]:
+    found = [i for i, token in enumerate(tokens, 1) if token in ends]
+    return tokens[: found[0]] if found else tokens
 
 
 # What is refused, and the page.
