@@ -1,4 +1,4 @@
-"""The README's commands, and the performance page's, compose, its make targets exist, and its Python runs."""
+"""The README's commands, and those of pages with numbers, compose, its make targets exist, and its Python runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENTRIES = {
     "decoding.bench": "bench",
     "decoding.generate": "generate",
 }
-PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
+PAGES = [(ROOT / "docs" / name).read_text() for name in ("performance.md", "drafts.md")]
 
 
 def blocks(language: str, page: str = README) -> list[str]:
@@ -29,7 +29,8 @@ def blocks(language: str, page: str = README) -> list[str]:
 
 
 def commands() -> list[str]:
-    lines = "\n".join(blocks("bash") + blocks("bash", PERFORMANCE)).splitlines()
+    found = [block for page in (README, *PAGES) for block in blocks("bash", page)]
+    lines = "\n".join(found).splitlines()
     return [line.split("#")[0].strip() for line in lines if line.strip()]
 
 
@@ -60,6 +61,13 @@ def test_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = blocks("python")
     exec(compile(block, "README.md", "exec"), {})
     assert "tokens per iteration" in capsys.readouterr().out
+
+
+def test_python_in_place_of_generate_runs() -> None:
+    page = ROOT / "docs" / "transformers.md"
+    (block,) = blocks("python", page.read_text())
+    assert "assert (before == after).all()" in block
+    exec(compile(block, str(page), "exec"), {})
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http|#)([^)]+)\)", README))
