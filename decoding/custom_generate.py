@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,11 +20,15 @@ from transformers import (
     StopStringCriteria,
 )
 from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     GenerateBeamDecoderOnlyOutput,
     GenerateDecoderOnlyOutput,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
     TopKLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 from decoding.config import DecodingConfig
@@ -36,7 +41,8 @@ from decoding.widths import WidthPolicy
 
 # Fields of GenerationConfig that ask for something this decoder does not do, with their neutral values.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "cache_implementation": (None, "dynamic", "static", "offloaded", "offloaded_static", "hybrid"),  # not quantized
+    "assistant_ensemble_weight": (None,),
+    "cache_implementation": (None, "static", "offloaded", "offloaded_static", "hybrid", "dynamic"),  # not quantized
     "constraints": (None,),
     "diversity_penalty": (None, 0.0),
     "dola_layers": (None,),
@@ -51,9 +57,18 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "output_hidden_states": (None, False),
     "output_logits": (None, False),
     "penalty_alpha": (None, 0.0),
+    "speculation_type": (None,),
     "use_mtp": (None, False),
     "watermarking_config": (None,),
 }
+# Processors that are no functions of a row: they keep the batch, or what they saw before.
+_NOT_BY_ROW = (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+_TIES = 32  # tokens that a TopKLogitsWarper may keep beyond top_k, where scores are equal
 _KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 
 
@@ -90,7 +105,7 @@ def dsbd_generate(
         num_beams, num_return_sequences, length_penalty, early_stopping, stop_strings: as in transformers; before those
             of the generation config.
         width_policy: decides widths; None asks for num_beams at every layer, which is what makes the tokens equal.
-        draft_width, draft_depth: the widest and the deepest forest; None: 2 * num_beams (1 for one beam), and 3.
+        draft_width, draft_depth: the widest and the deepest forest; None: 2 * num_beams, and 3.
         engine: as for ModelPair.
 
     Returns:
@@ -101,8 +116,8 @@ def dsbd_generate(
     Raises:
         UserError: a setting or an input that this decoder does not know, by name.
     """
-    _check_fields(generation_config, model_kwargs)
-    given = _of_the_call(model)
+    _check_fields(generation_config, model_kwargs, logits_processor)
+    given = _of_the_call(generation_config)
     draft = assistant_model if assistant_model is not None else given.get("assistant_model")
     streamer = given.get("streamer")
     settings = _settings(
@@ -112,65 +127,113 @@ def dsbd_generate(
         length_penalty=length_penalty,
         early_stopping=early_stopping,
     )
+    if settings["num_beams"] == 1 and generation_config.return_dict_in_generate and generation_config.output_scores:
+        raise UserError("output_scores is True, but dsbd_generate has no scores of single steps; leave it at False.")
     wanted = settings["num_return_sequences"]
     if settings["num_beams"] == 1 and generation_config.do_sample:
         settings["num_return_sequences"] = 1  # as many samples of one beam each
     depth = 0 if draft is None else 3 if draft_depth is None else draft_depth
     longest = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria))
+    processors = _for_width(logits_processor, settings["num_beams"], generation_config, given["logits_processor"])
+    cuts = [p.top_k for p in processors if isinstance(p, TopKLogitsWarper) and p not in given["logits_processor"]]
     config = _decoding_config(
-        generation_config, settings, logits_processor, longest - int(input_ids.shape[1]), draft_width, depth
+        generation_config,
+        settings,
+        _ends(stopping_criteria),
+        min(cuts) + _TIES if cuts else None,
+        max(longest - int(input_ids.shape[1]), 1),
+        draft_width,
+        depth,
     )
     copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     mask = model_kwargs.get("attention_mask")
     lengths = _lengths(input_ids[::copies], mask[::copies] if mask is not None else None)
+    _check_positions(model_kwargs.get("position_ids"), lengths, copies)
     samples = wanted if config.target_width == 1 and generation_config.do_sample else 1
     padded = [row for row in input_ids[::copies].tolist() for _ in range(samples)]
     lengths = [length for length in lengths for _ in range(samples)]
     if streamer is not None and len(padded) > 1:
         raise UserError(f"streamer with {len(padded)} texts at a time: it can follow one only; ask for one at a time.")
-    processors = _for_width(logits_processor, config.target_width, _ends(generation_config))
-    criteria = _criteria(stopping_criteria, stop_strings, tokenizer or given.get("tokenizer"))
+    tokenizer = tokenizer if tokenizer is not None else given["tokenizer"]
+    criteria = _criteria(stopping_criteria, stop_strings, tokenizer)
     rules = [
         Rules(
             row,
-            _for_row(processors, i // samples, i // samples * copies),
+            _for_prompt(processors, i // samples, len(padded) // samples, config.target_width),
             criteria,
             (lambda tokens: streamer.put(torch.tensor(tokens))) if streamer is not None else None,
         )
         for i, row in enumerate(padded)
     ]
-    decoder = DSBDDecoder(ModelPair(model, draft, engine=engine), config, width_policy)
-    seed = int(torch.randint(2**62, (1,)))  # so that torch.manual_seed and set_seed reach the draws
+    # torch.manual_seed and set_seed reach the draws; the global stream goes on only where plain generate draws too.
+    seed = int(torch.randint(2**62, (1,))) if generation_config.do_sample else 0
     prompts = [row[len(row) - length :] for row, length in zip(padded, lengths, strict=True)]
-    results = decoder.generate(prompts, torch.Generator().manual_seed(seed), rules=rules)
+    with _modes_kept(model, draft):  # a pair puts its models into eval mode
+        pair = ModelPair(model, draft, tokenizer, engine=engine, draft_tokenizer=given["assistant_tokenizer"])
+        decoder = DSBDDecoder(pair, config, width_policy)
+        results = decoder.generate(prompts, torch.Generator().manual_seed(seed), rules=rules)
     if streamer is not None:
         streamer.end()
     return _output(input_ids[::copies].repeat_interleave(samples, 0), results, config, generation_config)
 
 
-def _of_the_call(model: Any) -> dict[str, Any]:
-    """What `generate` was given but does not pass on to a callable: assistant_model, streamer and tokenizer.
+def _of_the_call(config: GenerationConfig) -> dict[str, Any]:
+    """What `generate` was given but does not pass on to a callable: assistant_model, streamer, tokenizers, its own list
+    of processors.
 
     transformers (5.17 to 5.23) hands a callable its own new keyword arguments only, so these are read from the frame of
-    the `generate` that called it, and from that of the `no_grad` around it, which keeps the arguments as they were.
+    the `generate` that called it, and from that of the `no_grad` around it, which keeps the arguments as they were. The
+    frame is known by the generation config, which every call makes for itself.
     """
     frame: Any = sys._getframe(2)
-    while frame is not None and not (frame.f_code.co_name == "generate" and frame.f_locals.get("self") is model):
+    while frame is not None and not (frame.f_code.co_name == "generate" and _serves(frame.f_locals, config)):
         frame = frame.f_back
     if frame is None:
-        return {}
-    found = {name: frame.f_locals.get(name) for name in ("assistant_model", "streamer")}
+        raise UserError(
+            "dsbd_generate was not called by generate, or from another thread or with another generation config than "
+            "generate's, so that it cannot see a streamer or an assistant_model; call model.generate(..., "
+            "custom_generate=dsbd_generate)."
+        )
+    if frame.f_locals.get("synced_gpus"):
+        raise UserError("synced_gpus is True, but dsbd_generate runs on one process; leave it out.")
     around = frame.f_back.f_locals.get("kwargs") if frame.f_back is not None else None
-    return found | {"tokenizer": around.get("tokenizer") if isinstance(around, dict) else None}
+    around = around if isinstance(around, dict) else {}
+    return {
+        **{name: frame.f_locals.get(name) for name in ("assistant_model", "streamer")},
+        "logits_processor": list(frame.f_locals.get("logits_processor") or []),
+        **{name: around.get(name) for name in ("tokenizer", "assistant_tokenizer")},
+    }
 
 
-def _check_fields(config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> None:
+def _serves(names: Mapping[str, Any], config: GenerationConfig) -> bool:
+    """Whether local variables are those of transformers' `generate` as it serves the call that has this config."""
+    return "custom_generate" in names and names.get("generation_config") is config
+
+
+@contextmanager
+def _modes_kept(*models: Any) -> Iterator[None]:
+    """Training modes of all modules are afterwards what they were."""
+    modes = [(m, m.training) for model in models if isinstance(model, torch.nn.Module) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _check_fields(config: GenerationConfig, model_kwargs: Mapping[str, Any], processors: LogitsProcessorList) -> None:
     for name, neutral in REFUSED.items():
         value = getattr(config, name, None)
         if value not in neutral:
             raise UserError(
                 f"{name} is {value!r}, which dsbd_generate does not do; leave it at {neutral[-1]!r}, or call generate "
                 "without custom_generate."
+            )
+    for processor in processors:
+        if isinstance(processor, _NOT_BY_ROW):
+            raise UserError(
+                f"logits_processor holds {type(processor).__name__}, which is no function of the row that it is "
+                "given, as dsbd_generate needs; remove it, or call generate without custom_generate."
             )
     for name, value in model_kwargs.items():
         if value is not None and name not in _KNOWN_INPUTS:
@@ -183,6 +246,18 @@ def _check_fields(config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> 
         raise UserError(
             "past_key_values holds tokens already; dsbd_generate keeps its own cache: pass the whole prompt."
         )
+
+
+def _check_positions(positions: Tensor | None, lengths: Sequence[int], copies: int) -> None:
+    """Positions must count the tokens of each prompt; `generate` makes them where none were given."""
+    if positions is None or positions.ndim != 2:
+        return
+    for row, length in zip(positions[::copies].expand(len(lengths), -1), lengths, strict=True):
+        if row[len(row) - length :].tolist() != list(range(length)):
+            raise UserError(
+                "position_ids do not count the tokens of each prompt from 0, which is all that dsbd_generate does; "
+                "leave them out, or call generate without custom_generate."
+            )
 
 
 def _settings(generation: GenerationConfig, **given: Any) -> dict[str, Any]:
@@ -198,21 +273,21 @@ def _settings(generation: GenerationConfig, **given: Any) -> dict[str, Any]:
 def _decoding_config(
     generation: GenerationConfig,
     settings: Mapping[str, Any],
-    processors: LogitsProcessorList,
+    ends: list[int],
+    most: int | None,
     max_new_tokens: int,
     draft_width: int | None,
     draft_depth: int,
 ) -> DecodingConfig:
-    """transformers' settings in this decoder's words. Warpers stay processors; top_k says how much they can leave."""
-    ends, beams = _ends(generation), settings["num_beams"]
-    cuts = [p.top_k for p in _for_width(processors, beams, ends) if isinstance(p, TopKLogitsWarper)]
+    """transformers' settings in this decoder's words. Warpers stay processors; they leave at most `most` tokens."""
+    beams = settings["num_beams"]
     return DecodingConfig(
         mode="beam_sample" if generation.do_sample else "beam_search",
         target_width=beams,
-        draft_width=(1 if beams == 1 else 2 * beams) if draft_width is None else draft_width,
+        draft_width=2 * beams if draft_width is None else draft_width,
         draft_depth=draft_depth,
         max_new_tokens=max_new_tokens,
-        top_k=min(cuts) if cuts and generation.do_sample else None,
+        top_k=most if generation.do_sample else None,
         warp="beam",
         length_penalty=float(settings["length_penalty"]),
         early_stopping=settings["early_stopping"],
@@ -221,8 +296,14 @@ def _decoding_config(
     )
 
 
-def _ends(generation: GenerationConfig) -> list[int]:
-    tensor = getattr(generation, "_eos_token_tensor", None)
+def _ends(criteria: StoppingCriteriaList) -> list[int]:
+    """Tokens that end a hypothesis; a criterion of the caller's replaces the generation config's."""
+    return [int(id_) for c in criteria if type(c) is EosTokenCriteria for id_ in c.eos_token_id.flatten()]
+
+
+def _special(generation: GenerationConfig, name: str) -> list[int]:
+    """Ids of the special tokens "eos" or "pad", as `generate` has prepared them."""
+    tensor = getattr(generation, f"_{name}_token_tensor", None)
     return [] if tensor is None else [int(id_) for id_ in tensor.flatten()]
 
 
@@ -242,35 +323,51 @@ def _lengths(input_ids: Tensor, mask: Tensor | None) -> list[int]:
     return [int(count) for count in seen.sum(1)]
 
 
-def _for_width(processors: LogitsProcessorList, beams: int, ends: Sequence[int]) -> LogitsProcessorList:
-    """Warpers as transformers makes them for several beams: each row keeps one token more than there are EOS tokens.
+def _for_width(
+    processors: LogitsProcessorList, beams: int, generation: GenerationConfig, own: Sequence[Any]
+) -> LogitsProcessorList:
+    """Warpers as transformers makes them for so many beams: of several, a row keeps more tokens than there are EOS's.
 
-    They were made for one beam where num_beams came as an argument: `generate` did not see it.
+    `generate` made them for the num_beams of its config, and did not see one that came as an argument. Those of the
+    caller's own stay as they are.
     """
-    least = 1 if beams == 1 else len(ends) + 1 if ends else 2
+    least = 1 if beams == 1 else max(len(_special(generation, "eos")), 1) + 1
     made = LogitsProcessorList()
     for processor in processors:
-        if getattr(processor, "min_tokens_to_keep", least) < least:
+        if getattr(processor, "min_tokens_to_keep", least) != least and processor not in own:
             processor = copy.copy(processor)
             processor.min_tokens_to_keep = least
             if isinstance(processor, TopKLogitsWarper):
-                processor.top_k = max(processor.top_k, least)
+                processor.top_k = max(generation.top_k, least)
         made.append(processor)
     return made
 
 
-def _for_row(processors: LogitsProcessorList, prompt: int, row: int) -> LogitsProcessorList:
+class _AllowedTokens(PrefixConstrainedLogitsProcessor):
+    """Of several beams one whose allowed tokens all are impossible goes; only where no beam can go on does transformers
+    force them, and as a row knows of no other, nothing is forced here."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        processed = super().__call__(input_ids, scores)
+        return processed.masked_fill(scores == -torch.inf, -torch.inf)
+
+
+def _for_prompt(processors: LogitsProcessorList, prompt: int, prompts: int, beams: int) -> LogitsProcessorList:
     """The processors for one prompt: those that know about the batch are told which of its rows they see."""
     made = LogitsProcessorList()
     for processor in processors:
         if isinstance(processor, PrefixConstrainedLogitsProcessor):
-            allowed = processor._prefix_allowed_tokens_fn
-            processor = PrefixConstrainedLogitsProcessor(_of_prompt(allowed, prompt), 1)
+            allowed = _of_prompt(processor._prefix_allowed_tokens_fn, prompt)
+            if type(processor) is PrefixConstrainedLogitsProcessor and beams > 1:
+                processor = _AllowedTokens(allowed, 1)
+            else:
+                processor = copy.copy(processor)
+                processor._prefix_allowed_tokens_fn, processor._num_beams = allowed, 1
         elif isinstance(processor, RepetitionPenaltyLogitsProcessor):
             ignored = processor.prompt_ignore_length
-            if isinstance(ignored, Tensor):
+            if isinstance(ignored, Tensor):  # a number for each row, as many rows for each prompt
                 processor = copy.copy(processor)
-                processor.prompt_ignore_length = int(ignored[row])
+                processor.prompt_ignore_length = int(ignored[prompt * len(ignored) // prompts])
         made.append(processor)
     return made
 
@@ -283,7 +380,8 @@ def _criteria(
     criteria: StoppingCriteriaList, stop_strings: str | list[str] | None, tokenizer: Any
 ) -> StoppingCriteriaList:
     """What ends a hypothesis beside its length and EOS."""
-    kept = StoppingCriteriaList([c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)])
+    known = [c for c in criteria if isinstance(c, MaxLengthCriteria) or type(c) is EosTokenCriteria]
+    kept = StoppingCriteriaList([c for c in criteria if c not in known])
     if stop_strings is not None:
         if tokenizer is None:
             raise UserError("stop_strings needs the tokenizer that they are compared by; give tokenizer=... as well.")
@@ -300,10 +398,9 @@ def _output(
     rows = [result.sequences + result.sequences[-1:] * (wanted - len(result.sequences)) for result in results]
     scores = [result.scores + [-1e9] * (wanted - len(result.scores)) for result in results]
     flat = [tokens for row in rows for tokens in row]
-    pad, ends = getattr(generation, "_pad_token_tensor", None), _ends(generation)
-    fill = int(pad) if pad is not None else -1
-    if config.target_width > 1 and fill <= 0 and ends:
-        fill = ends[0]  # as transformers' beam search: a pad token 0 counts as none
+    fill = [*_special(generation, "pad"), -1][0]
+    if config.target_width > 1 and fill == 0:
+        fill = [*_special(generation, "eos"), 0][0]  # as transformers' beam search: a pad token 0 counts as none
     new = torch.full((len(flat), max(map(len, flat))), fill, dtype=torch.long)  # [B * N, new]
     for i, tokens in enumerate(flat):
         new[i, : len(tokens)] = torch.tensor(tokens)

@@ -42,7 +42,8 @@ class Rules:
             index = torch.tensor(rows, device=scores.device)
             given = self._ids([paths[i] for i in rows], scores.device)
             processed[index] = self.processors(given, scores[index]).to(scores.dtype)  # type: ignore[arg-type]
-        return processed
+        dead = processed.isnan().all(-1) & ~scores.isnan().any(-1)  # normalised where everything was forbidden
+        return processed.masked_fill(dead[:, None], -torch.inf)
 
     def stops(self, paths: Sequence[list[int]], device: torch.device) -> list[bool]:
         """Whether each path, all of one length, ends here."""

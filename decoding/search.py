@@ -13,12 +13,14 @@ import numpy as np
 
 from decoding.config import DecodingConfig
 from decoding.dense import DenseJoint
+from decoding.drafts import DraftScorer
 from decoding.errors import UserError
 from decoding.prompt_run import Beam, DraftedLayer, Hypothesis, PromptRun
 from decoding.results import LayerEvent
-from decoding.sampling import FloatArray, IntArray, Joint, nan_message
-from decoding.scorer import ForestScorer
+from decoding.sampling import FloatArray, IntArray, Joint, nan_message, nothing_left_message
 from decoding.widths import LayerRecord, TargetContext
+
+_TIES = 8  # entries of a row looked at: greedy search takes the first of equal ones, so they must be seen
 
 
 def candidates_per_beam(ends: int) -> int:
@@ -28,7 +30,7 @@ def candidates_per_beam(ends: int) -> int:
 
 def entries_searched(config: DecodingConfig, ends: int, vocabulary: int) -> int:
     """How many of a node's likeliest tokens a step, or a proposal, may have to look at."""
-    return min(max(candidates_per_beam(ends) * config.target_width, config.draft_width + ends), vocabulary)
+    return min(max(candidates_per_beam(ends) * config.target_width, config.draft_width + ends, _TIES), vocabulary)
 
 
 class SearchRun(PromptRun):
@@ -39,7 +41,7 @@ class SearchRun(PromptRun):
     the lower token id. Where transformers' float32 sums tie or differ by rounding alone, it may keep another beam.
     """
 
-    def _joint(self, scorer: ForestScorer, beams: list[Beam], name: str) -> Joint:
+    def _joint(self, scorer: DraftScorer, beams: list[Beam], name: str) -> Joint:
         nodes, weights = [beam.node for beam in beams], [beam.weight for beam in beams]
         count = self.config.draft_width + len(self.eos) * len(beams)  # so many live ones are among them
         count = max(count, candidates_per_beam(len(self.eos)) * self.config.target_width)
@@ -107,9 +109,16 @@ class SearchRun(PromptRun):
     def _is_done(self) -> bool:
         return (self.config.target_width == 1 and bool(self.pool)) or super()._is_done()  # one beam: greedy search
 
+    def _living(self) -> list[int]:
+        """Beams, those that max_new_tokens has just ended among them: they count as slots used, as in sampling."""
+        return super()._living() + [ended.node for ended in self.pool if not ended.finished]
+
     def _hypotheses(self) -> list[Hypothesis]:
         """What ended, max_new_tokens included; beams that still grow only where nothing did."""
-        return self.pool or super()._hypotheses()
+        found = self.pool or super()._hypotheses()
+        if not found:
+            raise UserError(nothing_left_message("target"))
+        return found
 
 
 def ranked_joint(

@@ -88,6 +88,14 @@ def small_llama(vocabulary: int = 7, layers: int = 2, seed: int = 0) -> LlamaFor
     return model
 
 
+def sharp_llama(vocabulary: int = 7, seed: int = 0) -> LlamaForCausalLM:
+    """As small_llama, with distributions far from flat, as a language model's are."""
+    model = small_llama(vocabulary, seed=seed)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    return model
+
+
 def llama_pair(vocabulary: int = 7, engine: str = "auto") -> ModelPair:
     """The draft is the target with noise on its weights, so that drafts are sometimes right."""
     target, draft = small_llama(vocabulary), small_llama(vocabulary)
