@@ -5,7 +5,7 @@ Design section 8: one table of accept probabilities answers every width, so widt
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,24 +26,33 @@ def count_table(accept: Array) -> Array:
     Returns:
         [..., W + 1, W + 1] of the same kind; row m is P(K_m = k), zero for k > m. Tensors keep their gradient.
     """
-    xp: Any = torch if isinstance(accept, Tensor) else np
     width = accept.shape[-1]
-    start = xp.zeros_like(accept[..., 0, :])  # [..., W]
+    if not isinstance(accept, Tensor):  # in place: a policy asks for one a layer
+        table = np.zeros((*accept.shape[:-2], width + 1, width + 1), accept.dtype)
+        table[..., 0, 0] = 1
+        for draft in range(width):
+            reached, row = table[..., draft, :width], table[..., draft + 1, :]
+            gain = reached * accept[..., draft, :]  # [..., W]
+            np.subtract(reached, gain, out=row[..., :width])
+            row[..., 1:] += gain
+        return table
+    start = torch.zeros_like(accept[..., 0, :])  # [..., W]
     zero = start[..., :1]
-    row = xp.concatenate((zero + 1, start), -1)  # [..., W + 1] K_0 = 0
+    row = torch.concatenate((zero + 1, start), -1)  # [..., W + 1] K_0 = 0
     rows = [row]
     for draft in range(width):
         gain = row[..., :width] * accept[..., draft, :]  # [..., W]
-        row = xp.concatenate((row[..., :width] - gain, zero), -1) + xp.concatenate((zero, gain), -1)
+        row = torch.concatenate((row[..., :width] - gain, zero), -1) + torch.concatenate((zero, gain), -1)
         rows.append(row)
-    return xp.stack(rows, -2)
+    return torch.stack(rows, -2)
 
 
 def tails(table: Array) -> Array:
     """P(K >= M) from P(K = k) along the last axis; [..., W + 1] -> [..., W + 1], clipped to 0..1."""
     if isinstance(table, Tensor):
         return table.flip(-1).cumsum(-1).flip(-1).clamp(0, 1)
-    return np.clip(np.cumsum(table[..., ::-1], axis=-1)[..., ::-1], 0.0, 1.0)
+    sums = table[..., ::-1].cumsum(-1)
+    return np.minimum(sums, 1.0, out=sums)[..., ::-1]
 
 
 def accepted_before(bits: Tensor) -> Tensor:

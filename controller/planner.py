@@ -1,20 +1,26 @@
 """Planner: predictions and a latency table -> w, M and depth. Numpy only; design section 8.
 
-A layer that is reached is committed whether it passes or not, and a pass lets one more layer be committed. So the
-expected worth of a layer is `reach * (P(K_w >= M) + width_value * S(M))`, in tokens, with S(M) the probability that the
-final best hypothesis descends from one of the layer's M best beams. Time costs ρ, long-run tokens per second.
+The reward of a committed layer is `1 - width_value * (1 - S(kept))`: a token, less the price of losing the beam that
+the final best hypothesis descends from; S(k) is the probability that it is one of the layer's k best. A layer that is
+reached is committed whether it passes or not; passing lets the next one be committed as well, and those below it be
+reached. What is maximised is the long-run reward per second, so time costs ρ, that very rate, tracked on line.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from decoding.config import DecodingConfig
-from decoding.sampling import FloatArray
+from decoding.sampling import FloatArray, IntArray
+
+_TABLE = 512  # node counts whose seconds are looked up; larger forests count as this
 
 
 class Costs(Protocol):
@@ -61,6 +67,7 @@ class Plan:
     draft_width: int  # w
     target_width: int  # M
     passing: float  # P(K_w >= M)
+    further: float = 1.0  # reward that a pass brings: of the next layer, and of those planned below it
 
 
 def iteration_seconds(costs: Costs, widths: Sequence[int], roots: int) -> float:
@@ -75,15 +82,15 @@ def iteration_seconds(costs: Costs, widths: Sequence[int], roots: int) -> float:
 
 
 class Throughput:
-    """ρ, long-run tokens per second: exponential means of tokens and of seconds per iteration, divided.
+    """ρ, long-run reward per second: exponential means of the reward and the seconds of an iteration, divided.
 
     Args:
-        tokens, seconds: of a typical iteration, to start from.
+        reward, seconds: of a typical iteration, to start from.
         memory: iterations after which a weight has fallen to 1/e.
     """
 
-    def __init__(self, tokens: float, seconds: float, memory: float = 50.0) -> None:
-        self.tokens, self.seconds = tokens, seconds
+    def __init__(self, reward: float, seconds: float, memory: float = 50.0) -> None:
+        self.reward, self.seconds = reward, seconds
         self._keep = float(np.exp(-1.0 / memory))
 
     @classmethod
@@ -91,111 +98,219 @@ class Throughput:
         """The table's own estimate: the config's widest forest, every layer passing with probability `passing`."""
         depth = config.draft_depth
         tokens = sum(passing**layer for layer in range(depth + 1))
-        return cls(tokens, iteration_seconds(costs, [config.draft_width] * depth, config.target_width))
+        seconds = iteration_seconds(costs, [config.draft_width] * depth, config.target_width)
+        return cls(tokens, seconds)
 
     @property
     def rate(self) -> float:
-        """ρ in tokens per second."""
-        return self.tokens / self.seconds
+        """ρ."""
+        return self.reward / self.seconds
 
-    def update(self, tokens: float, seconds: float) -> None:
+    def update(self, reward: float, seconds: float) -> None:
         """An iteration ended."""
         if seconds > 0:
-            self.tokens = self._keep * self.tokens + (1 - self._keep) * tokens
+            self.reward = self._keep * self.reward + (1 - self._keep) * reward
             self.seconds = self._keep * self.seconds + (1 - self._keep) * seconds
 
 
+class Outlook:
+    """What is known of layers before they are looked at: how often each depth passed, and what a layer earned.
+
+    Args:
+        passing: of layers that were never drafted.
+        memory: share of the old estimate that a new one leaves.
+    """
+
+    def __init__(self, passing: float = 0.6, memory: float = 0.9) -> None:
+        self.earned = 1.0  # reward of a committed layer
+        self._passing: list[float] = []
+        self._start, self._keep = passing, memory
+
+    def copy(self) -> Outlook:
+        """One that learns by itself."""
+        fresh = copy.copy(self)
+        fresh._passing = [*self._passing]
+        return fresh
+
+    def passing(self, layer: int) -> float:
+        """Probability that a layer, from 1, passes once it is reached."""
+        return self._passing[layer - 1] if layer <= len(self._passing) else self._start
+
+    def saw(self, layer: int, passing: float) -> None:
+        """A layer was planned to pass with this probability."""
+        while len(self._passing) < layer:
+            self._passing.append(self._start)
+        self._passing[layer - 1] += (1 - self._keep) * (passing - self._passing[layer - 1])
+
+    def hope(self, layer: int) -> None:
+        """A layer was not drafted: think a little better of it, so that it is tried again."""
+        self.saw(layer, 1.0)
+
+    def was_paid(self, reward: float) -> None:
+        """A committed layer earned this."""
+        self.earned += (1 - self._keep) * (reward - self.earned)
+
+
 class Planner:
-    """Decides widths and depth by expected tokens against ρ times seconds.
+    """Decides widths and depth by expected reward against ρ times seconds.
 
     Args:
         costs: seconds of the passes.
-        width_value: worth of a unit of survivor probability, in tokens; the quality / speed knob, 0 or more.
-        survivors: what earns S: "asked", the M that must be accepted, or "kept", the beams that go on under the
-            config's `surplus` and `refill` (with their defaults even a small M keeps more).
+        width_value: price of losing the final best hypothesis's ancestor, in tokens; the quality / speed knob, >= 0.
+        survivors: what earns S: "kept", the beams that go on under the config's `surplus` and `refill` (with their
+            defaults even a small M keeps more), or "asked", the M that must be accepted.
     """
 
-    def __init__(self, costs: Costs, width_value: float = 1.0, survivors: str = "asked") -> None:
+    def __init__(self, costs: Costs, width_value: float = 10.0, survivors: str = "kept") -> None:
         self.costs, self.width_value, self.survivors = costs, width_value, survivors
+        nodes = range(_TABLE)
+        self._draft = np.array([costs.draft_seconds(n) for n in nodes])
+        self._target = np.array([costs.target_seconds(n) for n in nodes])
 
     def widths(
         self,
         prediction: Prediction,
         config: DecodingConfig,
+        outlook: Outlook,
         rate: float,
         reach: float,
+        layer: int,
+        deepest: int,
         nodes: int,
-        last: bool,
         support: int,
     ) -> Plan:
         """The best (w, M) of a layer.
 
         Args:
+            outlook: of the layers below.
             rate: ρ.
             reach: probability that the layer is reached.
+            layer, deepest: its depth, from 1, and that of the last layer that may be drafted.
             nodes: nodes that the target will score without this layer.
-            last: no layer can be drafted below this one, so that its drafts cost no draft pass.
             support: size of Q's support; more drafts than that do not exist.
         """
-        most = max(config.min_width, min(config.draft_width, support))
-        widths = np.arange(config.min_width, most + 1)  # w
-        asked = np.arange(config.min_width, config.target_width + 1)  # M
-        at_least = prediction.at_least[widths]  # [w, W + 1]
-        worth = at_least[:, np.minimum(asked, at_least.shape[1] - 1)] + self.width_value * self._survivors(
-            prediction, at_least, config
-        )  # [w, M]
-        worth = np.where(asked <= widths[:, None], worth, -np.inf)
-        seconds = np.array([self._width_seconds(int(w), nodes, last) for w in widths])
-        gain = reach * worth - rate * seconds[:, None]
-        row, column = np.unravel_index(int(gain.argmax()), gain.shape)
+        least, most = config.min_width, max(config.min_width, min(config.draft_width, support))
+        widths, asked, impossible = _choices(least, most, config.target_width)
+        at_least = prediction.at_least[least : most + 1]  # [w, W + 1]
+        passing = at_least[:, np.minimum(asked, at_least.shape[1] - 1)]  # [w, M]
+        earned = self.width_value * self._survivors(prediction, at_least, config)  # [w, M] or broadcast to it
+        seconds = self._scored(nodes, widths) + (self._draft[widths] - self._draft[1] if layer < deepest else 0.0)
+        gain = reach * (passing * outlook.earned + earned) - rate * seconds[:, None]
+        net, gained = self._below(outlook, rate, reach * passing, layer + 1, deepest, nodes + most, most)
+        gain += net
+        gain[impossible] = -np.inf
+        row, column = divmod(int(gain.argmax()), len(asked))
         w, m = int(widths[row]), int(asked[column])
-        return Plan(w, m, float(prediction.at_least[w, m]))
+        return Plan(w, m, float(prediction.at_least[w, m]), outlook.earned + float(gained[row, column]))
 
     def target_width(
-        self, prediction: Prediction, at_least: FloatArray, config: DecodingConfig, draft_width: int
+        self,
+        prediction: Prediction,
+        at_least: FloatArray,
+        config: DecodingConfig,
+        draft_width: int,
+        further: float = 1.0,
     ) -> int:
-        """The best M of a layer whose draft width is settled; `at_least` [w + 1] is P(K_w >= M)."""
+        """The best M of a layer that is reached and whose draft width is settled.
+
+        Args:
+            at_least: [w + 1] P(K_w >= M).
+            further: of its plan. Which layers were drafted below since then may not count (design 5.4).
+        """
         most = max(config.min_width, min(config.target_width, draft_width))
         asked = np.arange(config.min_width, most + 1)
         row = np.zeros((1, config.target_width + 1 + draft_width))
         row[0, : len(at_least)] = at_least
-        worth = row[0, asked] + self.width_value * self._survivors(prediction, row, config)[0, : len(asked)]
+        worth = row[0, asked] * further
+        worth = worth + self.width_value * self._survivors(prediction, row, config)[0, : len(asked)]
         return int(asked[int(worth.argmax())])
 
     def final_width(self, prediction: Prediction, config: DecodingConfig, rate: float) -> int:
         """M of the layer that the target draws: survivors against carrying M beams into the next iteration."""
         asked = np.arange(config.min_width, config.target_width + 1)
-        carry = [self.costs.draft_seconds(int(m)) + self.costs.target_seconds(int(m)) for m in asked]
-        return int(asked[int((self.width_value * prediction.survivors[asked] - rate * np.array(carry)).argmax())])
+        carry = self._target[asked] + (self._draft[asked] if config.draft_depth else 0.0)
+        return int(asked[int((self.width_value * prediction.survivors[asked] - rate * carry).argmax())])
 
-    def worth_drafting(self, rate: float, reach: float, passing: float, parents: int, nodes: int, width: int) -> bool:
-        """Whether one more layer pays: `reach * passing` further tokens against its draft pass and target nodes.
+    def worth_drafting(
+        self,
+        outlook: Outlook,
+        rate: float,
+        reach: float,
+        layer: int,
+        deepest: int,
+        parents: int,
+        nodes: int,
+        width: int,
+    ) -> bool:
+        """Whether one more layer pays, with those that could follow it.
 
         Args:
-            rate: ρ.
-            reach: probability that the layer is reached.
-            passing: probability that it then passes, as far as is known before it is looked at.
+            outlook, rate, reach, layer, deepest, nodes: as for `widths`.
             parents: nodes that the draft pass scores.
-            nodes: nodes that the target will score without the layer.
             width: likely draft width.
         """
-        return reach * passing > rate * (self.costs.draft_seconds(parents) + self._target_seconds(nodes, width))
+        net, _ = self._below(outlook, rate, np.array([reach]), layer, deepest, nodes, width, parents)
+        return bool(net[0] > 0)
+
+    def _below(
+        self,
+        outlook: Outlook,
+        rate: float,
+        reach: FloatArray,
+        layer: int,
+        deepest: int,
+        nodes: int,
+        width: int,
+        parents: int | None = None,
+    ) -> tuple[FloatArray, FloatArray]:
+        """Drafting from `layer` down as deep as it pays: max over depths d of reach * A_d - B_d, 0 for not at all.
+
+        Returns:
+            That, and A_d: the reward to be had once the layer above has passed; both in the shape of `reach`.
+        """
+        best, ahead = np.zeros_like(reach), np.zeros_like(reach)
+        gained, spent, passed = 0.0, 0.0, 1.0
+        for below in range(layer, deepest + 1):
+            passed *= outlook.passing(below)
+            gained += passed * outlook.earned
+            above = width if parents is None or below > layer else parents
+            spent += (
+                self._at(self._draft, above) + self._at(self._target, nodes + width) - self._at(self._target, nodes)
+            )
+            nodes += width
+            net = reach * gained - rate * spent
+            ahead = np.where(net > best, gained, ahead)
+            best = np.maximum(best, net)
+        return best, ahead
+
+    def _scored(self, nodes: int, widths: IntArray) -> FloatArray:
+        """Seconds that the target takes for w nodes more; [w] both ways."""
+        index = np.minimum(nodes + widths, _TABLE - 1)
+        return self._target[index] - self._at(self._target, nodes)
+
+    def _at(self, seconds: FloatArray, nodes: int) -> float:
+        return float(seconds[min(nodes, _TABLE - 1)])
 
     def _survivors(self, prediction: Prediction, at_least: FloatArray, config: DecodingConfig) -> FloatArray:
         """S of the beams that M earns; [w, M] or broadcast to it, M from min_width to target_width."""
-        asked = np.arange(config.min_width, config.target_width + 1)
         if self.survivors == "asked":
-            return prediction.survivors[asked][None, :]
-        accepted = np.arange(at_least.shape[1])[:, None]  # k
-        surplus = np.minimum(accepted, config.target_width) if config.surplus == "keep" else asked
-        kept = np.where(accepted >= asked, surplus, config.target_width if config.refill == "full" else asked)  # [k, M]
-        counts = at_least - np.append(at_least[:, 1:], np.zeros((len(at_least), 1)), axis=1)  # [w, k] P(K_w = k)
+            return prediction.survivors[None, config.min_width : config.target_width + 1]
+        kept = _kept(at_least.shape[1], config.min_width, config.target_width, config.surplus, config.refill)
+        counts = at_least.copy()  # [w, k] P(K_w = k)
+        counts[:, :-1] -= at_least[:, 1:]
         return counts @ prediction.survivors[kept]
 
-    def _width_seconds(self, width: int, nodes: int, last: bool) -> float:
-        """Seconds that depend on w: the target scores w more nodes, and a draft pass below them starts from w."""
-        below = 0.0 if last else self.costs.draft_seconds(width) - self.costs.draft_seconds(1)
-        return self._target_seconds(nodes, width) + below
 
-    def _target_seconds(self, nodes: int, width: int) -> float:
-        return self.costs.target_seconds(nodes + width) - self.costs.target_seconds(nodes)
+@functools.lru_cache(64)
+def _choices(least: int, most: int, target_width: int) -> tuple[IntArray, IntArray, NDArray[np.bool_]]:
+    """Draft widths [w], target widths [M], and which pairs cannot be, since M drafts must be there; [w, M]."""
+    widths, asked = np.arange(least, most + 1), np.arange(least, target_width + 1)
+    return widths, asked, asked > widths[:, None]
+
+
+@functools.lru_cache(64)
+def _kept(counts: int, least: int, most: int, surplus: str, refill: str) -> IntArray:
+    """Beams that go on when k drafts were accepted and M were asked for; [k, M]."""
+    asked, accepted = np.arange(least, most + 1), np.arange(counts)[:, None]
+    passed = np.minimum(accepted, most) if surplus == "keep" else asked
+    return np.where(accepted >= asked, passed, most if refill == "full" else asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import warnings
@@ -14,18 +15,16 @@ import numpy as np
 from controller.counts import count_table, tails
 from controller.features import ContextFeatures, check_features, hidden_vectors
 from controller.network import HostNet, WidthNet, load_controller
-from controller.planner import Costs, Plan, Planner, Prediction, Throughput, UnitCosts, iteration_seconds
+from controller.planner import Costs, Outlook, Plan, Planner, Prediction, Throughput, UnitCosts, iteration_seconds
 from decoding.acceptance import accept_probabilities, accepted_count_table, align
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.latency import LatencyTable
 from decoding.sampling import FloatArray
-from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
+from decoding.widths import DraftContext, IterationRecord, LayerRecord, RootContext, TargetContext, WidthPolicy
 
 MODES = ("before", "after", "both")
 CLOCKS = ("wall", "table")
-_FIRST_PASSING = 0.6  # of a first layer, before the network has seen one
-_OPTIMISM = 0.1  # how far that estimate moves towards 1 each time the layer was not drafted, so that it is tried again
 # Settings that shape P and Q: a controller trained under others is used out of its element.
 _TRAINED_UNDER = ("mode", "temperature", "top_k", "top_p", "warp", "replacement", "surplus", "refill")
 
@@ -47,14 +46,15 @@ class LearnedWidth(WidthPolicy):
     Args:
         net: in eval mode, on the CPU.
         provenance: what `load_controller` returned with it.
-        width_value: worth of a unit of survivor probability in tokens, 0 or more. Larger: wider, better, slower.
+        width_value: price, in tokens, of losing the beam that the final best descends from; 0 or more. Larger: wider,
+            better, slower.
         mode: where P(K_w >= M) comes from when M is set: "before", the network; "after", the closed form of this
             layer's P and Q (design 5.3); "both", their mean.
         latency: seconds of the passes on this device: a `LatencyTable`, its dict, or the path of its JSON. None: unit
             costs (a target pass 1, a draft pass a quarter), until `use_latency`.
         clock: what an iteration took: "wall", or "table", which is modelled, so that equal seeds and an equal table
             give equal widths. None: "wall" with a latency table and "table" without.
-        survivors: "asked" or "kept"; see `Planner`.
+        survivors: "kept" or "asked"; see `Planner`.
 
     Raises:
         UserError: an argument that is not allowed, or features other than this code's.
@@ -66,11 +66,11 @@ class LearnedWidth(WidthPolicy):
         self,
         net: WidthNet,
         provenance: dict[str, Any],
-        width_value: float = 1.0,
+        width_value: float = 10.0,
         mode: str = "before",
         latency: Costs | dict[str, Any] | str | Path | None = None,
         clock: str | None = None,
-        survivors: str = "asked",
+        survivors: str = "kept",
     ) -> None:
         _check_arguments(width_value, mode, clock, survivors)
         self.features = ContextFeatures()
@@ -86,7 +86,6 @@ class LearnedWidth(WidthPolicy):
         self.width_value, self.mode, self.clock, self.survivors = float(width_value), mode, clock, survivors
         self.needs_hidden = bool(net.sizes["draft_hidden"] or net.sizes["target_hidden"])
         self.use_latency(latency)
-        self._first_passing = _FIRST_PASSING
         self._checked: DecodingConfig | None = None
         self._new_prompt()
 
@@ -116,6 +115,7 @@ class LearnedWidth(WidthPolicy):
         if self._wall and latency is None:
             raise UserError("clock='wall' needs a latency table: unit costs are not seconds. Give latency=... too.")
         self.planner = Planner(costs, self.width_value, self.survivors)
+        self.outlook = Outlook()
         self.throughput: Throughput | None = None
         return self
 
@@ -156,28 +156,30 @@ class LearnedWidth(WidthPolicy):
         forked = copy.copy(self)
         if not self._wall:
             forked.throughput = None
+            forked.outlook = Outlook()
         return forked
 
     def reset(self, config: DecodingConfig) -> None:
         """A prompt starts."""
-        if self.throughput is None:
-            self.throughput = Throughput.expected(self.planner.costs, config)
+        self._rate(config)
         self._new_prompt()
 
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
         config, roots = context.config, len(context.weights)
         if layer == 1:
-            self._passing.clear()
+            self._plans.clear()
             self._roots = roots
         self._widths = [*widths]
-        passing = self._passing[layer - 2] if 1 < layer <= len(self._passing) + 1 else self._first_passing
-        width = widths[-1] if widths else config.draft_width
-        further = self.planner.worth_drafting(
-            self._rate(config), self._reach(layer), passing, widths[-1] if widths else roots, roots + sum(widths), width
+        return self.planner.worth_drafting(
+            self.outlook,
+            self._rate(config),
+            self._reach(layer),
+            layer,
+            _deepest(context),
+            parents=widths[-1] if widths else roots,
+            nodes=roots + sum(widths),
+            width=widths[-1] if widths else config.draft_width,
         )
-        if layer == 1 and not further:
-            self._first_passing += _OPTIMISM * (1.0 - self._first_passing)
-        return further
 
     def draft_width(self, context: DraftContext) -> int:
         plan = self._see(context).plan
@@ -197,12 +199,20 @@ class LearnedWidth(WidthPolicy):
         if self.mode != "before":
             closed = _closed_form(context)
             at_least = closed if self.mode == "after" else 0.5 * (at_least + closed)
-        return self.planner.target_width(seen.prediction, at_least, config, width)
+        return self.planner.target_width(seen.prediction, at_least, config, width, seen.plan.further)
 
     def observe(self, record: IterationRecord) -> None:
+        """Learn from an iteration; only now, since what is shown of deeper layers may not move M (design 5.4)."""
         seconds = record.seconds if self._wall else iteration_seconds(self.planner.costs, self._widths, self._roots)
+        earned = [1.0 - self.width_value * (1.0 - self._survival(layer)) for layer in record.layers]
         if self.throughput is not None:
-            self.throughput.update(record.tokens, seconds)
+            self.throughput.update(sum(earned), seconds)
+        for reward in earned:
+            self.outlook.was_paid(reward)
+        for layer, plan in self._plans.items():
+            self.outlook.saw(layer, plan.passing)
+        if not self._plans:
+            self.outlook.hope(1)
         self._seen.clear()
 
     def describe(self) -> dict[str, Any]:
@@ -230,9 +240,11 @@ class LearnedWidth(WidthPolicy):
                         "trained for another pair. Train one with python train.py pair=..."
                     )
         accept_logits, survivor_logits = self._host(self.features(context), *hidden)
-        accept = 1.0 / (1.0 + np.exp(-np.clip(accept_logits, -30, 30).astype(np.float64)))  # [W, W]
-        ranks = np.exp((survivor_logits - survivor_logits.max()).astype(np.float64))  # [R]
-        survivors = np.append(0.0, np.minimum(ranks.cumsum() / ranks.sum(), 1.0))
+        accept = 1.0 / (1.0 + np.exp(-np.maximum(accept_logits, -30).astype(np.float64)))  # [W, W]
+        ranks = survivor_logits.tolist()  # R of them: plain Python beats numpy
+        best = max(ranks)
+        summed = list(itertools.accumulate((math.exp(rank - best) for rank in ranks), initial=0.0))
+        survivors = np.array(summed) / summed[-1]
         return Prediction(tails(count_table(accept)), survivors)
 
     def _see(self, context: DraftContext) -> _Seen:
@@ -246,24 +258,31 @@ class LearnedWidth(WidthPolicy):
 
     def _plan(self, context: DraftContext, prediction: Prediction) -> Plan:
         config, root, layer = context.root.config, context.root, context.layer
-        deepest = min(config.draft_depth, root.remaining - 1)
         plan = self.planner.widths(
             prediction,
             config,
+            self.outlook,
             self._rate(config),
             self._reach(layer),
-            len(root.weights) + sum(context.widths),
-            last=layer >= deepest,
+            layer,
+            _deepest(root),
+            nodes=len(root.weights) + sum(context.widths),
             support=config.draft_width if config.replacement else len(context.joint),
         )
-        self._passing[layer - 1 :] = [plan.passing]
-        if layer == 1:
-            self._first_passing += 0.1 * (plan.passing - self._first_passing)
+        self._plans[layer] = plan
         return plan
+
+    def _survival(self, record: LayerRecord) -> float:
+        """Probability that the final best hypothesis descends from the beams that a committed layer kept."""
+        seen = self._seen.get(record.layer)
+        if seen is None:
+            return 1.0
+        kept = max(record.target_width, record.accepted) if self.survivors == "kept" else record.target_width
+        return float(seen.prediction.survivors[min(kept, len(seen.prediction.survivors) - 1)])
 
     def _reach(self, layer: int) -> float:
         """Probability that all layers above pass."""
-        return math.prod(self._passing[: layer - 1])
+        return math.prod(plan.passing for above, plan in self._plans.items() if above < layer)
 
     def _rate(self, config: DecodingConfig) -> float:
         if self.throughput is None:
@@ -272,9 +291,14 @@ class LearnedWidth(WidthPolicy):
 
     def _new_prompt(self) -> None:
         self._seen: dict[int, _Seen] = {}
-        self._passing: list[float] = []  # of this iteration's drafted layers, as planned
+        self._plans: dict[int, Plan] = {}  # of this iteration's drafted layers
         self._widths = []  # drafted in this iteration
         self._roots = 1
+
+
+def _deepest(root: RootContext) -> int:
+    """The last layer that may be drafted."""
+    return min(root.config.draft_depth, root.remaining - 1)
 
 
 def _in_words(pair: dict[str, Any]) -> str:

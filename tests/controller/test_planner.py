@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from controller.counts import count_table, tails
-from controller.planner import Planner, Prediction, Throughput, UnitCosts, iteration_seconds
+from controller.planner import Outlook, Plan, Planner, Prediction, Throughput, UnitCosts, iteration_seconds
 from decoding.sampling import FloatArray
 from tests.controller.synthetic import CONFIG
 
@@ -18,8 +18,8 @@ def prediction(accept: float = 0.6, survivors: tuple[float, ...] = (0.6, 0.2, 0.
     return Prediction(tails(table), np.append(0.0, np.cumsum(survivors)))
 
 
-def plan(planner: Planner, predicted: Prediction, rate: float = 1.0, reach: float = 1.0, support: int = 10):
-    return planner.widths(predicted, CONFIG, rate, reach, nodes=8, last=False, support=support)
+def plan(planner: Planner, predicted: Prediction, rate: float = 1.0, reach: float = 1.0, support: int = 10) -> Plan:
+    return planner.widths(predicted, CONFIG, Outlook(), rate, reach, 1, 3, nodes=8, support=support)
 
 
 def random_predictions(count: int) -> list[Prediction]:
@@ -36,11 +36,11 @@ def test_free_widths_are_wide_and_dear_ones_narrow() -> None:
 
 
 def test_chosen_pair_is_the_best_of_all_pairs() -> None:
-    costs = UnitCosts()
+    """Against the expected reward of every pair, written out: this layer, the next, and the best depth below."""
+    costs, rate, reach, start = UnitCosts(), 1.3, 0.8, 0.6
     for survivors in ("asked", "kept"):
         for predicted in random_predictions(20):
-            planner = Planner(costs, 0.7, survivors)
-            chosen = plan(planner, predicted, rate=1.3, reach=0.8)
+            chosen = plan(Planner(costs, 0.7, survivors), predicted, rate, reach)
 
             def gain(w: int, m: int, predicted: Prediction = predicted, survivors: str = survivors) -> float:
                 at_least = predicted.at_least[w]
@@ -51,11 +51,38 @@ def test_chosen_pair_is_the_best_of_all_pairs() -> None:
                     value = sum(p * predicted.survivors[c] for p, c in zip(chances, kept, strict=True))
                 seconds = costs.target_seconds(8 + w) - costs.target_seconds(8)
                 seconds += costs.draft_seconds(w) - costs.draft_seconds(1)
-                return 0.8 * (at_least[m] + 0.7 * value) - 1.3 * seconds
+                # Layers 2 and 3 would be as wide as can be; each passes with 0.6 and lets one more be committed.
+                layer = costs.draft_seconds(6) + 6 * costs.per_node
+                deeper = [0.0]
+                deeper += [reach * at_least[m] * start - rate * layer]
+                deeper += [deeper[1] + reach * at_least[m] * start**2 - rate * layer]
+                return reach * (at_least[m] + 0.7 * value) - rate * seconds + max(deeper)
 
             best = max(gain(w, m) for w in range(1, 7) for m in range(1, min(w, 4) + 1))
             assert gain(chosen.draft_width, chosen.target_width) == pytest.approx(best)
             assert chosen.passing == predicted.at_least[chosen.draft_width, chosen.target_width]
+
+
+def test_what_a_pass_brings_counts_the_layers_planned_below() -> None:
+    """A cheap draft is followed to the end: 1 + 0.6 + 0.36 layers; a dear one is not."""
+    cheap, dear = (
+        plan(Planner(UnitCosts(base, 1.0, 0.0)), prediction(accept=1.0), rate=0.5).further for base in (0.01, 5.0)
+    )
+    assert cheap == pytest.approx(1 + 0.6 + 0.36) and dear == 1.0
+
+
+def test_outlook_learns_how_often_layers_pass_and_what_they_earn() -> None:
+    outlook = Outlook()
+    other = outlook.copy()
+    for _ in range(200):
+        outlook.saw(2, 0.9)
+        outlook.was_paid(0.4)
+    assert outlook.passing(2) == pytest.approx(0.9) and outlook.passing(1) == outlook.passing(3) == 0.6
+    assert outlook.earned == pytest.approx(0.4)
+    assert other.passing(2) == 0.6 and other.earned == 1.0
+    before = outlook.passing(1)
+    outlook.hope(1)
+    assert before < outlook.passing(1) < 1
 
 
 def test_more_width_value_never_asks_for_less() -> None:
@@ -70,10 +97,12 @@ def test_more_width_value_never_asks_for_less() -> None:
         assert widths == sorted(widths)
 
 
-def test_width_is_spent_where_it_is_worth_something() -> None:
+@pytest.mark.parametrize(("survivors", "value"), [("asked", 1.0), ("kept", 10.0)])
+def test_width_is_spent_where_it_is_worth_something(survivors: str, value: float) -> None:
     sure, unsure = prediction(survivors=(0.97, 0.01, 0.01, 0.01)), prediction(survivors=(0.25, 0.25, 0.25, 0.25))
-    planner = Planner(UnitCosts(), 1.0)
+    planner = Planner(UnitCosts(), value, survivors)
     assert plan(planner, sure).target_width < plan(planner, unsure).target_width
+    planner = Planner(UnitCosts(), 1.0)
     assert planner.final_width(sure, CONFIG, 1.0) < planner.final_width(unsure, CONFIG, 1.0)
 
 
@@ -83,13 +112,13 @@ def test_support_and_settled_width_limit_what_is_asked() -> None:
     assert Planner(FREE, 100.0).target_width(predicted, predicted.at_least[2, :3], CONFIG, 2) == 2
     narrow = CONFIG.with_changes(min_width=3)
     assert Planner(FREE, 0.0).target_width(predicted, predicted.at_least[5, :6], narrow, 5) == 3
-    assert Planner(FREE, 0.0).widths(predicted, narrow, 1.0, 1.0, 8, False, 10).target_width == 3
+    assert Planner(FREE, 0.0).widths(predicted, narrow, Outlook(), 1.0, 1.0, 1, 3, 8, 10).target_width == 3
 
 
 def test_cheaper_passes_never_draft_fewer_layers() -> None:
     def layers(costs: UnitCosts, rate: float) -> int:
-        planner, depth = Planner(costs), 0
-        while depth < 20 and planner.worth_drafting(rate, 0.8**depth, 0.8, 4, 4 + 4 * depth, 4):
+        planner, outlook, depth = Planner(costs), Outlook(passing=0.8), 0
+        while depth < 20 and planner.worth_drafting(outlook, rate, 0.8**depth, depth + 1, 20, 4, 4 + 4 * depth, 4):
             depth += 1
         return depth
 

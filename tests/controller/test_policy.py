@@ -87,7 +87,7 @@ def test_mode_after_follows_p_and_q() -> None:
     )  # half of Q is impossible
     apart = dataclasses.replace(agree, target=dataclasses.replace(context.joint, tokens=moved))
     for mode in ("after", "both"):
-        learned = policy(mode=mode, width_value=0.3, accept=0.6)
+        learned = policy(mode=mode, width_value=0.3, accept=0.6, survivors="asked")  # kept beams cost no asking
         learned.draft_width(context)
         assert learned.target_width(agree) > learned.target_width(apart)
         assert mode == "both" or learned.target_width(agree) == CONFIG.target_width
@@ -103,6 +103,22 @@ def test_width_value_widens_every_layer() -> None:
             last.append(learned.target_width(target_context(final, 0)))
         assert asked == sorted(asked) and last == sorted(last)
         assert asked[0] == 1 and last[0] == 1 and asked[-1] == CONFIG.target_width and last[-1] == CONFIG.target_width
+
+
+@pytest.mark.parametrize("mode", ["before", "after", "both"])
+def test_what_is_shown_of_deeper_layers_does_not_move_m(mode: str) -> None:
+    """They are drafted before this layer is verified, from its own drafts (design 5.4)."""
+    first = draft_context(0)
+    asked = set()
+    for seed in range(12):
+        learned = policy(mode=mode, width_value=3.0)
+        w = learned.draft_width(first)
+        for layer in range(2, 2 + seed % 3):
+            below = dataclasses.replace(draft_context(seed, layer=layer), widths=(w,) * (layer - 1))
+            if learned.draft_further(below.root, layer, below.widths):
+                learned.draft_width(below)
+        asked.add(learned.target_width(target_context(first, w)))
+    assert len(asked) == 1
 
 
 def depth(learned: LearnedWidth, config: DecodingConfig = CONFIG) -> int:
@@ -125,7 +141,7 @@ def test_cheaper_drafts_never_give_fewer_layers() -> None:
         learned.throughput = None
         learned.reset(config)
         assert learned.throughput is not None
-        learned.throughput.tokens, learned.throughput.seconds = 1.0, 0.012  # the same price of time for all
+        learned.throughput.reward, learned.throughput.seconds = 1.0, 0.012  # the same price of time for all
         depths.append(depth(learned, config))
     assert depths == sorted(depths) and depths[0] == 0 and depths[-1] > 2
 
@@ -133,8 +149,12 @@ def test_cheaper_drafts_never_give_fewer_layers() -> None:
 def test_a_first_layer_that_did_not_pay_is_tried_again() -> None:
     learned = policy(latency=dataclasses.replace(TABLE, draft=(0.012, 0.013, 0.02)))
     assert learned.throughput is not None
-    learned.throughput.tokens, learned.throughput.seconds = 1.0, 0.0145
-    tried = [learned.draft_further(draft_context().root, 1, ()) for _ in range(60)]
+    tried = []
+    for _ in range(60):
+        learned.throughput.reward, learned.throughput.seconds = 1.0, 0.0145
+        tried.append(learned.draft_further(draft_context().root, 1, ()))
+        if not tried[-1]:  # an iteration that drafted nothing
+            learned.observe(IterationRecord((LayerRecord(1, 0, 2, 0, True),), 1, 0.0145))
     assert not tried[0] and any(tried)
 
 
