@@ -252,9 +252,10 @@ _DRAFT = ("draft_width", "draft_depth")
 _ONE = {"target_width": 1}
 _SEARCH = {"mode": "beam_search", "temperature": 1.0, "top_k": None, "top_p": None, "replacement": False}
 _CHAIN = {"target_width": 1, "draft_width": 1}
+_SAMPLE = {"mode": "beam_sample"}  # whatever the config says: their names do
 METHODS: dict[str, Method] = {
-    "multinomial": Method(_engine_alone, fixed=_CHAIN),
-    "beam_sample": Method(_engine_alone, ("target_width",)),
+    "multinomial": Method(_engine_alone, fixed=_CHAIN | _SAMPLE),
+    "beam_sample": Method(_engine_alone, ("target_width",), _SAMPLE),
     "speculative": Method(_widest, ("draft_depth",), _CHAIN),  # a chain of single drafts, 2211.17192
     "multi_draft": Method(_widest, _DRAFT, _ONE),  # SpecInfer, 2305.09781: several drafts a layer, one sample
     "fixed": policy_method(_fixed, ("target_width", *_DRAFT, "asked_width")),
@@ -263,8 +264,8 @@ METHODS: dict[str, Method] = {
     "random": policy_method(lambda pair, config, settings: RandomWidth(), _DRAFT),
     "beam_search": Method(_engine_alone, ("target_width",), _SEARCH),
     "speculative_beam_search": Method(_widest, ("target_width", *_DRAFT), _SEARCH),
-    "hf_sample": Method(_hf(assisted=False), fixed=_CHAIN),
-    "hf_beam_sample": Method(_hf(assisted=False), ("target_width",)),
+    "hf_sample": Method(_hf(assisted=False), fixed=_CHAIN | _SAMPLE),
+    "hf_beam_sample": Method(_hf(assisted=False), ("target_width",), _SAMPLE),
     "hf_beam_search": Method(_hf(assisted=False), ("target_width",), _SEARCH),
     "hf_assisted": Method(_hf(assisted=True), fixed=_CHAIN),
 }

@@ -49,6 +49,12 @@ def ensure_traces(cfg: DictConfig, pair: ModelPair | None = None) -> Path:
     Raises:
         UserError: settings that cannot work, or a directory with foreign traces.
     """
+    mode = instantiate(cfg.decoding).mode
+    if mode != "beam_sample":
+        raise UserError(
+            f"decoding.mode is {mode!r}, but traces are logged of sampling: controllers learn from accept "
+            "bits, which beam search does not have. Leave decoding.mode=beam_sample; a policy can be used in both."
+        )
     pair = pair or instantiate(cfg.pair)
     features = instantiate(cfg.features)
     about = _describe(cfg, pair, features)

@@ -34,7 +34,7 @@ from transformers.generation import (
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
 from decoding.errors import UserError
-from decoding.pair import ModelPair
+from decoding.pair import ModelPair, check_architecture
 from decoding.results import DecodeResult
 from decoding.rules import Rules
 from decoding.widths import WidthPolicy
@@ -116,6 +116,7 @@ def dsbd_generate(
     Raises:
         UserError: a setting or an input that this decoder does not know, by name.
     """
+    check_architecture(model.config, "target")  # before what it was given is looked at
     _check_fields(generation_config, model_kwargs, logits_processor)
     given = _of_the_call(generation_config)
     draft = assistant_model if assistant_model is not None else given.get("assistant_model")
@@ -127,6 +128,7 @@ def dsbd_generate(
         length_penalty=length_penalty,
         early_stopping=early_stopping,
     )
+    _check_beams(settings, draft_width, generation_config.do_sample)
     if settings["num_beams"] == 1 and generation_config.return_dict_in_generate and generation_config.output_scores:
         raise UserError("output_scores is True, but dsbd_generate has no scores of single steps; leave it at False.")
     wanted = settings["num_return_sequences"]
@@ -270,6 +272,26 @@ def _settings(generation: GenerationConfig, **given: Any) -> dict[str, Any]:
     return chosen
 
 
+def _check_beams(settings: Mapping[str, Any], draft_width: int | None, samples: bool) -> None:
+    """Refuse numbers in the caller's words; DecodingConfig checks the rest."""
+    for name in ("num_beams", "num_return_sequences"):
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{name} is {value!r}; give a whole number of at least 1.")
+    beams, returned = settings["num_beams"], settings["num_return_sequences"]
+    if returned > beams and not (beams == 1 and samples):
+        sample = ", or set do_sample=True for several samples" if beams == 1 else ""
+        raise UserError(
+            f"num_return_sequences ({returned}) is more than num_beams ({beams}): there are never more beams than "
+            f"that. Lower it or raise num_beams{sample}."
+        )
+    if isinstance(draft_width, int) and draft_width < beams:
+        raise UserError(
+            f"draft_width ({draft_width}) is less than num_beams ({beams}): a layer could never pass. Raise it, or "
+            "leave it out for twice num_beams."
+        )
+
+
 def _decoding_config(
     generation: GenerationConfig,
     settings: Mapping[str, Any],
@@ -289,7 +311,7 @@ def _decoding_config(
         max_new_tokens=max_new_tokens,
         top_k=most if generation.do_sample else None,
         warp="beam",
-        length_penalty=float(settings["length_penalty"]),
+        length_penalty=settings["length_penalty"],
         early_stopping=settings["early_stopping"],
         eos_token_id=ends or -1,
         num_return_sequences=settings["num_return_sequences"],

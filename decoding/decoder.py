@@ -40,6 +40,13 @@ class DSBDDecoder:
     def __init__(
         self, pair: ModelPair, config: DecodingConfig | None = None, policy: WidthPolicy | None = None
     ) -> None:
+        if not isinstance(policy, WidthPolicy | None):
+            raise UserError(f"policy is {policy!r}; give a WidthPolicy, such as FixedWidth() or ThresholdWidth(0.9).")
+        if torch.is_autocast_enabled(pair.device.type):
+            raise UserError(
+                "torch.autocast is on, but this decoder runs models in their own dtype; leave autocast, and load the "
+                "models in the dtype you want (dtype='bfloat16')."
+            )
         self.pair, self.config, self.policy = pair, config or DecodingConfig(), policy or FixedWidth()
         self.policy.check(self.config)
         self.policy.check_pair(pair)

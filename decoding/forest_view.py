@@ -27,10 +27,10 @@ class _Style:
 
 
 _STYLES = {
-    ACCEPTED: _Style("✓", "v", "green", "accepted"),
+    ACCEPTED: _Style("✓", "v", "green", "accepted; in beam search: kept"),
     SURPLUS: _Style("✚", "+", "cyan", "accepted beyond M, kept as a surplus"),
     DRAWN: _Style("○", "o", "yellow", "taken from the target"),
-    REJECTED: _Style("✗", "x", "red", "rejected"),
+    REJECTED: _Style("✗", "x", "red", "rejected; in beam search: not among the best"),
     UNJUDGED: _Style("·", ".", "dim", "not judged: its parent was dropped, or its layer was not reached or was full"),
 }
 _TAIL = 40  # characters of an input beam that are shown
@@ -55,6 +55,7 @@ class LayerView:
     accepted: int = 0
     passed: bool = False
     taken: int = 0  # from the target
+    searched: bool = False  # beam search: K is how many of the best continuations, in their order, were drafted
 
 
 @dataclass
@@ -122,7 +123,10 @@ class ForestRecorder:
             if parent in self._weights and weight is not None:
                 view.nodes[node].target = weight - self._weights[parent]
         taken = len(kept.keys() - accepted.keys())
-        view.layers[place] = LayerView(record.draft_width, record.target_width, record.accepted, record.passed, taken)
+        searched = event.verdict is None and record.draft_width > 0
+        view.layers[place] = LayerView(
+            record.draft_width, record.target_width, record.accepted, record.passed, taken, searched
+        )
         self._weights = kept
 
     def _judge(self, event: LayerEvent, drafts: list[int], kept: dict[int, float]) -> dict[int, None]:
@@ -234,8 +238,9 @@ def _words(layer: LayerView) -> str:
         return f"{layer.draft_width} drafted (w), not reached"
     if not layer.draft_width:
         return f"none drafted, {layer.taken} taken from the target (M = {layer.target_width})"
+    accepted = "of the best in a row (K)" if layer.searched else "accepted (K)"
     return (
-        f"{layer.draft_width} drafted (w), {layer.target_width} asked for (M), {layer.accepted} accepted (K): "
+        f"{layer.draft_width} drafted (w), {layer.target_width} asked for (M), {layer.accepted} {accepted}: "
         f"{'passed' if layer.passed else 'failed'}"
         f"{f', {layer.taken} taken from the target' if layer.taken else ''}"
     )

@@ -75,6 +75,10 @@ class ModelPair:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise UserError(f"engine is {self.engine!r}; choose one of {', '.join(ENGINES)}.")
+        for role, model in (("target", self.target), ("draft", self.draft)):
+            if not (hasattr(model, "config") or (role == "draft" and isinstance(model, str | NgramDraft | None))):
+                kinds = f", or {ALLOWED}" if role == "draft" else ""
+                raise UserError(f"{role} is {model!r}; give a causal language model of transformers, loaded{kinds}.")
         check_architecture(self.target.config, "target")
         self.target.eval()
         self.draft_name = None if self.draft is None else "model"
@@ -404,6 +408,8 @@ def _comes_without_model(draft: str) -> bool:
 
 def _from_hub(loader: Any, source: str, role: str, **options: Any) -> Any:
     """`from_pretrained` with a clear sentence when it fails."""
+    if source.startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
+        raise UserError(f"The {role} model {source!r} could not be loaded: there is no such directory.")
     try:
         return loader.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

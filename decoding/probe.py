@@ -85,7 +85,7 @@ def _distance(model: Any, role: str, engine: str) -> float:
             f"attention mask: {reason[0]}"
         ) from error
     finally:
-        scorer.close()
+        scorer.free()  # not kept: a pass that failed may have left anything in it
     distance = 0.0
     for row, leaf in enumerate(last):
         path = torch.tensor([prompt + forest.path(leaf)]).to(scorer.device)

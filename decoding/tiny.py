@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from decoding.tasks.stdlib import split_of, stdlib_modules
 
@@ -278,10 +279,16 @@ def save_model(model: LlamaForCausalLM, folder: Path) -> None:
 
 def load_tiny(folder: Path = TINY_DIR) -> tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Load (target, draft, tokenizer) of the built-in pair, in float32 on the CPU."""
-    target, draft = (
-        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, local_files_only=True)
-        for name in ("target", "draft")
-    )
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # for 24 MB
+    try:
+        target, draft = (
+            AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, local_files_only=True)
+            for name in ("target", "draft")
+        )
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
     return target.eval(), draft.eval(), tokenizer
 

@@ -927,3 +927,21 @@ def test_the_tokenizer_of_the_assistant_is_passed_on(monkeypatch: pytest.MonkeyP
     pair.target.generate(**inputs, max_new_tokens=3, **both, custom_generate=dsbd_generate)
     (args, options), *_ = given
     assert args[2] is pair.tokenizer and options["draft_tokenizer"] is pair.tokenizer
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_beams": 0}, "num_beams is 0"),
+        ({"num_beams": 2.0}, "num_beams is 2.0"),
+        ({"num_beams": 2, "num_return_sequences": 3}, r"num_return_sequences \(3\) is more than num_beams \(2\)"),
+        ({"num_beams": 1, "num_return_sequences": 3}, "or set do_sample=True"),
+        ({"num_beams": 4, "draft_width": 2}, r"draft_width \(2\) is less than num_beams \(4\)"),
+        ({"num_beams": 2, "length_penalty": "a"}, "length_penalty is 'a'"),
+        ({"num_beams": 2, "width_policy": "fixed"}, "give a WidthPolicy"),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_named_as_the_caller_named_them(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        target().generate(torch.tensor([[1, 2]]), max_new_tokens=2, custom_generate=dsbd_generate, **options)

@@ -12,7 +12,7 @@ from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, UserErr
 from decoding.decoder import as_token_lists
 from decoding.results import LayerEvent
 from decoding.widths import TargetContext
-from tests.decoding.stubs import MAX_POSITIONS, TableModel, random_pair
+from tests.decoding.stubs import MAX_POSITIONS, TableModel, llama_pair, random_pair
 
 PROMPT = [1, 2]
 VOCABULARY = 5
@@ -392,3 +392,19 @@ def test_beam_sample_ignores_drafting_settings() -> None:
     assert first.stats.draft_widths == [0] * 5
     assert first.stats.iterations == 5
     assert first.stats.target_calls == 4, "the first layer comes from the prompt's own pass"
+
+
+@pytest.mark.parametrize("policy", ["fixed", 4, FixedWidth], ids=str)
+def test_what_is_no_policy_is_refused(policy: Any) -> None:
+    with pytest.raises(UserError, match="give a WidthPolicy, such as FixedWidth"):
+        DSBDDecoder(random_pair(VOCABULARY), DecodingConfig(), policy)
+
+
+def test_autocast_is_refused_and_spoils_nothing() -> None:
+    """Also before the models were ever run: what a probe would keep then would be of another dtype."""
+    pair = llama_pair()
+    config = DecodingConfig(target_width=2, draft_width=3, draft_depth=1, max_new_tokens=4, eos_token_id=-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(UserError, match=r"torch.autocast is on"):
+        DSBDDecoder(pair, config)
+    (result,) = DSBDDecoder(pair, config).generate([PROMPT])
+    assert len(result.sequences[0]) == 4

@@ -220,3 +220,11 @@ def test_inflated_pairs_take_ngrams_only() -> None:
     assert pair.draft_name == "ngram:3" and pair.name == "inflated-custom-ngram" and list(pair.models) == ["target"]
     with pytest.raises(UserError, match=r"draft is 'layers:2'; an inflated pair takes ngram, ngram:N, or null"):
         ModelPair.inflated(shape, shape, device="cpu", dtype="float32", draft="layers:2")
+
+
+def test_traces_of_beam_search_are_refused_before_anything_is_decoded(tmp_path: Path) -> None:
+    cfg = traces_config(tmp_path, "model")
+    cfg.decoding.mode = "beam_search"
+    with pytest.raises(UserError, match="traces are logged of sampling"):
+        ensure_traces(cfg)
+    assert not any(tmp_path.iterdir())

@@ -23,7 +23,7 @@ from transformers import (
 
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError, beam_sample
 from decoding.pair import check_architecture, end_tokens
-from tests.decoding.stubs import random_pair
+from tests.decoding.stubs import random_pair, small_llama
 
 
 def llama(vocabulary: int = 8, hidden: int = 16, seed: int = 0) -> LlamaForCausalLM:
@@ -199,3 +199,16 @@ def test_end_tokens(given: Any, own: Any, expected: set[int]) -> None:
     pair = random_pair(6)
     pair.target.config.eos_token_id = own
     assert end_tokens(pair, DecodingConfig(eos_token_id=given)) == expected
+
+
+@pytest.mark.parametrize("draft", [3, {}, ModelPair], ids=str)
+def test_what_is_no_draft_is_refused(draft: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"draft is .*; give a causal language model of transformers, loaded, or layers:N"
+    ):
+        ModelPair(small_llama(), draft)
+
+
+def test_a_path_that_is_not_there_is_said_to_be_missing() -> None:
+    with pytest.raises(UserError, match="'/nowhere/large' could not be loaded: there is no such directory"):
+        ModelPair.load("/nowhere/large", "/nowhere/small", device="cpu")
