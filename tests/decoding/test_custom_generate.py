@@ -54,6 +54,21 @@ PASS, CAUGHT = 1e-3, 1e-6
 PAD, END = 0, 3
 
 
+def forces_dead_ends() -> bool:
+    """Whether this transformers forces tokens that an allowed prefix asks for and others forbid; 5.17 does not."""
+    processor = PrefixConstrainedLogitsProcessor(lambda _, tokens: [0], 1)
+    return not bool(processor(torch.tensor([[1]]), torch.full((1, 2), -torch.inf)).isneginf().all())
+
+
+def ignores_padding_by_row() -> bool:
+    """Whether this transformers takes a tensor for the prompt lengths to ignore; 5.17 does not."""
+    try:
+        RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=torch.tensor([1]))
+    except ValueError:
+        return False
+    return True
+
+
 @cache
 def target(vocabulary: int = 40) -> LlamaForCausalLM:
     return sharp_llama(vocabulary, seed=1)
@@ -278,6 +293,8 @@ def test_allowed_prefixes_are_asked_for_along_allowed_paths_only(
     width: int, assistant: str | None, dead_ends: bool
 ) -> None:
     """As of a trie: it does not know other paths. Where bad words leave one beam nothing, the others go on."""
+    if dead_ends and width == 1 and not forces_dead_ends():
+        pytest.skip("here a greedy dead end is one")
     inputs = one(1, 2, 4, 35, 1, 2, 4, 35, 1, 2)
     start = inputs["input_ids"].shape[1]
 
@@ -313,6 +330,7 @@ def test_a_beam_that_nothing_may_follow_goes_also_where_scores_are_normalised() 
         assert all(y in follows[x] and (x, y) != (2, 4) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.skipif(not ignores_padding_by_row(), reason="one length for all rows")
 def test_a_users_own_padding_and_prefix_processors_are_told_their_row() -> None:
     """Made by the user for all rows of transformers' batch, with num_beams as an argument."""
 
