@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,7 @@ from transformers.generation import (
 
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
+from decoding.drafts import named_draft
 from decoding.errors import UserError
 from decoding.pair import ModelPair, check_architecture
 from decoding.results import DecodeResult
@@ -69,6 +71,7 @@ _NOT_BY_ROW = (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 _TIES = 32  # tokens that a TopKLogitsWarper may keep beyond top_k, where scores are equal
+_named: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()  # model -> drafts by their text
 _KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 
 
@@ -119,7 +122,7 @@ def dsbd_generate(
     check_architecture(model.config, "target")  # before what it was given is looked at
     _check_fields(generation_config, model_kwargs, logits_processor)
     given = _of_the_call(generation_config)
-    draft = assistant_model if assistant_model is not None else given.get("assistant_model")
+    draft = _draft(model, assistant_model if assistant_model is not None else given.get("assistant_model"))
     streamer = given.get("streamer")
     settings = _settings(
         generation_config,
@@ -148,28 +151,20 @@ def dsbd_generate(
         depth,
     )
     copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    mask = model_kwargs.get("attention_mask")
-    lengths = _lengths(input_ids[::copies], mask[::copies] if mask is not None else None)
-    _check_positions(model_kwargs.get("position_ids"), lengths, copies)
     samples = wanted if config.target_width == 1 and generation_config.do_sample else 1
-    padded = [row for row in input_ids[::copies].tolist() for _ in range(samples)]
-    lengths = [length for length in lengths for _ in range(samples)]
+    padded, prompts = _texts(input_ids, model_kwargs, copies, samples)
     if streamer is not None and len(padded) > 1:
         raise UserError(f"streamer with {len(padded)} texts at a time: it can follow one only; ask for one at a time.")
     tokenizer = tokenizer if tokenizer is not None else given["tokenizer"]
     criteria = _criteria(stopping_criteria, stop_strings, tokenizer)
+    listener = (lambda tokens: streamer.put(torch.tensor(tokens))) if streamer is not None else None
+    distinct = len(padded) // samples
     rules = [
-        Rules(
-            row,
-            _for_prompt(processors, i // samples, len(padded) // samples, config.target_width),
-            criteria,
-            (lambda tokens: streamer.put(torch.tensor(tokens))) if streamer is not None else None,
-        )
+        Rules(row, _for_prompt(processors, i // samples, distinct, config.target_width), criteria, listener)
         for i, row in enumerate(padded)
     ]
     # torch.manual_seed and set_seed reach the draws; the global stream goes on only where plain generate draws too.
     seed = int(torch.randint(2**62, (1,))) if generation_config.do_sample else 0
-    prompts = [row[len(row) - length :] for row, length in zip(padded, lengths, strict=True)]
     with _modes_kept(model, draft):  # a pair puts its models into eval mode
         pair = ModelPair(model, draft, tokenizer, engine=engine, draft_tokenizer=given["assistant_tokenizer"])
         decoder = DSBDDecoder(pair, config, width_policy)
@@ -177,6 +172,16 @@ def dsbd_generate(
     if streamer is not None:
         streamer.end()
     return _output(input_ids[::copies].repeat_interleave(samples, 0), results, config, generation_config)
+
+
+def _draft(model: Any, draft: Any) -> Any:
+    """The draft of a call; the model's own first layers are made once, and probed once."""
+    if not isinstance(draft, str):
+        return draft
+    known = _named.setdefault(model, {})
+    if draft not in known:
+        known[draft] = named_draft(draft, model)[0]
+    return known[draft]
 
 
 def _of_the_call(config: GenerationConfig) -> dict[str, Any]:
@@ -327,6 +332,25 @@ def _special(generation: GenerationConfig, name: str) -> list[int]:
     """Ids of the special tokens "eos" or "pad", as `generate` has prepared them."""
     tensor = getattr(generation, f"_{name}_token_tensor", None)
     return [] if tensor is None else [int(id_) for id_ in tensor.flatten()]
+
+
+def _texts(
+    input_ids: Tensor, model_kwargs: Mapping[str, Any], copies: int, samples: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows with their padding, and prompts without; each as often as it is sampled.
+
+    Args:
+        input_ids: [B * copies, L].
+        model_kwargs: from transformers, with attention_mask and position_ids where there are any.
+        copies: rows that transformers has made of each prompt.
+        samples: texts wanted of each.
+    """
+    rows, mask = input_ids[::copies], model_kwargs.get("attention_mask")
+    lengths = _lengths(rows, mask[::copies] if mask is not None else None)
+    _check_positions(model_kwargs.get("position_ids"), lengths, copies)
+    padded = rows.tolist()
+    prompts = [row[len(row) - length :] for row, length in zip(padded, lengths, strict=True)]
+    return [row for row in padded for _ in range(samples)], [prompt for prompt in prompts for _ in range(samples)]
 
 
 def _lengths(input_ids: Tensor, mask: Tensor | None) -> list[int]:

@@ -7,8 +7,10 @@ than 1e-6, as the tests of broken ones show.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
@@ -963,3 +965,23 @@ def test_the_tokenizer_of_the_assistant_is_passed_on(monkeypatch: pytest.MonkeyP
 def test_wrong_values_are_named_as_the_caller_named_them(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         target().generate(torch.tensor([[1, 2]]), max_new_tokens=2, custom_generate=dsbd_generate, **options)
+
+
+def test_the_models_own_layers_are_made_once_and_go_with_it() -> None:
+    model = sharp_llama(40, seed=5)
+    for _ in range(2):
+        model.generate(
+            **one(1, 2),
+            num_beams=2,
+            max_new_tokens=3,
+            pad_token_id=PAD,
+            assistant_model="layers:1",
+            custom_generate=dsbd_generate,
+        )
+        (made,) = decoding.custom_generate._named[model].values()
+    again = decoding.custom_generate._named[model]["layers:1"]
+    assert made is again
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
