@@ -6,7 +6,7 @@ from decoding.decoder import DSBDDecoder, beam_sample
 from decoding.errors import UserError
 from decoding.pair import ModelPair
 from decoding.results import DecodeResult, DecodeStats
-from decoding.widths import FixedWidth, RandomWidth, ThresholdWidth, WidthPolicy
+from decoding.widths import FixedWidth, MassWidth, RandomWidth, ThresholdWidth, WidthPolicy
 
 __all__ = [
     "DSBDDecoder",
@@ -14,6 +14,7 @@ __all__ = [
     "DecodeStats",
     "DecodingConfig",
     "FixedWidth",
+    "MassWidth",
     "ModelPair",
     "RandomWidth",
     "ThresholdWidth",

@@ -21,7 +21,7 @@ from decoding.errors import UserError
 from decoding.lookup import NgramDraft
 from decoding.pair import ModelPair, check_prompt, end_tokens
 from decoding.results import DecodeResult, DecodeStats
-from decoding.widths import FixedWidth, RandomWidth, ThresholdWidth, WidthPolicy
+from decoding.widths import FixedWidth, MassWidth, RandomWidth, ThresholdWidth, WidthPolicy
 
 _LOOKUP_TOKENS = 10  # that transformers' prompt lookup drafts at a time, as its documentation does
 Streams = torch.Generator | Sequence[torch.Generator]  # one for each prompt, or one for all
@@ -36,7 +36,7 @@ class Method:
     Args:
         build: (pair, config, settings) -> Generate.
         axes: settings that are worth sweeping: the DecodingConfig fields target_width, draft_width and draft_depth, and
-            asked_width (M of fixed widths), threshold, width_value.
+            asked_width (M of fixed widths), threshold, share, width_value.
         fixed: DecodingConfig fields that it always has.
     """
 
@@ -261,6 +261,7 @@ METHODS: dict[str, Method] = {
     "fixed": policy_method(_fixed, ("target_width", *_DRAFT, "asked_width")),
     "threshold": policy_method(_threshold(as_shipped=False), (*_DRAFT, "threshold")),
     "threshold_as_shipped": policy_method(_threshold(as_shipped=True), (*_DRAFT, "threshold")),
+    "mass": policy_method(lambda pair, config, settings: MassWidth(settings.get("share", 0.8)), (*_DRAFT, "share")),
     "random": policy_method(lambda pair, config, settings: RandomWidth(), _DRAFT),
     "beam_search": Method(_engine_alone, ("target_width",), _SEARCH),
     "speculative_beam_search": Method(_widest, ("target_width", *_DRAFT), _SEARCH),

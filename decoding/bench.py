@@ -43,7 +43,7 @@ _FLAGS: dict[str, tuple[type, ...]] = {  # DecodingConfig fields that this engin
     "warp": (str,),
     "one_beam_cache": (bool,),
 }
-_KINDS: dict[str, tuple[type, ...]] = {**_FLAGS, "threshold": (int, float), "draft": (str,)}
+_KINDS: dict[str, tuple[type, ...]] = {**_FLAGS, "threshold": (int, float), "share": (int, float), "draft": (str,)}
 
 
 @entry_point("bench")

@@ -33,9 +33,10 @@ GRID_AXES = {
     "depths": "draft_depth",
     "asked_widths": "asked_width",
     "thresholds": "threshold",
+    "shares": "share",
     "width_values": "width_value",
 }
-_SYMBOLS = {"draft_width": "w", "draft_depth": "γ", "threshold": "threshold", "width_value": "value"}
+_SYMBOLS = {"draft_width": "w", "draft_depth": "γ", "threshold": "threshold", "share": "share", "width_value": "value"}
 
 
 @dataclass(frozen=True)

@@ -217,6 +217,33 @@ class ThresholdWidth(WidthPolicy):
 
 
 @dataclass
+class MassWidth(WidthPolicy):
+    """Asks for beams where the target is undecided: the smallest M whose likeliest continuations hold a share of P.
+
+    P alone decides, so that M may follow it (design 5.4), at the layer that ends an iteration too. A hand rule to
+    compare with: with `surplus="keep"` it is the strongest of them.
+
+    Args:
+        share: of P's mass, in (0, 1]; higher asks for more beams.
+    """
+
+    share: float = 0.8
+    name: str = field(default="mass", init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.share, bool) or not 0 < self.share <= 1:
+            raise UserError(f"share is {self.share!r}; give a number in (0, 1] (0.6 to 0.95 are worth trying).")
+
+    def target_width(self, context: TargetContext) -> int:
+        most = context.draft.root.config.target_width
+        held = np.sort(context.target.probs)[::-1][:most].cumsum()
+        return min(int(np.searchsorted(held, self.share - 1e-12)) + 1, most)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "share": self.share}
+
+
+@dataclass
 class RandomWidth(WidthPolicy):
     """Widths and depth drawn uniformly: exploration while traces are logged.
 

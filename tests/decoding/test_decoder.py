@@ -408,3 +408,18 @@ def test_autocast_is_refused_and_spoils_nothing() -> None:
         DSBDDecoder(pair, config)
     (result,) = DSBDDecoder(pair, config).generate([PROMPT])
     assert len(result.sequences[0]) == 4
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_nothing_ends_before_min_new_tokens(width: int, top_k: int | None) -> None:
+    """Sampling; three of five tokens end a hypothesis, and do so once they may."""
+    ends = [0, 1, 2]
+    config = DecodingConfig(
+        target_width=width, draft_width=4, draft_depth=2, max_new_tokens=8, top_k=top_k, eos_token_id=ends,
+        min_new_tokens=3, num_return_sequences=width,
+    )  # fmt: skip
+    results = DSBDDecoder(random_pair(VOCABULARY), config).generate([PROMPT] * 20, torch.Generator().manual_seed(0))
+    sequences = [sequence for result in results for sequence in result.sequences]
+    assert all(token not in ends for sequence in sequences for token in sequence[:3])
+    assert any(sequence[3] in ends for sequence in sequences)
