@@ -27,6 +27,7 @@ from decoding.rules import Rules
 from decoding.search import SearchRun
 from decoding.widths import LayerRecord, TargetContext
 from tests.decoding.stubs import MAX_POSITIONS, Path, Reference, TableModel, random_pair, sharp_llama, small_llama
+from tests.decoding.test_exactness import settings as sampling_settings
 
 MARGIN = 1e-5
 WIDTHS = (1, 2, 3, 5)
@@ -170,17 +171,8 @@ def some_prompts(dice: random.Random, vocabulary: int, count: int = 2) -> list[l
 
 
 def settings(width: int, drafts: int, depth: int, tokens: int, **changes: Any) -> DecodingConfig:
-    """A config that returns all hypotheses and never ends early, unless `changes` say otherwise."""
-    fields: dict[str, Any] = dict(
-        mode="beam_search",
-        target_width=width,
-        draft_width=drafts,
-        draft_depth=depth,
-        max_new_tokens=tokens,
-        num_return_sequences=width,
-        eos_token_id=-1,
-    )
-    return DecodingConfig(**{**fields, **changes})
+    """Returns all hypotheses and never ends early, unless `changes` say otherwise."""
+    return sampling_settings(width, drafts, depth, tokens, **{"mode": "beam_search", **changes})
 
 
 def chosen_settings(dice: random.Random, width: int, ends: list[int] | int, **changes: Any) -> DecodingConfig:
