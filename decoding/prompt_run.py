@@ -160,6 +160,8 @@ class PromptRun:
         wanted = dict.fromkeys([beam.node for beam in self.beams] + [n for n in drafted if not self._ended(n)])
         yield Request("target", list(wanted))
         forest_nodes = len(set(drafted))
+        self.stats.roots.append(len(self.beams))
+        self.stats.forests.append([len(layer.nodes) for layer in layers])
         self.touched += [beam.node for beam in self.beams] + drafted
         self.history = tuple(self._verify_forest(root, layers))
         self._prune()

@@ -25,6 +25,8 @@ class DecodeStats:
     target_widths: list[int] = field(default_factory=list)
     draft_widths: list[int] = field(default_factory=list)  # 0 at a layer drawn from the target
     accepted: list[int] = field(default_factory=list)
+    roots: list[int] = field(default_factory=list)  # input beams of each iteration
+    forests: list[list[int]] = field(default_factory=list)  # drafts of every layer that an iteration drafted
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     kv_slots_peak: int = 0  # of the target's cache
     kv_slots_end: int = 0
