@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from controller.counts import count_table, tails
 from controller.features import ContextFeatures, check_features, hidden_vectors
+from controller.knob import choose_width_value
 from controller.network import HostNet, WidthNet, load_controller
 from controller.planner import Costs, Outlook, Plan, Planner, Prediction, Throughput, UnitCosts, iteration_seconds
 from decoding.acceptance import accept_probabilities, accepted_count_table, align
@@ -90,18 +92,48 @@ class LearnedWidth(WidthPolicy):
         self._new_prompt()
 
     @classmethod
-    def load(cls, path: str | Path, pair: Any = None, revision: str | None = None, **options: Any) -> LearnedWidth:
+    def load(
+        cls,
+        path: str | Path,
+        pair: Any = None,
+        revision: str | None = None,
+        results: str | Path | Mapping[str, Any] | None = None,
+        min_logprob_drop: float | None = None,
+        target_tokens_per_second: float | None = None,
+        **options: Any,
+    ) -> LearnedWidth:
         """A policy from a controller that train.py saved.
 
         Args:
             path: its directory, or a Hugging Face hub id.
             pair: the `ModelPair` (or its `describe()`) it will decode with; a controller of another pair is refused.
             revision: of the hub repository.
+            results: a results.json of evaluate.py with this controller, or what it holds, to read `width_value` from.
+            min_logprob_drop, target_tokens_per_second: what `width_value` should give; one of them where there are
+                results. See `choose_width_value`.
             options: `width_value`, `mode`, `latency`, `clock`, `survivors`.
 
         Raises:
-            UserError: missing, not a controller, damaged, or trained for another pair or other features.
+            UserError: missing, not a controller, damaged, or trained for another pair or other features; a
+                `width_value` given twice, or that the results do not tell.
         """
+        targets: dict[str, Any] = {
+            "min_logprob_drop": min_logprob_drop,
+            "target_tokens_per_second": target_tokens_per_second,
+        }
+        asked = [name for name, value in {"results": results, **targets}.items() if value is not None]
+        if asked and options.get("width_value") is not None:
+            raise UserError(
+                f"width_value is {options['width_value']!r} beside {', '.join(asked)}; give either the value or what "
+                "to choose it by."
+            )
+        if asked and results is None:
+            raise UserError(
+                f"{' and '.join(asked)} without results; give results=<results.json> of an evaluation of this "
+                "controller."
+            )
+        if results is not None:
+            options["width_value"] = choose_width_value(results, **targets)
         net, provenance = load_controller(path, revision)
         policy = cls(net, provenance, **options)
         if pair is not None:

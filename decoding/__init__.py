@@ -1,5 +1,6 @@
 """Dynamic-width speculative beam decoding: prompts in, several hypotheses out."""
 
+from decoding.bandit import BanditWidth
 from decoding.config import DecodingConfig
 from decoding.custom_generate import dsbd_generate
 from decoding.decoder import DSBDDecoder, beam_sample
@@ -9,6 +10,7 @@ from decoding.results import DecodeResult, DecodeStats
 from decoding.widths import FixedWidth, MassWidth, RandomWidth, ThresholdWidth, WidthPolicy
 
 __all__ = [
+    "BanditWidth",
     "DSBDDecoder",
     "DecodeResult",
     "DecodeStats",

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from decoding.bandit import BanditWidth
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder, Prompts, as_token_lists
 from decoding.errors import UserError
 from decoding.lookup import NgramDraft
+from decoding.oracles import SurvivorOracle
 from decoding.pair import ModelPair, check_prompt, end_tokens
 from decoding.results import DecodeResult, DecodeStats
 from decoding.widths import FixedWidth, MassWidth, RandomWidth, ThresholdWidth, WidthPolicy
@@ -36,7 +38,7 @@ class Method:
     Args:
         build: (pair, config, settings) -> Generate.
         axes: settings that are worth sweeping: the DecodingConfig fields target_width, draft_width and draft_depth, and
-            asked_width (M of fixed widths), threshold, share, width_value.
+            asked_width (M of fixed widths and of the bandit), threshold, share, width_value.
         fixed: DecodingConfig fields that it always has.
     """
 
@@ -244,6 +246,14 @@ def _fixed(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Width
     return FixedWidth(target_width=settings.get("asked_width"))
 
 
+def _bandit(pair: ModelPair, config: DecodingConfig, settings: Settings) -> WidthPolicy:
+    return BanditWidth(target_width=settings.get("asked_width"))
+
+
+def _oracle_survivor(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
+    return SurvivorOracle.make(pair, config)
+
+
 def _threshold(as_shipped: bool) -> Callable[[ModelPair, DecodingConfig, Settings], WidthPolicy]:
     return lambda pair, config, settings: ThresholdWidth(settings.get("threshold", 0.9), as_shipped=as_shipped)
 
@@ -262,6 +272,8 @@ METHODS: dict[str, Method] = {
     "threshold": policy_method(_threshold(as_shipped=False), (*_DRAFT, "threshold")),
     "threshold_as_shipped": policy_method(_threshold(as_shipped=True), (*_DRAFT, "threshold")),
     "mass": policy_method(lambda pair, config, settings: MassWidth(settings.get("share", 0.8)), (*_DRAFT, "share")),
+    "bandit": policy_method(_bandit, ("target_width", *_DRAFT, "asked_width")),  # arms within draft_width, draft_depth
+    "oracle_survivor": Method(_oracle_survivor, _DRAFT),  # not achievable: compare what it models, not what it takes
     "random": policy_method(lambda pair, config, settings: RandomWidth(), _DRAFT),
     "beam_search": Method(_engine_alone, ("target_width",), _SEARCH),
     "speculative_beam_search": Method(_widest, ("target_width", *_DRAFT), _SEARCH),

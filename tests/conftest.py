@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"})
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,3 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_pair() -> ModelPair:
     """The built-in pair; do not change it."""
     return ModelPair.tiny()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tables that tests measure are kept, and looked for, in a directory of this run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSBD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
