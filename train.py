@@ -42,8 +42,9 @@ def main(cfg: DictConfig) -> float:
     checkpoint = read_checkpoint(cfg.ckpt_path)
     directory = ensure_traces(cfg)
     features = instantiate(cfg.features)
+    names = [*features.names, *features.target_names]
     data = TraceDataModule(
-        directory, features.names, cfg.controller.get("batch_size", 256), cfg.controller.get("use_hidden", True)
+        directory, names, cfg.controller.get("batch_size", 256), cfg.controller.get("use_hidden", True)
     )
     module: ControllerModule = instantiate(cfg.controller, **data.sizes)
     check_checkpoint(checkpoint, module, cfg)
@@ -148,7 +149,11 @@ def describe(
         **provenance(),
         "pair": data.manifest["pair"],
         "decoding": dataclasses.asdict(decoding),
-        "features": {"version": features.version, "names": list(features.names)},
+        "features": {
+            "version": features.version,
+            "names": list(features.names),
+            "target_names": list(features.target_names),
+        },
         "traces": {
             name: data.manifest.get(name) for name in ("trace_key", "rows", "prompts", "policy", "task", "seed")
         },

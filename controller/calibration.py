@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from controller.counts import bit_logits, knows_survivor, survivor_nll
+from controller.counts import bit_logits, censored, knows_survivor, regret_steps, survivor_nll
 from controller.data import Batch
 from controller.network import WidthNet
 
@@ -79,6 +79,22 @@ def width_events(at_least: Tensor, bits: Tensor, draft_width: Tensor) -> tuple[T
     return row[inside], happened[inside].to(row.dtype)
 
 
+def survivor_events(survivor_logits: Tensor, slot: Tensor, kept_width: Tensor) -> tuple[Tensor, Tensor]:
+    """Every event "the survivor is among the first k slots", k = 1..c - 1, of rows whose survivor is known.
+
+    Args:
+        survivor_logits: [N, R].
+        slot, kept_width: [N] int64; c is the latter.
+
+    Returns:
+        Predictions, given that it is among the c that were kept, and outcomes; [E] each.
+    """
+    among = censored(survivor_logits, kept_width).exp().cumsum(-1)  # [N, R]
+    widths = torch.arange(1, survivor_logits.shape[1] + 1, device=slot.device)
+    inside = (widths < kept_width[:, None]) & knows_survivor(slot, kept_width)[:, None]
+    return among[inside].clamp(0, 1), (slot[:, None] <= widths)[inside].to(among.dtype)
+
+
 def ranked_probability_score(at_least: Tensor, bits: Tensor, draft_width: Tensor) -> Tensor:
     """Mean squared error of P(K_w >= M) over M = 1..w and all rows (a scalar; 0 is perfect)."""
     predicted, happened = width_events(at_least, bits, draft_width)
@@ -109,18 +125,22 @@ def fit_temperature(nll: Callable[[Tensor], Tensor]) -> float:
 
 @torch.no_grad()
 def calibrate(net: WidthNet, rows: Batch, soft_labels: bool = True) -> dict[str, float]:
-    """Set the network's two temperatures so that held-out likelihood is greatest.
+    """Set the network's temperatures so that held-out likelihood is greatest, and its regrets so that means agree.
 
     Args:
-        net: in eval mode; changed in place. Temperatures that it has are replaced.
+        net: in eval mode; changed in place. What it has of these is replaced.
         rows: all rows of the validation split.
         soft_labels: judge accept logits by the closed-form probabilities rather than by the bits (less variance).
 
     Returns:
-        {"accept": T, "survivor": T}.
+        The buffers' values by name.
     """
-    net.accept_temperature.fill_(1.0)
-    net.survivor_temperature.fill_(1.0)
+    temperatures = ("accept_temperature", "survivor_temperature", "late_survivor_temperature")
+    shifts = ("regret_shift", "late_regret_shift")
+    for name in temperatures:
+        net.get_buffer(name).fill_(1.0)
+    for name in shifts:
+        net.get_buffer(name).fill_(0.0)
     logits = net(*inputs(rows))
     drafted = torch.arange(rows["bits"].shape[1], device=rows["bits"].device) < rows["draft_width"][:, None]  # [N, W]
     if drafted.any():
@@ -128,14 +148,23 @@ def calibrate(net: WidthNet, rows: Batch, soft_labels: bool = True) -> dict[str,
         labels = (rows["accept_probs"].clamp(0, 1) if soft_labels else rows["bits"])[drafted].double()
         score = torch.nn.functional.binary_cross_entropy_with_logits
         net.accept_temperature.fill_(fit_temperature(lambda t: score(taken / t, labels)))
-    known = knows_survivor(rows["survivor_rank"], rows["kept_width"])
-    if known.any():
-        survivor = logits.survivor[known].double()
-        rank, kept = rows["survivor_rank"][known], rows["kept_width"][known]
-        net.survivor_temperature.fill_(fit_temperature(lambda t: survivor_nll(survivor / t, rank, kept).mean()))
-    return {"accept": float(net.accept_temperature), "survivor": float(net.survivor_temperature)}
+    slot, kept = rows["survivor_slot"], rows["kept_width"]
+    known = knows_survivor(slot, kept)
+    steps, seen = regret_steps(rows["slot_deficits"], slot, kept)
+    heads = ((logits.survivor, logits.regret), (logits.late_survivor, logits.late_regret))
+    for (survivor, regret), temperature, shift in zip(heads, temperatures[1:], shifts, strict=True):
+        if known.any():
+            of_known = survivor[known].double()
+
+            def nll(t: Tensor, of_known: Tensor = of_known) -> Tensor:
+                return survivor_nll(of_known / t, slot[known], kept[known]).mean()
+
+            net.get_buffer(temperature).fill_(fit_temperature(nll))
+        if seen.any() and steps[seen].sum() > 0:
+            net.get_buffer(shift).fill_(torch.log(steps[seen].sum() / regret[seen].exp().sum()))
+    return {name: float(net.get_buffer(name)) for name in (*temperatures, *shifts)}
 
 
-def inputs(rows: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(rows: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a WidthNet takes, from rows."""
-    return rows["features"], rows["draft_hidden"], rows["target_hidden"]
+    return rows["features"], rows["draft_hidden"], rows["target_hidden"], rows["target_features"]

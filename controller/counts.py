@@ -84,31 +84,81 @@ def count_nll(accept_logits: Tensor, bits: Tensor, labels: Tensor | None = None)
     return F.binary_cross_entropy_with_logits(bit_logits(accept_logits, bits), labels.float(), reduction="none")
 
 
+def passes(log_steps: Tensor, bits: Tensor, bearable: Tensor, draft_width: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether layers would have passed, and what that would have brought, had M been set by a bearable loss.
+
+    M is the least k with L(k) <= c: a pass with so few beams loses no more than it brings.
+
+    Args:
+        log_steps: [N, R - 1] of the late regret head; L(k) is the sum of their exponentials from k on.
+        bits: [N, W] bool.
+        bearable: [N] c.
+        draft_width: [N] int64, w: how many of the drafts there would have been.
+
+    Returns:
+        [N] 1 where K_w >= M; and 1 - L(K_w) / c there, 0 elsewhere.
+    """
+    loss = F.pad(log_steps.exp().flip(-1).cumsum(-1).flip(-1), (0, 1))  # [N, R] of k = 1..R
+    asked = (loss > bearable[:, None]).sum(-1) + 1  # [N] M
+    drawn = torch.arange(bits.shape[1], device=bits.device) < draft_width[:, None]
+    accepted = (bits & drawn).sum(-1)
+    passed = (accepted >= asked).to(loss.dtype)
+    kept = accepted.clamp(1, loss.shape[-1])
+    lost = loss.gather(-1, (kept - 1)[:, None]).squeeze(-1)
+    return passed, passed * (1 - lost / bearable).clamp(min=0)
+
+
 def bernoulli_nll(probabilities: Tensor, labels: Tensor) -> Tensor:
     """The same for probabilities instead of logits: [..] and [..] -> [..]; clipped at 1e-6 (float32 columns)."""
     probabilities = probabilities.clamp(1e-6, 1 - 1e-6)
     return F.binary_cross_entropy(probabilities, labels.to(probabilities.dtype), reduction="none")
 
 
-def survivor_nll(survivor_logits: Tensor, rank: Tensor, kept_width: Tensor) -> Tensor:
-    """Negative log-likelihood of survivor ranks that were seen among `kept_width` beams only.
+def survivor_nll(survivor_logits: Tensor, slot: Tensor, kept_width: Tensor) -> Tensor:
+    """Negative log-likelihood of survivor slots that were seen among `kept_width` beams only.
 
-    Censoring: a layer kept at c beams says nothing about ranks beyond c, so the softmax is over ranks 1..c. A row
+    Censoring: a layer kept at c beams says nothing about slots beyond c, so the softmax is over slots 1..c. A row
     with c = 1 has likelihood one whatever the logits.
 
     Args:
-        survivor_logits: [N, R] float, of ranks 1..R.
-        rank: [N] int64, 1-based; rows with 0 (no survivor) must be masked by the caller (see `knows_survivor`).
+        survivor_logits: [N, R] float, of slots 1..R.
+        slot: [N] int64, 1-based; rows with 0 (no survivor) must be masked by the caller (see `knows_survivor`).
         kept_width: [N] int64, c.
 
     Returns:
         [N] float.
     """
-    ranks = torch.arange(1, survivor_logits.shape[-1] + 1, device=rank.device)
-    seen = survivor_logits.masked_fill(ranks > kept_width.clamp(min=1)[:, None], float("-inf"))
-    return -seen.log_softmax(-1).gather(-1, (rank.clamp(min=1) - 1)[:, None]).squeeze(-1)
+    return -censored(survivor_logits, kept_width).gather(-1, (slot.clamp(min=1) - 1)[:, None]).squeeze(-1)
 
 
-def knows_survivor(rank: Tensor, kept_width: Tensor) -> Tensor:
-    """Rows whose survivor rank is known and could have been another; [N] bool."""
-    return (rank > 0) & (kept_width > 1) & (rank <= kept_width)
+def censored(survivor_logits: Tensor, kept_width: Tensor) -> Tensor:
+    """Log-probabilities of slots 1..c, given that the survivor is one of them; [N, R], [N] -> [N, R]."""
+    slots = torch.arange(1, survivor_logits.shape[-1] + 1, device=survivor_logits.device)
+    return survivor_logits.masked_fill(slots > kept_width.clamp(min=1)[:, None], float("-inf")).log_softmax(-1)
+
+
+def knows_survivor(slot: Tensor, kept_width: Tensor) -> Tensor:
+    """Rows whose survivor slot is known and could have been another; [N] bool."""
+    return (slot > 0) & (kept_width > 1) & (slot <= kept_width)
+
+
+def regret_steps(slot_deficits: Tensor, slot: Tensor, kept_width: Tensor) -> tuple[Tensor, Tensor]:
+    """What each slot added: by how many nats the best line among the first k + 1 slots was ahead of that among k.
+
+    Args:
+        slot_deficits: [N, R] nats behind the best in slot order, anything past c; see `decoding.traces.deficits`.
+        slot: [N] int64, the survivor's; 0 where nothing is known.
+        kept_width: [N] int64, c.
+
+    Returns:
+        [N, R - 1] steps of k = 1..R-1, 0 or more; and a mask of those that were seen, k < c.
+    """
+    least = slot_deficits.cummin(-1).values
+    places = torch.arange(1, slot_deficits.shape[-1], device=slot.device)
+    seen = (places < kept_width[:, None]) & (slot > 0)[:, None]
+    return torch.where(seen, least[:, :-1] - least[:, 1:], 0.0), seen
+
+
+def regret_nll(log_steps: Tensor, steps: Tensor) -> Tensor:
+    """Poisson deviance without its constant, exp(o) - y o: least where exp(o) is the mean of y >= 0; [..] -> [..]."""
+    return log_steps.exp() - steps * log_steps

@@ -24,8 +24,8 @@ class TraceRows(Dataset[Batch]):
     """Rows of one split as tensors of equal length; indexed with a list it gives a batch.
 
     Columns: features [N, F], draft_hidden [N, H_q], target_hidden [N, H_p] float32; bits [N, W] bool;
-    accept_probs [N, W] float32; draft_width, target_width, kept_width, accepted, survivor_rank [N] int64.
-    W pads to the widest draft width.
+    target_features [N, G], accept_probs [N, W], slot_deficits [N, R] float32; draft_width, target_width, kept_width,
+    accepted, survivor_slot [N] int64. W pads to the widest draft width, R to the widest target width.
     """
 
     def __init__(self, columns: Batch) -> None:
@@ -62,7 +62,8 @@ class TraceDataModule(LightningDataModule):
         self.directory, self.batch_size = Path(directory), batch_size
         rows, self.manifest = load_traces(directory)
         if feature_names is not None:
-            check_features(self.manifest["features"]["names"], feature_names, f"The traces in {directory} have")
+            features, what = self.manifest["features"], f"The traces in {directory} have"
+            check_features([*features["names"], *features.get("target_names", [])], feature_names, what)
         table: pa.Table = rows.with_format("arrow")[:]
         split = np.asarray(table["split"].to_pylist())
         _check_splits(table["prompt_id"].to_pylist(), split, self.directory)
@@ -80,18 +81,15 @@ class TraceDataModule(LightningDataModule):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes of a WidthNet for these traces: features, draft_width, target_width, draft_hidden, target_hidden."""
+        """Sizes of a WidthNet for these traces."""
         columns = self.rows["train"].columns
-        decoding = self.manifest.get("decoding", {})
         return {
             "features": columns["features"].shape[1],
             "draft_width": columns["bits"].shape[1],
-            "target_width": max(
-                [int(decoding.get("target_width", 1))]
-                + [int(rows.columns["kept_width"].max()) for rows in self.rows.values() if len(rows)]
-            ),
+            "target_width": columns["slot_deficits"].shape[1],
             "draft_hidden": columns["draft_hidden"].shape[1],
             "target_hidden": columns["target_hidden"].shape[1],
+            "target_features": columns["target_features"].shape[1],
         }
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -127,11 +125,14 @@ def _columns(table: pa.Table, manifest: dict[str, Any], use_hidden: bool, direct
     decoding = manifest.get("decoding", {})
     counts = {
         name: torch.from_numpy(table[name].to_numpy().astype(np.int64))
-        for name in ("draft_width", "target_width", "kept_width", "accepted", "survivor_rank")
+        for name in ("draft_width", "target_width", "kept_width", "accepted", "survivor_slot")
     }
+    widest = max(int(decoding.get("target_width", 1)), int(counts["kept_width"].max()))  # R
     width = max(int(decoding.get("draft_width", 1)), int(counts["draft_width"].max()))  # W
     columns = counts | {
         "features": _matrix(table, "features", directory),
+        "target_features": _matrix(table, "target_features", directory),
+        "slot_deficits": _padded(table, "slot_deficits", counts["kept_width"], widest, directory),
         "bits": _padded(table, "accept_bits", counts["draft_width"], width, directory).bool(),
         "accept_probs": _padded(table, "accept_probs", counts["draft_width"], width, directory),
     }
@@ -157,7 +158,7 @@ def _padded(table: pa.Table, name: str, lengths: Tensor, width: int, directory: 
     inside = torch.arange(width) < lengths[:, None]  # [N, width]
     if int(inside.sum()) != len(flat):
         raise UserError(
-            f"Column {name} of the traces in {directory} does not match draft_width: {len(flat)} entries, "
+            f"Column {name} of the traces in {directory} does not match its widths: {len(flat)} entries, "
             f"{int(inside.sum())} expected. Collect the traces again."
         )
     padded = torch.zeros(len(lengths), width)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from decoding.errors import UserError
 from decoding.sampling import Distribution
-from decoding.widths import DraftContext
+from decoding.widths import DraftContext, TargetContext
 
 FloatVector = NDArray[np.float32]
 
@@ -40,17 +40,36 @@ NAMES = (
     "previous_accepted_share",  # of its drafts
     "previous_passed",  # every layer passed
 )
+_TOP = 10  # likeliest continuations of P that are looked at once it is known
+TARGET_NAMES = (
+    "drafted",
+    "layer",
+    "log_remaining",
+    "parents",
+    "weight_gap_second",
+    "weight_gap_last",
+    "log_target_support",
+    *(f"target_prob_{i}" for i in range(1, _TOP + 1)),
+    *(f"log_target_prob_{i}" for i in range(1, _TOP + 1)),
+    *(f"target_sibling_{i}" for i in range(2, _TOP + 1)),  # 1 where it has the parent of the likeliest one
+)
 _GAP_LIMIT = 20.0
+_LEAST_LOG = -12.0  # log-probability of a continuation that is not there
+_FIRST = TARGET_NAMES.index("target_prob_1")
 _HEAD = 64  # entries that are looked at one by one; the tail of a wide support enters as if it were uniform
 
 
 class ContextFeatures:
-    """Call it with a `DraftContext` to get its scalars, float32 [F], in the order of `names`; some 15 microseconds."""
+    """Call it with a `DraftContext` to get its scalars, float32 [F], in the order of `names`; some 15 microseconds.
 
-    version = 1
+    `of_target` gives those that are known once the layer's P is, float32 [G], in the order of `target_names`.
+    """
+
+    version = 2
 
     def __init__(self) -> None:
         self.names: list[str] = list(NAMES)
+        self.target_names: list[str] = list(TARGET_NAMES)
 
     def __call__(self, context: DraftContext) -> FloatVector:
         root, widths, history = context.root, context.widths, context.root.history
@@ -68,6 +87,33 @@ class ContextFeatures:
             float(bool(history) and all(record.passed for record in history)),
         )
         return np.array(values, dtype=np.float32)
+
+    def of_target(self, context: TargetContext) -> FloatVector:
+        """What P says, beside what is known of its beams: neither the drafts nor the coins."""
+        draft, target = context.draft, context.target
+        weights = (draft.weights if context.weights is None else context.weights).tolist()
+        best, several = weights[0], len(weights) > 1
+        values = np.zeros(len(TARGET_NAMES), dtype=np.float32)
+        values[:_FIRST] = (
+            float(draft.drafted),
+            draft.layer,
+            math.log1p(draft.root.remaining),
+            len(weights),
+            min(best - weights[1], _GAP_LIMIT) if several else _GAP_LIMIT,
+            min(best - weights[-1], _GAP_LIMIT) if several else _GAP_LIMIT,
+            math.log(len(target)),
+        )
+        probs = target.probs
+        order = np.argpartition(probs, -_TOP)[-_TOP:] if len(probs) > _HEAD else np.arange(len(probs))
+        order = order[np.argsort(-probs[order], kind="stable")[:_TOP]]
+        top, parents = probs[order], target.parents[order]
+        count = len(top)
+        values[_FIRST : _FIRST + count] = top
+        logs = values[_FIRST + _TOP : _FIRST + 2 * _TOP]
+        logs.fill(_LEAST_LOG)
+        np.maximum(np.log(top), _LEAST_LOG, out=logs[:count], casting="same_kind")
+        values[_FIRST + 2 * _TOP : _FIRST + 2 * _TOP + count - 1] = parents[1:] == parents[0]
+        return values
 
 
 def hidden_vectors(context: DraftContext, draft_size: int, target_size: int) -> tuple[FloatVector, FloatVector]:

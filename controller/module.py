@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics import Metric
 
 from controller.calibration import (
@@ -15,6 +16,7 @@ from controller.calibration import (
     expected_calibration_error,
     inputs,
     reliability_from_sums,
+    survivor_events,
     width_events,
 )
 from controller.counts import (
@@ -23,6 +25,9 @@ from controller.counts import (
     count_nll,
     count_table,
     knows_survivor,
+    passes,
+    regret_nll,
+    regret_steps,
     survivor_nll,
     tails,
 )
@@ -40,9 +45,18 @@ _MEANS = (
     "soft_nll_constant",
     "soft_nll_floor",
     "count_rps",  # mean squared error of P(K_w >= M)
-    "survivor_nll",  # of a survivor rank among the ranks kept, nats
+    "survivor_nll",  # of a survivor slot among the slots kept, nats
     "survivor_nll_constant",  # under the train split's rates
+    "late_survivor_nll",  # once P is known
+    "survivor_rps",  # mean squared error of P(slot <= k)
+    "late_survivor_rps",
+    "regret_nll",  # Poisson deviance of a slot's nats, without its constant
+    "regret_nll_constant",  # under the train split's means
+    "late_regret_nll",
+    "pass_nll",  # of whether a layer passes, at random bearable losses and draft widths
 )
+_BEARABLE = (-4.0, 2.0)  # of log c, that the pass head is trained for
+_CURVES = ("count", "survivor", "late_survivor")  # of which reliability is measured
 
 
 class StageMetrics(Metric):
@@ -57,35 +71,47 @@ class StageMetrics(Metric):
     position_rate: Tensor
     history_rate: Tensor
     survivor_rate: Tensor
+    regret_rate: Tensor
 
     def __init__(self, draft_width: int, target_width: int) -> None:
         super().__init__()
         self.add_state("totals", torch.zeros(len(_MEANS), 2, dtype=torch.float64), dist_reduce_fx="sum")  # sum, count
-        self.add_state("bins", torch.zeros(3, BINS, dtype=torch.float64), dist_reduce_fx="sum")  # of P(K_w >= M)
+        self.add_state("bins", torch.zeros(len(_CURVES), 3, BINS, dtype=torch.float64), dist_reduce_fx="sum")
         self.register_buffer("position_rate", torch.full((draft_width,), 0.5), persistent=False)
         self.register_buffer("history_rate", torch.full((draft_width, draft_width), 0.5), persistent=False)
         self.register_buffer("survivor_rate", torch.full((target_width,), 1.0 / target_width), persistent=False)
+        self.register_buffer("regret_rate", torch.full((target_width - 1,), 0.1), persistent=False)
 
     def set_constants(self, rows: Batch) -> None:
         """Fit the constant predictors to the rows of the train split."""
         self.position_rate, self.history_rate = (rate.to(self.bins.device) for rate in accept_rates(rows))
         self.survivor_rate = survivor_rates(rows, len(self.survivor_rate)).to(self.bins.device)
+        self.regret_rate = regret_rates(rows).to(self.bins.device)
 
     @torch.no_grad()
-    def update(self, batch: Batch, logits: WidthLogits) -> None:
-        """Add a batch."""
+    def update(self, batch: Batch, logits: WidthLogits, net: WidthNet) -> None:
+        """Add a batch and what the network says of it."""
         drafted, bits = _drafted(batch), batch["bits"]
         if drafted.any():
             self._add_counts(batch, logits.accept, drafted)
             at_least = tails(count_table(logits.accept.sigmoid()))
             predicted, happened = width_events(at_least, bits, batch["draft_width"])
-            self.bins += bin_sums(predicted, happened)
+            self._add("pass_nll", _pass_nll(net, batch, logits, seed=0)[:, 0])
+            self.bins[0] += bin_sums(predicted, happened)
             self._add("count_rps", (predicted - happened).square())
-        rank, kept = batch["survivor_rank"], batch["kept_width"]
-        known = knows_survivor(rank, kept)
-        constant = self.survivor_rate.log().expand(len(rank), -1)
-        self._add("survivor_nll", survivor_nll(logits.survivor, rank, kept)[known])
-        self._add("survivor_nll_constant", survivor_nll(constant, rank, kept)[known])
+        slot, kept = batch["survivor_slot"], batch["kept_width"]
+        known = knows_survivor(slot, kept)
+        constant = self.survivor_rate.log().expand(len(slot), -1)
+        self._add("survivor_nll_constant", survivor_nll(constant, slot, kept)[known])
+        steps, seen = regret_steps(batch["slot_deficits"], slot, kept)
+        self._add("regret_nll_constant", regret_nll(self.regret_rate.log().expand_as(steps), steps)[seen])
+        heads = (("", logits.survivor, logits.regret), ("late_", logits.late_survivor, logits.late_regret))
+        for curve, (when, survivor, regret) in enumerate(heads, start=1):
+            self._add(f"{when}survivor_nll", survivor_nll(survivor, slot, kept)[known])
+            self._add(f"{when}regret_nll", regret_nll(regret, steps)[seen])
+            predicted, happened = survivor_events(survivor, slot, kept)
+            self.bins[curve] += bin_sums(predicted, happened)
+            self._add(f"{when}survivor_rps", (predicted - happened).square())
 
     def _add_counts(self, batch: Batch, accept: Tensor, drafted: Tensor) -> None:
         bits, closed = batch["bits"], batch["accept_probs"].clamp(0, 1)
@@ -109,8 +135,9 @@ class StageMetrics(Metric):
         pairs = zip(_MEANS, self.totals.tolist(), strict=True)
         metrics = {name: total / count for name, (total, count) in pairs if count > 0}
         soft = [metrics.pop(name, 0.0) for name in ("soft_nll", "soft_nll_constant", "soft_nll_floor")]
-        if "count_nll" in metrics:
-            metrics["count_ece"] = expected_calibration_error(reliability_from_sums(self.bins))
+        for name, bins in zip(_CURVES, self.bins, strict=True):
+            if f"{name}_nll" in metrics:
+                metrics[f"{name}_ece"] = expected_calibration_error(reliability_from_sums(bins))
         if soft[1] - soft[2] > 1e-9:
             metrics["count_explained"] = (soft[1] - soft[0]) / (soft[1] - soft[2])
         return metrics
@@ -119,16 +146,18 @@ class StageMetrics(Metric):
 class ControllerModule(LightningModule):
     """Trains a WidthNet on the rows of a TraceDataModule.
 
-    The optimised loss is the mean over bits of `count_nll` plus `survivor_weight` times the mean over rows of
-    `survivor_nll`; `<stage>/loss` is the same on the hard bits. `<stage>/count_explained` is the share of the
+    The optimised loss is the mean over bits of `count_nll`, plus `survivor_weight` times the means over rows of both
+    `survivor_nll`, plus `regret_weight` times those of both `regret_nll`, plus `pass_weight` times `pass_nll`;
+    `<stage>/loss` is the same, but for the last, on the hard bits. `<stage>/count_explained` is the share of the
     explainable deviance that is explained, measured against the closed-form probabilities: 0 for the constant, 1 for
     the closed form itself.
 
     Args:
-        features, draft_width, target_width, draft_hidden, target_hidden: sizes, from `TraceDataModule.sizes`.
-        hidden, layers, dropout: of the network.
+        features, draft_width, target_width, draft_hidden, target_hidden, target_features: sizes, from
+            `TraceDataModule.sizes`.
+        hidden, layers, dropout, late_hidden: of the network.
         lr, weight_decay: of AdamW; the rate follows a cosine to zero.
-        survivor_weight: weight of the survivor loss.
+        survivor_weight, regret_weight, pass_weight: weights of these losses.
         soft_labels: train on the logged closed-form accept probabilities, whose expectation the bits have.
         use_hidden: give the network the models' hidden vectors.
         batch_size: rows per batch; read by train.py.
@@ -141,12 +170,16 @@ class ControllerModule(LightningModule):
         target_width: int,
         draft_hidden: int = 0,
         target_hidden: int = 0,
+        target_features: int = 0,
         hidden: int = 128,
         layers: int = 2,
         dropout: float = 0.1,
+        late_hidden: int = 48,
         lr: float = 1e-3,
         weight_decay: float = 1e-2,
         survivor_weight: float = 0.5,
+        regret_weight: float = 0.5,
+        pass_weight: float = 0.5,
         soft_labels: bool = True,
         use_hidden: bool = True,
         batch_size: int = 256,
@@ -154,8 +187,10 @@ class ControllerModule(LightningModule):
         super().__init__()
         if not use_hidden:
             draft_hidden = target_hidden = 0
-        self.net = WidthNet(features, draft_width, target_width, draft_hidden, target_hidden, hidden, layers, dropout)
-        self.lr, self.weight_decay, self.survivor_weight = lr, weight_decay, survivor_weight
+        sizes = (features, draft_width, target_width, draft_hidden, target_hidden, target_features)
+        self.net = WidthNet(*sizes, hidden, layers, dropout, late_hidden)
+        self.lr, self.weight_decay = lr, weight_decay
+        self.survivor_weight, self.regret_weight, self.pass_weight = survivor_weight, regret_weight, pass_weight
         self.soft_labels, self.batch_size = soft_labels, batch_size
         self.train_metrics, self.val_metrics, self.test_metrics = (
             StageMetrics(draft_width, target_width) for _ in SPLITS
@@ -171,30 +206,36 @@ class ControllerModule(LightningModule):
         """Set the constant predictors, and the network to start at them, from the rows of the train split."""
         for stage in SPLITS:
             self._stage(stage).set_constants(rows)
-        mean, std = rows["features"].mean(0), rows["features"].std(0, correction=0)
+        early, late = (
+            (rows[name].mean(0), rows[name].std(0, correction=0)) for name in ("features", "target_features")
+        )
         constants = self.train_metrics
-        self.net.start_from(mean, std, constants.history_rate, constants.survivor_rate)
+        self.net.start_from(early, late, constants.history_rate, constants.survivor_rate, constants.regret_rate)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         logits = self.net(*inputs(batch))
-        drafted, known = _drafted(batch), knows_survivor(batch["survivor_rank"], batch["kept_width"])
+        slot, kept = batch["survivor_slot"], batch["kept_width"]
         labels = batch["accept_probs"].clamp(0, 1) if self.soft_labels else None
-        loss = _mean(count_nll(logits.accept, batch["bits"], labels), drafted)
-        ranks = survivor_nll(logits.survivor, batch["survivor_rank"], batch["kept_width"])
-        loss = loss + self.survivor_weight * _mean(ranks, known)
+        loss = _mean(count_nll(logits.accept, batch["bits"], labels), _drafted(batch))
+        known = knows_survivor(slot, kept)
+        steps, seen = regret_steps(batch["slot_deficits"], slot, kept)
+        for survivor, regret in ((logits.survivor, logits.regret), (logits.late_survivor, logits.late_regret)):
+            loss = loss + self.survivor_weight * _mean(survivor_nll(survivor, slot, kept), known)
+            loss = loss + self.regret_weight * _mean(regret_nll(regret, steps), seen)
+        loss = loss + self.pass_weight * _pass_nll(self.net, batch, logits).mean()
         if not torch.isfinite(loss):
             raise UserError(
                 f"The training loss is {loss.item()} at step {self.global_step}. Lower controller.lr ({self.lr:g}), or "
                 "collect the traces again if their features are far out of range."
             )
-        self.train_metrics.update(batch, WidthLogits(*(head.detach() for head in logits)))
+        self.train_metrics.update(batch, WidthLogits(*(head.detach() for head in logits)), self.net)
         return loss
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        self.val_metrics.update(batch, self.net(*inputs(batch)))
+        self.val_metrics.update(batch, self.net(*inputs(batch)), self.net)
 
     def test_step(self, batch: Batch, index: int) -> None:
-        self.test_metrics.update(batch, self.net(*inputs(batch)))
+        self.test_metrics.update(batch, self.net(*inputs(batch)), self.net)
 
     def on_train_epoch_end(self) -> None:
         self._log("train")
@@ -224,7 +265,7 @@ class ControllerModule(LightningModule):
         """All metrics of a split at once, without a Trainer: for instance after calibration."""
         self.eval()
         self._stage(stage).reset()
-        self._stage(stage).update(rows, self.net(*inputs(rows)))
+        self._stage(stage).update(rows, self.net(*inputs(rows)), self.net)
         return self._compute(stage)
 
     def _stage(self, stage: str) -> StageMetrics:
@@ -234,7 +275,10 @@ class ControllerModule(LightningModule):
     def _compute(self, stage: str) -> dict[str, float]:
         """A stage's metrics from its sums, which start again."""
         metrics = self._stage(stage).compute()
-        loss = metrics.get("count_nll", 0.0) + self.survivor_weight * metrics.get("survivor_nll", 0.0)
+        loss = metrics.get("count_nll", 0.0)
+        for when in ("", "late_"):
+            loss += self.survivor_weight * metrics.get(f"{when}survivor_nll", 0.0)
+            loss += self.regret_weight * metrics.get(f"{when}regret_nll", 0.0)
         self._stage(stage).reset()
         return {f"{stage}/{name}": value for name, value in ({"loss": loss} | metrics).items()}
 
@@ -263,12 +307,12 @@ def accept_rates(rows: Batch) -> tuple[Tensor, Tensor]:
 def survivor_rates(rows: Batch, ranks: int) -> Tensor:
     """The constant survivor distribution of greatest censored likelihood; [R].
 
-    A fixed point of s_r = n_r / Σ over rows with c >= r of 1 / S(c): rows with rank r over that rank's exposure. One
-    uncensored pseudo-row per rank keeps every share positive.
+    A fixed point of s_r = n_r / Σ over rows with c >= r of 1 / S(c): rows with slot r over that slot's exposure. One
+    uncensored pseudo-row per slot keeps every share positive.
     """
-    known = knows_survivor(rows["survivor_rank"], rows["kept_width"])
-    rank, kept = rows["survivor_rank"][known], rows["kept_width"][known].clamp(max=ranks)
-    seen = torch.bincount(rank - 1, minlength=ranks).double() + 1.0  # [R] n_r
+    known = knows_survivor(rows["survivor_slot"], rows["kept_width"])
+    slot, kept = rows["survivor_slot"][known], rows["kept_width"][known].clamp(max=ranks)
+    seen = torch.bincount(slot - 1, minlength=ranks).double() + 1.0  # [R] n_r
     rows_at = torch.bincount(kept, minlength=ranks + 1).double()[1:]  # [R] rows with c = 1..R
     rows_at[-1] += ranks  # the pseudo-counts are uncensored rows
     share = seen / seen.sum()
@@ -277,6 +321,28 @@ def survivor_rates(rows: Batch, ranks: int) -> Tensor:
         share = seen / exposure
         share = share / share.sum()
     return share.float()
+
+
+def regret_rates(rows: Batch) -> Tensor:
+    """Mean nats of each regret step over the rows that saw it, with one row of 0.1 each; [R - 1]."""
+    steps, seen = regret_steps(rows["slot_deficits"], rows["survivor_slot"], rows["kept_width"])
+    return ((steps * seen).sum(0) + 0.1) / (seen.sum(0) + 1)
+
+
+def _pass_nll(net: WidthNet, batch: Batch, logits: WidthLogits, seed: int | None = None) -> Tensor:
+    """Loss of the pass head, [N, 2] of the drafted rows, for random draft widths and bearable losses.
+
+    Args:
+        seed: of these; None: torch's global generator, as in training.
+    """
+    drafted = batch["draft_width"] > 0
+    stream = None if seed is None else torch.Generator(drafted.device).manual_seed(seed)
+    unit = torch.rand(2, int(drafted.sum()), generator=stream, device=drafted.device)
+    bearable = (_BEARABLE[0] + unit[0] * (_BEARABLE[1] - _BEARABLE[0])).exp()
+    width = (unit[1] * batch["draft_width"][drafted]).long() + 1
+    passed, brought = passes(logits.late_regret.detach()[drafted], batch["bits"][drafted], bearable, width)
+    predicted = net.passing(logits.top[drafted], bearable, width)
+    return F.binary_cross_entropy_with_logits(predicted, torch.stack([passed, brought], -1), reduction="none")
 
 
 def _drafted(rows: Batch) -> Tensor:

@@ -25,8 +25,17 @@ from decoding.errors import UserError
 
 FORMAT = "dsbd-controller"  # what config.json says it is
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_SIZES = ("features", "draft_width", "target_width", "draft_hidden", "target_hidden")
-_ARGUMENTS = (*_SIZES, "hidden", "layers", "dropout")
+_SIZES = ("features", "draft_width", "target_width", "draft_hidden", "target_hidden", "target_features")
+_ARGUMENTS = (*_SIZES, "hidden", "layers", "dropout", "late_hidden")
+_PASS_HIDDEN = 32
+_PRICES = (0.01, 30.0)  # losses that the pass head tells apart, in nats
+_CALIBRATED = (
+    "accept_temperature",
+    "survivor_temperature",
+    "late_survivor_temperature",
+    "regret_shift",
+    "late_regret_shift",
+)
 _BASES = 16  # patterns over (i, k) that a context can add to the accept logits
 _HIDDEN_BUDGET = 100_000  # parameters that one hidden vector's projection may cost
 FloatVector = NDArray[np.float32]
@@ -34,29 +43,41 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class WidthLogits(NamedTuple):
-    """What WidthNet returns, calibrated by the temperatures in its buffers."""
+    """What WidthNet returns, calibrated by its buffers; the late heads have seen the layer's P."""
 
     accept: Tensor  # [N, W, W] logit that draft i is accepted when k were before; k <= i has a meaning
-    survivor: Tensor  # [N, R] logit of survivor rank 1..R
+    survivor: Tensor  # [N, R] logit of survivor slot 1..R
+    regret: Tensor  # [N, R - 1] log of the nats that slot k + 1 adds to slots 1..k
+    late_survivor: Tensor  # [N, R]
+    late_regret: Tensor  # [N, R - 1]
+    top: Tensor  # [N, hidden] what the pass head starts from
 
 
 class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["speculative-decoding", "beam-sampling"]):
-    """A small MLP with two heads (design section 8); under 300k parameters with the default `hidden`.
+    """Two small MLPs (design section 8); under 300k parameters with the default sizes.
 
-    It starts at the best constant predictor (`start_from`), and the accept head moves a few learned patterns over
-    (i, k) rather than W² free logits.
+    One sees a layer before its drafts are drawn: which drafts will be accepted, and what each slot is worth. The other
+    sees P too, and says the latter again. Both start at the best constant predictor (`start_from`); the accept head
+    moves a few learned patterns over (i, k) rather than W² free logits.
 
     Args:
         features: F, scalars from `ContextFeatures`.
         draft_width, target_width: widest w (W) and widest M (R) it answers for.
         draft_hidden, target_hidden: H_q, H_p; 0 leaves that hidden vector out.
-        hidden, layers, dropout: of the MLP.
+        target_features: G, scalars from `ContextFeatures.of_target`.
+        hidden, layers, dropout: of the first MLP.
+        late_hidden: width of the second, which has two layers.
     """
 
     feature_mean: Tensor
     feature_std: Tensor
+    late_mean: Tensor
+    late_std: Tensor
     accept_temperature: Tensor
     survivor_temperature: Tensor
+    late_survivor_temperature: Tensor
+    regret_shift: Tensor
+    late_regret_shift: Tensor
 
     def __init__(
         self,
@@ -65,14 +86,17 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         target_width: int,
         draft_hidden: int = 0,
         target_hidden: int = 0,
+        target_features: int = 0,
         hidden: int = 128,
         layers: int = 2,
         dropout: float = 0.0,
+        late_hidden: int = 48,
     ) -> None:
         super().__init__()
-        sizes = (features, draft_width, target_width, draft_hidden, target_hidden)
+        sizes = (features, draft_width, target_width, draft_hidden, target_hidden, target_features)
         self.sizes: dict[str, int] = dict(zip(_SIZES, sizes, strict=True))
-        self.arguments = {**self.sizes, "hidden": hidden, "layers": layers, "dropout": dropout}
+        sized = {"hidden": hidden, "layers": layers, "dropout": dropout, "late_hidden": late_hidden}
+        self.arguments = {**self.sizes, **sized}
         self.draft_projection = _projection(draft_hidden)
         self.target_projection = _projection(target_hidden)
         inputs = features + _projected(draft_hidden) + _projected(target_hidden)
@@ -83,22 +107,33 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         self.accept_head = nn.Linear(top, _BASES)
         self.accept_basis = nn.Parameter(torch.randn(_BASES, draft_width * draft_width) / _BASES**0.5)
         self.accept_bias = nn.Parameter(torch.zeros(draft_width, draft_width))
-        self.survivor_head = nn.Linear(top, target_width)
-        for head in (self.accept_head, self.survivor_head):  # zero: the first prediction is the bias
+        self.survivor_head, self.regret_head = nn.Linear(top, target_width), nn.Linear(top, target_width - 1)
+        self.late_trunk = nn.Sequential(
+            nn.Linear(target_features, late_hidden), nn.ReLU(), nn.Linear(late_hidden, late_hidden), nn.ReLU()
+        )
+        self.pass_in, self.pass_out = nn.Linear(top, _PASS_HIDDEN), nn.Linear(_PASS_HIDDEN, 2)
+        self.pass_price = nn.Parameter(torch.randn(_PASS_HIDDEN) * 0.1)
+        self.pass_width = nn.Parameter(torch.randn(draft_width, _PASS_HIDDEN) * 0.1)
+        self.late_survivor_head = nn.Linear(late_hidden, target_width)
+        self.late_regret_head = nn.Linear(late_hidden, target_width - 1)
+        quality = (self.survivor_head, self.regret_head, self.late_survivor_head, self.late_regret_head)
+        for head in (self.accept_head, *quality):  # zero: the first prediction is the bias
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-        self.register_buffer("feature_mean", torch.zeros(features))
-        self.register_buffer("feature_std", torch.ones(features))
-        self.register_buffer("accept_temperature", torch.ones(()))
-        self.register_buffer("survivor_temperature", torch.ones(()))
+        for name, size in (("feature", features), ("late", target_features)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+        for name in _CALIBRATED:
+            self.register_buffer(name, torch.ones(()) if name.endswith("temperature") else torch.zeros(()))
 
     def forward(
         self,
         features: Tensor,  # [N, F] float32
         draft_hidden: Tensor | None = None,  # [N, H_q]
         target_hidden: Tensor | None = None,  # [N, H_p]
+        target_features: Tensor | None = None,  # [N, G] float32; None: as if nothing of P were known
     ) -> WidthLogits:
-        """Logits of both heads; hidden vectors are needed where the sizes say so."""
+        """What all heads say; hidden vectors are needed where the sizes say so."""
         inputs = [((features - self.feature_mean) / self.feature_std).clamp(-5, 5)]
         for projection, vector in ((self.draft_projection, draft_hidden), (self.target_projection, target_hidden)):
             if projection is not None:
@@ -106,21 +141,50 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
                 inputs.append(projection(F.layer_norm(vector, vector.shape[-1:])))
         top = self.trunk(torch.cat(inputs, -1))
         accept = (self.accept_head(top) @ self.accept_basis).unflatten(-1, self.accept_bias.shape) + self.accept_bias
-        return WidthLogits(accept / self.accept_temperature, self.survivor_head(top) / self.survivor_temperature)
+        if target_features is None:
+            target_features = self.late_mean.expand(len(features), -1)
+        late = self.late_trunk(((target_features - self.late_mean) / self.late_std).clamp(-5, 5))
+        return WidthLogits(
+            accept / self.accept_temperature,
+            self.survivor_head(top) / self.survivor_temperature,
+            self.regret_head(top) + self.regret_shift,
+            self.late_survivor_head(late) / self.late_survivor_temperature,
+            self.late_regret_head(late) + self.late_regret_shift,
+            top,
+        )
+
+    def passing(self, top: Tensor, bearable: Tensor, draft_width: Tensor) -> Tensor:
+        """Logits that a layer passes, and of what it brings, if it passes with counts whose loss is bearable.
+
+        Args:
+            top: [N, hidden] of `WidthLogits`.
+            bearable: [N] c > 0: a layer passes with k beams where L(k) <= c once P is known.
+            draft_width: [N] int64, w from 1.
+
+        Returns:
+            [N, 2]: of passing, and of the mean of 1 - L(K) / c, taken as 0 where it fails.
+        """
+        price = bearable.clamp(*_PRICES).log()[:, None] * self.pass_price
+        return self.pass_out(F.relu(self.pass_in(top) + price + self.pass_width[draft_width - 1]))
 
     @torch.no_grad()
     def start_from(
         self,
-        feature_mean: Tensor,  # [F]
-        feature_std: Tensor,  # [F]
+        features: tuple[Tensor, Tensor],  # mean and standard deviation, [F] each
+        target_features: tuple[Tensor, Tensor],  # [G] each
         accept_rate: Tensor,  # [W, W] in (0, 1)
         survivor_rate: Tensor,  # [R] sums to one
+        regret_rate: Tensor,  # [R - 1] mean nats of each step
     ) -> None:
-        """Set the standardisation of the inputs, and both heads to constant predictions."""
-        self.feature_mean.copy_(feature_mean)
-        self.feature_std.copy_(feature_std.clamp(min=1e-3))
+        """Set the standardisation of the inputs, and all heads to constant predictions."""
+        for name, (mean, std) in (("feature", features), ("late", target_features)):
+            self.get_buffer(f"{name}_mean").copy_(mean)
+            self.get_buffer(f"{name}_std").copy_(std.clamp(min=1e-3))
         self.accept_bias.copy_(accept_rate.clamp(1e-4, 1 - 1e-4).logit())
-        self.survivor_head.bias.copy_(survivor_rate.clamp(min=1e-4).log())
+        for survivor in (self.survivor_head, self.late_survivor_head):
+            survivor.bias.copy_(survivor_rate.clamp(min=1e-4).log())
+        for regret in (self.regret_head, self.late_regret_head):
+            regret.bias.copy_(regret_rate.clamp(min=1e-4).log())
 
     def parameter_count(self) -> int:
         """Number of trained parameters."""
@@ -147,8 +211,24 @@ class HostNet:
         accept = net.accept_basis.T / net.accept_temperature  # [W * W, bases]
         bias = accept @ net.accept_head.bias + net.accept_bias.flatten() / net.accept_temperature
         self._accept = host((accept @ net.accept_head.weight).T), host(bias)
-        survivor = net.survivor_head
-        self._survivor = tuple(host(t.T / net.survivor_temperature) for t in (survivor.weight, survivor.bias[None]))
+        self._pass_in = host(net.pass_in.weight.T)
+        self._pass_width = host(net.pass_width + net.pass_in.bias)  # [W, hidden]
+        self._pass_price = host(net.pass_price)
+        self._pass_out = host(net.pass_out.weight.T), host(net.pass_out.bias)
+        self._top: FloatVector = np.zeros(len(self._pass_in), np.float32)
+        self._ranks = net.sizes["target_width"]
+
+        def quality(survivor: nn.Linear, temperature: Tensor, regret: nn.Linear, shift: Tensor) -> tuple[Any, Any]:
+            weight = torch.cat([survivor.weight / temperature, regret.weight])  # [2 R - 1, hidden]
+            return host(weight.T), host(torch.cat([survivor.bias / temperature, regret.bias + shift]))
+
+        self._quality = quality(net.survivor_head, net.survivor_temperature, net.regret_head, net.regret_shift)
+        self._late_quality = quality(
+            net.late_survivor_head, net.late_survivor_temperature, net.late_regret_head, net.late_regret_shift
+        )
+        self._late_mean, self._late_scale = host(net.late_mean), 1.0 / host(net.late_std)
+        late = [module for module in net.late_trunk if isinstance(module, nn.Linear)]
+        self._late_layers = [(host(linear.weight.T), host(linear.bias)) for linear in late]
         self._shape = tuple(net.accept_bias.shape)
 
     def __call__(
@@ -156,8 +236,8 @@ class HostNet:
         features: FloatVector,  # [F]
         draft_hidden: FloatVector,  # [H_q]; not read where the network does without
         target_hidden: FloatVector,  # [H_p]
-    ) -> tuple[FloatVector, FloatVector]:
-        """Accept logits [W, W] and survivor logits [R]."""
+    ) -> tuple[FloatVector, FloatVector, FloatVector]:
+        """Accept logits [W, W], survivor logits [R] and log regret steps [R - 1]."""
         scaled = (features - self._mean) * self._scale
         inputs = [np.minimum(np.maximum(scaled, -5, out=scaled), 5, out=scaled)]
         for projection, vector in zip(self._projections, (draft_hidden, target_hidden), strict=True):
@@ -167,9 +247,32 @@ class HostNet:
         for weight, bias in self._layers:
             top = top @ weight + bias
             top = 0.5 * top * (1.0 + torch.from_numpy(top * 0.5**0.5).erf_().numpy())  # GELU
+        self._top = top
         accept, bias = self._accept
-        weight, offset = self._survivor
-        return (top @ accept + bias).reshape(self._shape), top @ weight + offset[:, 0]
+        weight, offset = self._quality
+        quality = top @ weight + offset
+        return (top @ accept + bias).reshape(self._shape), quality[: self._ranks], quality[self._ranks :]
+
+    def passing(self, bearable: float) -> FloatVector:
+        """Probabilities of `WidthNet.passing` for the layer last asked about, and every draft width; [W, 2]."""
+        price = math.log(min(max(bearable, _PRICES[0]), _PRICES[1])) * self._pass_price
+        inner = self._pass_width + (self._top @ self._pass_in + price)  # [W, hidden]
+        np.maximum(inner, 0, out=inner)
+        logits = inner @ self._pass_out[0]
+        logits += self._pass_out[1]
+        return 1.0 / (1.0 + np.exp(-logits))
+
+    def late(self, target_features: FloatVector) -> tuple[FloatVector, FloatVector]:
+        """Survivor logits [R] and log regret steps [R - 1] once P is known; [G]."""
+        top = (target_features - self._late_mean) * self._late_scale
+        np.minimum(np.maximum(top, -5, out=top), 5, out=top)
+        for weight, bias in self._late_layers:
+            top = top @ weight
+            top += bias
+            np.maximum(top, 0, out=top)
+        weight, offset = self._late_quality
+        quality = top @ weight + offset
+        return quality[: self._ranks], quality[self._ranks :]
 
 
 def _layer_norm(vector: FloatVector) -> FloatVector:
@@ -194,8 +297,8 @@ def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, 
     """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temperatures = {"accept": float(net.accept_temperature), "survivor": float(net.survivor_temperature)}
-    config = {**net.arguments, "format": FORMAT, "provenance": {**provenance, "temperatures": temperatures}}
+    fitted = {name: float(net.get_buffer(name)) for name in _CALIBRATED}
+    config = {**net.arguments, "format": FORMAT, "provenance": {**provenance, "calibration": fitted}}
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
         fresh, old = Path(scratch) / "new", Path(scratch) / "old"
         net.save_pretrained(fresh, config=config)

@@ -1,38 +1,28 @@
 """Planner: predictions and a latency table -> w, M and depth. Numpy only; design section 8.
 
-The reward of a committed layer is `1 - width_value * (1 - S(kept))`: a token, less the price of losing the beam that
-the final best hypothesis descends from; S(k) is the probability that it is one of the layer's k best. A layer that is
-reached is committed whether it passes or not; passing lets the next one be committed as well, and those below it be
-reached. What is maximised is the long-run reward per second, so time costs ρ, that very rate, tracked on line.
+The reward of a committed layer is `1 - width_value * L(k)`: a token, less the price of what is lost by keeping only its
+first k slots; L is in nats of the final best hypothesis, so that `width_value` is what a nat is worth in tokens. A
+layer that is reached is committed whether it passes or not; passing lets the next one be committed as well, and those
+below it be reached. What is maximised is the long-run reward per second, so time costs ρ, that very rate, tracked on
+line.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from decoding.config import DecodingConfig
+from decoding.pricing import Costs, iteration_seconds
 from decoding.sampling import FloatArray, IntArray
+from decoding.widths import LayerRecord
 
+_LEAST_REWARD = 0.05  # of an iteration, where ρ is concerned
 _TABLE = 512  # node counts whose seconds are looked up; larger forests count as this
-
-
-class Costs(Protocol):
-    """Seconds of one pass of each model over a number of nodes; `decoding.latency.LatencyTable` is one."""
-
-    def draft_seconds(self, nodes: float) -> float:
-        """Of the draft model."""
-        ...
-
-    def target_seconds(self, nodes: float) -> float:
-        """Of the target model."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -51,13 +41,17 @@ class UnitCosts:
         """Affine in the nodes."""
         return self.target_base + self.per_node * nodes
 
+    def host_seconds(self, layers: int) -> float:
+        """None."""
+        return 0.0
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of one layer."""
+    """What a network says of one layer before its drafts are drawn."""
 
     at_least: FloatArray  # [W + 1, W + 1] P(K_w >= M) at [w, M]
-    survivors: FloatArray  # [R + 1] S(M) = P(survivor rank <= M), S(0) = 0
+    loss: FloatArray  # [R + 1] L(k), expected loss of keeping the first k of R slots; never increasing, L(R) = 0
 
 
 @dataclass(frozen=True)
@@ -68,17 +62,6 @@ class Plan:
     target_width: int  # M
     passing: float  # P(K_w >= M)
     further: float = 1.0  # reward that a pass brings: of the next layer, and of those planned below it
-
-
-def iteration_seconds(costs: Costs, widths: Sequence[int], roots: int) -> float:
-    """Modelled seconds of an iteration: a draft pass per layer over the nodes above it, one target pass over all.
-
-    Args:
-        widths: draft widths of its layers.
-        roots: input beams.
-    """
-    above = [roots, *widths[:-1]] if widths else []
-    return sum(costs.draft_seconds(nodes) for nodes in above) + costs.target_seconds(roots + sum(widths))
 
 
 class Throughput:
@@ -103,8 +86,8 @@ class Throughput:
 
     @property
     def rate(self) -> float:
-        """ρ."""
-        return self.reward / self.seconds
+        """ρ; time costs something even where rewards are losses."""
+        return max(self.reward, _LEAST_REWARD) / self.seconds
 
     def update(self, reward: float, seconds: float) -> None:
         """An iteration ended."""
@@ -118,33 +101,41 @@ class Outlook:
 
     Args:
         passing: of layers that were never drafted.
-        memory: share of the old estimate that a new one leaves.
+        memory: layers after which a weight has fallen to 1/e.
     """
 
-    def __init__(self, passing: float = 0.6, memory: float = 0.9) -> None:
+    def __init__(self, passing: float = 0.6, memory: float = 50.0) -> None:
         self.earned = 1.0  # reward of a committed layer
+        self.left = 1.0  # share of what a pass brings that is left after what it loses
         self._passing: list[float] = []
-        self._start, self._keep = passing, memory
-
-    def copy(self) -> Outlook:
-        """One that learns by itself."""
-        fresh = copy.copy(self)
-        fresh._passing = [*self._passing]
-        return fresh
+        self._start, self._keep = passing, float(np.exp(-1.0 / memory))
+        self._passed, self._promised = passing, passing
 
     def passing(self, layer: int) -> float:
         """Probability that a layer, from 1, passes once it is reached."""
         return self._passing[layer - 1] if layer <= len(self._passing) else self._start
 
-    def saw(self, layer: int, passing: float) -> None:
-        """A layer was planned to pass with this probability."""
+    def corrected(self, passing: float) -> float:
+        """A predicted probability to pass, as experience corrects it: M may be set by more than was known then."""
+        return min(1.0, passing * self._passed / self._promised)
+
+    def saw(self, layer: int, passed: float, predicted: float | None = None) -> None:
+        """A layer was reached and passed, 1, or failed, 0."""
         while len(self._passing) < layer:
             self._passing.append(self._start)
-        self._passing[layer - 1] += (1 - self._keep) * (passing - self._passing[layer - 1])
+        keep = self._keep
+        self._passing[layer - 1] += (1 - keep) * (passed - self._passing[layer - 1])
+        if predicted is not None:
+            self._passed += (1 - keep) * (passed - self._passed)
+            self._promised += (1 - keep) * (predicted - self._promised)
 
     def hope(self, layer: int) -> None:
         """A layer was not drafted: think a little better of it, so that it is tried again."""
         self.saw(layer, 1.0)
+
+    def lost(self, share: float) -> None:
+        """A layer passed, and lost this share of what that brings."""
+        self.left += (1 - self._keep) * (max(0.0, 1.0 - share) - self.left)
 
     def was_paid(self, reward: float) -> None:
         """A committed layer earned this."""
@@ -156,16 +147,15 @@ class Planner:
 
     Args:
         costs: seconds of the passes.
-        width_value: price of losing the final best hypothesis's ancestor, in tokens; the quality / speed knob, >= 0.
-        survivors: what earns S: "kept", the beams that go on under the config's `surplus` and `refill` (with their
-            defaults even a small M keeps more), or "asked", the M that must be accepted.
+        width_value: price of a unit of loss, in tokens; the quality / speed knob, >= 0.
     """
 
-    def __init__(self, costs: Costs, width_value: float = 10.0, survivors: str = "kept") -> None:
-        self.costs, self.width_value, self.survivors = costs, width_value, survivors
+    def __init__(self, costs: Costs, width_value: float) -> None:
+        self.costs, self.width_value = costs, width_value
         nodes = range(_TABLE)
         self._draft = np.array([costs.draft_seconds(n) for n in nodes])
         self._target = np.array([costs.target_seconds(n) for n in nodes])
+        self._layer = costs.host_seconds(1) - costs.host_seconds(0)
 
     def widths(
         self,
@@ -193,9 +183,9 @@ class Planner:
         widths, asked, impossible = _choices(least, most, config.target_width)
         at_least = prediction.at_least[least : most + 1]  # [w, W + 1]
         passing = at_least[:, np.minimum(asked, at_least.shape[1] - 1)]  # [w, M]
-        earned = self.width_value * self._survivors(prediction, at_least, config)  # [w, M] or broadcast to it
+        lost = self.width_value * _expected_loss(prediction.loss, at_least, config)  # [w, M]
         seconds = self._scored(nodes, widths) + (self._draft[widths] - self._draft[1] if layer < deepest else 0.0)
-        gain = reach * (passing * outlook.earned + earned) - rate * seconds[:, None]
+        gain = reach * (passing * outlook.earned - lost) - rate * seconds[:, None]
         net, gained = self._below(outlook, rate, reach * passing, layer + 1, deepest, nodes + most, most)
         gain += net
         gain[impossible] = -np.inf
@@ -203,10 +193,41 @@ class Planner:
         w, m = int(widths[row]), int(asked[column])
         return Plan(w, m, float(prediction.at_least[w, m]), outlook.earned + float(gained[row, column]))
 
+    def draft_width(
+        self,
+        ask: Callable[[float], FloatArray],
+        config: DecodingConfig,
+        outlook: Outlook,
+        rate: float,
+        reach: float,
+        layer: int,
+        deepest: int,
+        nodes: int,
+        support: int,
+    ) -> Plan:
+        """The best w of a layer whose M will be set by the loss that a pass can bear; see `settles_alone`.
+
+        Args:
+            ask: for a bearable loss, per draft width from 1, the probability to pass and the share of what a pass
+                brings that is left after the loss; [W, 2].
+            others: as for `widths`.
+        """
+        least, most = config.min_width, max(config.min_width, min(config.draft_width, support))
+        widths = np.arange(least, most + 1)
+        likely = np.array([reach * outlook.passing(layer)])
+        further = outlook.earned + float(
+            self._below(outlook, rate, likely, layer + 1, deepest, nodes + most, most)[1][0]
+        )
+        passing, brought = ask(further / max(self.width_value, 1e-9))[least - 1 : most].T  # [w]
+        seconds = self._scored(nodes, widths) + (self._draft[widths] - self._draft[1] if layer < deepest else 0.0)
+        net, _ = self._below(outlook, rate, reach * passing, layer + 1, deepest, nodes + most, most)
+        best = int((reach * brought * outlook.earned - rate * seconds + net).argmax())
+        return Plan(int(widths[best]), least, float(passing[best]), further)
+
     def target_width(
         self,
-        prediction: Prediction,
-        at_least: FloatArray,
+        loss: FloatArray,
+        at_least: FloatArray | None,
         config: DecodingConfig,
         draft_width: int,
         further: float = 1.0,
@@ -214,22 +235,26 @@ class Planner:
         """The best M of a layer that is reached and whose draft width is settled.
 
         Args:
-            at_least: [w + 1] P(K_w >= M).
+            loss: [R + 1] L(k).
+            at_least: [w + 1] P(K_w >= M); None where `settles_alone` says that it does not matter.
             further: of its plan. Which layers were drafted below since then may not count (design 5.4).
         """
-        most = max(config.min_width, min(config.target_width, draft_width))
-        asked = np.arange(config.min_width, most + 1)
+        least, most = config.min_width, max(config.min_width, min(config.target_width, draft_width))
+        if at_least is None:  # a pass with k beams is welcome where what comes further outweighs what is lost
+            welcome = self.width_value * loss[least : most + 1] <= further
+            return least + int(welcome.argmax()) if welcome.any() else most
         row = np.zeros((1, config.target_width + 1 + draft_width))
         row[0, : len(at_least)] = at_least
-        worth = row[0, asked] * further
-        worth = worth + self.width_value * self._survivors(prediction, row, config)[0, : len(asked)]
-        return int(asked[int(worth.argmax())])
+        lost = self.width_value * _expected_loss(loss, row, config)[0, : most + 1 - least]
+        return least + int((row[0, least : most + 1] * further - lost).argmax())
 
-    def final_width(self, prediction: Prediction, config: DecodingConfig, rate: float) -> int:
-        """M of the layer that the target draws: survivors against carrying M beams into the next iteration."""
-        asked = np.arange(config.min_width, config.target_width + 1)
-        carry = self._target[asked] + (self._draft[asked] if config.draft_depth else 0.0)
-        return int(asked[int((self.width_value * prediction.survivors[asked] - rate * carry).argmax())])
+    def final_width(self, loss: FloatArray, config: DecodingConfig, rate: float) -> int:
+        """M of the layer that the target draws: what is lost against carrying M beams into the next iteration."""
+        least, end = config.min_width, config.target_width + 1
+        price = self.width_value * loss[least:end] + rate * self._target[least:end]
+        if config.draft_depth:
+            price += rate * self._draft[least:end]
+        return least + int(price.argmin())
 
     def worth_drafting(
         self,
@@ -272,10 +297,13 @@ class Planner:
         gained, spent, passed = 0.0, 0.0, 1.0
         for below in range(layer, deepest + 1):
             passed *= outlook.passing(below)
-            gained += passed * outlook.earned
+            gained += passed * outlook.left * outlook.earned
             above = width if parents is None or below > layer else parents
             spent += (
-                self._at(self._draft, above) + self._at(self._target, nodes + width) - self._at(self._target, nodes)
+                self._layer
+                + self._at(self._draft, above)
+                + self._at(self._target, nodes + width)
+                - self._at(self._target, nodes)
             )
             nodes += width
             net = reach * gained - rate * spent
@@ -291,14 +319,30 @@ class Planner:
     def _at(self, seconds: FloatArray, nodes: int) -> float:
         return float(seconds[min(nodes, _TABLE - 1)])
 
-    def _survivors(self, prediction: Prediction, at_least: FloatArray, config: DecodingConfig) -> FloatArray:
-        """S of the beams that M earns; [w, M] or broadcast to it, M from min_width to target_width."""
-        if self.survivors == "asked":
-            return prediction.survivors[None, config.min_width : config.target_width + 1]
-        kept = _kept(at_least.shape[1], config.min_width, config.target_width, config.surplus, config.refill)
-        counts = at_least.copy()  # [w, k] P(K_w = k)
-        counts[:, :-1] -= at_least[:, 1:]
-        return counts @ prediction.survivors[kept]
+
+def settles_alone(config: DecodingConfig) -> bool:
+    """Whether M can be set without knowing P(K_w >= M): all that is accepted goes on, or all slots are filled.
+
+    Then M only says with which counts a layer passes, and each count speaks for itself.
+    """
+    return config.surplus == "keep" and config.refill == "full"
+
+
+def kept_width(record: LayerRecord, config: DecodingConfig) -> int:
+    """Beams that a committed layer kept, finished ones included, as far as M and the coins tell."""
+    if record.draft_width == 0:
+        return record.target_width
+    if not record.passed:
+        return config.target_width if config.refill == "full" else record.target_width
+    return min(record.accepted, config.target_width) if config.surplus == "keep" else record.target_width
+
+
+def _expected_loss(loss: FloatArray, at_least: FloatArray, config: DecodingConfig) -> FloatArray:
+    """Mean of L over the beams that M keeps; [R + 1], [w, counts] -> [w, M], M from min_width to target_width."""
+    kept = _kept(at_least.shape[1], config.min_width, config.target_width, config.surplus, config.refill)
+    counts = at_least.copy()  # [w, k] P(K_w = k)
+    counts[:, :-1] -= at_least[:, 1:]
+    return counts @ loss[kept]
 
 
 @functools.lru_cache(64)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -14,19 +12,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from controller.counts import count_table, tails
-from controller.features import ContextFeatures, check_features, hidden_vectors
+from controller.features import ContextFeatures, FloatVector, check_features, hidden_vectors
 from controller.knob import choose_width_value
 from controller.network import HostNet, WidthNet, load_controller
-from controller.planner import Costs, Outlook, Plan, Planner, Prediction, Throughput, UnitCosts, iteration_seconds
+from controller.planner import (
+    Outlook,
+    Plan,
+    Planner,
+    Prediction,
+    Throughput,
+    UnitCosts,
+    kept_width,
+    settles_alone,
+)
 from decoding.acceptance import accept_probabilities, accepted_count_table, align
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.latency import LatencyTable
+from decoding.pricing import Costs, iteration_seconds
 from decoding.sampling import FloatArray
-from decoding.widths import DraftContext, IterationRecord, LayerRecord, RootContext, TargetContext, WidthPolicy
+from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
 
 MODES = ("before", "after", "both")
 CLOCKS = ("wall", "table")
+QUALITIES = ("regret", "survivors")
 # Settings that shape P and Q: a controller trained under others is used out of its element.
 _TRAINED_UNDER = ("mode", "temperature", "top_k", "top_p", "warp", "replacement", "surplus", "refill")
 
@@ -43,20 +52,22 @@ class LearnedWidth(WidthPolicy):
     """Widths and depth from a trained controller; the decoder forks it for each prompt.
 
     M is fixed from what is known before the layer's drafts are drawn ("before"), or from the layer's P and Q too
-    ("after" and "both"); never from the drafts or the coins (design 5.4).
+    ("after" and "both"); never from the drafts or the coins (design 5.4). What is learned on line, how long iterations
+    take and what they earn, outlives a prompt, so that widths depend on the prompts before.
 
     Args:
         net: in eval mode, on the CPU.
         provenance: what `load_controller` returned with it.
-        width_value: price, in tokens, of losing the beam that the final best descends from; 0 or more. Larger: wider,
-            better, slower.
-        mode: where P(K_w >= M) comes from when M is set: "before", the network; "after", the closed form of this
-            layer's P and Q (design 5.3); "both", their mean.
-        latency: seconds of the passes on this device: a `LatencyTable`, its dict, or the path of its JSON. None: unit
-            costs (a target pass 1, a draft pass a quarter), until `use_latency`.
-        clock: what an iteration took: "wall", or "table", which is modelled, so that equal seeds and an equal table
-            give equal widths. None: "wall" with a latency table and "table" without.
-        survivors: "kept" or "asked"; see `Planner`.
+        width_value: what a nat of the best hypothesis is worth, in tokens; 0 or more. Larger: wider, better, slower.
+        mode: what M is set by: "before", what the network says before the draw; "after", what it says with P in hand,
+            and P(K_w >= M) in its closed form (design 5.3); "both", the same with the mean of that and the network's.
+        latency: seconds, or joules, of the passes on this device: a `LatencyTable`, its dict, or the path of its JSON.
+            None: unit costs (a target pass 1, a draft pass a quarter), until `use_latency`.
+        clock: what an iteration took: "wall", or "table", which is modelled, so that equal prompts, seeds and tables
+            give equal widths. None: "wall" with a latency table in seconds, else "table".
+        quality: what a beam is worth: "regret", the nats that are lost without it; "survivors", the probability that
+            the best hypothesis is lost with it, in which case width_value is what losing it costs in tokens.
+        share: whether prompts learn together; False: each starts anew, and does not depend on others.
 
     Raises:
         UserError: an argument that is not allowed, or features other than this code's.
@@ -68,16 +79,18 @@ class LearnedWidth(WidthPolicy):
         self,
         net: WidthNet,
         provenance: dict[str, Any],
-        width_value: float = 10.0,
-        mode: str = "before",
+        width_value: float = 2.0,
+        mode: str = "after",
         latency: Costs | dict[str, Any] | str | Path | None = None,
         clock: str | None = None,
-        survivors: str = "kept",
+        quality: str = "regret",
+        share: bool = True,
     ) -> None:
-        _check_arguments(width_value, mode, clock, survivors)
+        _check_arguments(width_value, mode, clock, quality)
         self.features = ContextFeatures()
         trained = provenance.get("features", {})
-        check_features(trained.get("names", []), self.features.names, "The controller was trained with")
+        found = [*trained.get("names", []), *trained.get("target_names", [])]
+        check_features(found, self.features.names + self.features.target_names, "The controller was trained with")
         if trained.get("version") != self.features.version:
             raise UserError(
                 f"The controller was trained with version {trained.get('version')} of the features; this code computes "
@@ -85,7 +98,8 @@ class LearnedWidth(WidthPolicy):
             )
         self.net, self.provenance = net.eval(), provenance
         self._host = HostNet(net)
-        self.width_value, self.mode, self.clock, self.survivors = float(width_value), mode, clock, survivors
+        self.width_value, self.mode, self.clock = float(width_value), mode, clock
+        self.quality, self.share = quality, share
         self.needs_hidden = bool(net.sizes["draft_hidden"] or net.sizes["target_hidden"])
         self.use_latency(latency)
         self._checked: DecodingConfig | None = None
@@ -111,7 +125,7 @@ class LearnedWidth(WidthPolicy):
             results: a results.json of evaluate.py with this controller, or what it holds, to read `width_value` from.
             min_logprob_drop, target_tokens_per_second: what `width_value` should give; one of them where there are
                 results. See `choose_width_value`.
-            options: `width_value`, `mode`, `latency`, `clock`, `survivors`.
+            options: `width_value`, `mode`, `latency`, `clock`, `quality`, `share`.
 
         Raises:
             UserError: missing, not a controller, damaged, or trained for another pair or other features; a
@@ -143,10 +157,14 @@ class LearnedWidth(WidthPolicy):
     def use_latency(self, latency: Costs | dict[str, Any] | str | Path | None) -> LearnedWidth:
         """Plan with these seconds from now on; throughput is estimated afresh. Returns the policy."""
         costs = _costs(latency)
-        self._wall = (self.clock or ("table" if latency is None else "wall")) == "wall"
-        if self._wall and latency is None:
-            raise UserError("clock='wall' needs a latency table: unit costs are not seconds. Give latency=... too.")
-        self.planner = Planner(costs, self.width_value, self.survivors)
+        unit = None if latency is None else getattr(costs, "unit", "seconds")
+        self._wall = (self.clock or ("wall" if unit == "seconds" else "table")) == "wall"
+        if self._wall and unit != "seconds":
+            raise UserError(
+                f"clock='wall' needs a latency table in seconds, not {unit or 'unit costs'}; give another latency, or "
+                "clock='table'."
+            )
+        self.planner = Planner(costs, self.width_value)
         self.outlook = Outlook()
         self.throughput: Throughput | None = None
         return self
@@ -181,18 +199,18 @@ class LearnedWidth(WidthPolicy):
         self._checked = config
 
     def fork(self, seed: int) -> LearnedWidth:
-        """A policy for one prompt. By the wall clock all share what is known of throughput; by the table none does, so
-        that a prompt's widths do not depend on its neighbours."""
-        if self._wall and self.throughput is None and self._checked is not None:
+        """A policy for one prompt, which learns with the others or, without `share`, alone."""
+        if self.share and self.throughput is None and self._checked is not None:
             self.throughput = Throughput.expected(self.planner.costs, self._checked)
         forked = copy.copy(self)
-        if not self._wall:
+        if not self.share:
             forked.throughput = None
             forked.outlook = Outlook()
         return forked
 
     def reset(self, config: DecodingConfig) -> None:
         """A prompt starts."""
+        self._config = config
         self._rate(config)
         self._new_prompt()
 
@@ -220,32 +238,49 @@ class LearnedWidth(WidthPolicy):
         return plan.draft_width
 
     def target_width(self, context: TargetContext) -> int:
-        config, seen = context.draft.root.config, self._see(context.draft)
-        if context.draft_width == 0:
-            return self.planner.final_width(seen.prediction, config, self._rate(config))
+        config, layer, width = context.draft.root.config, context.draft.layer, context.draft_width
+        if width == 0:
+            loss = self._seen_loss[layer] = self._early_loss(context) if self.mode == "before" else self.late(context)
+            return self.planner.final_width(loss, config, self._rate(config))
+        seen = self._see(context.draft)
         assert seen.plan is not None
-        width = context.draft_width  # what was drawn: less than the plan where Q has no more support
+        loss = self._seen_loss[layer] = seen.prediction.loss if self.mode == "before" else self.late(context)
         if self.mode == "before" and width == seen.plan.draft_width:
-            return seen.plan.target_width
-        at_least = seen.prediction.at_least[width, : width + 1]
-        if self.mode != "before":
-            closed = _closed_form(context)
-            at_least = closed if self.mode == "after" else 0.5 * (at_least + closed)
-        return self.planner.target_width(seen.prediction, at_least, config, width, seen.plan.further)
+            return seen.plan.target_width  # less was drawn than planned where Q has no more support
+        at_least = None
+        if not settles_alone(config):
+            at_least = seen.prediction.at_least[width, : width + 1]
+            if self.mode != "before":
+                closed = _closed_form(context)
+                at_least = closed if self.mode == "after" else 0.5 * (at_least + closed)
+        return self.planner.target_width(loss, at_least, config, width, seen.plan.further)
 
     def observe(self, record: IterationRecord) -> None:
         """Learn from an iteration; only now, since what is shown of deeper layers may not move M (design 5.4)."""
-        seconds = record.seconds if self._wall else iteration_seconds(self.planner.costs, self._widths, self._roots)
-        earned = [1.0 - self.width_value * (1.0 - self._survival(layer)) for layer in record.layers]
         if self.throughput is not None:
-            self.throughput.update(sum(earned), seconds)
-        for reward in earned:
-            self.outlook.was_paid(reward)
-        for layer, plan in self._plans.items():
-            self.outlook.saw(layer, plan.passing)
+            seconds = record.seconds
+            if not self._wall:
+                seconds = iteration_seconds(self.planner.costs, self._widths, self._roots)
+            earned = 0.0
+            for layer in record.layers:
+                loss = self._seen_loss[layer.layer]
+                kept = min(kept_width(layer, self._config), len(loss) - 1)
+                reward = 1.0 - self.width_value * float(loss[kept])
+                self.outlook.was_paid(reward)
+                earned += reward
+            self.throughput.update(earned, seconds)
+        for layer in record.layers:
+            if layer.draft_width:
+                plan = self._plans[layer.layer]
+                self.outlook.saw(layer.layer, float(layer.passed), plan.passing)
+                if layer.passed:
+                    loss = self._seen_loss[layer.layer]
+                    lost = float(loss[min(kept_width(layer, self._config), len(loss) - 1)])
+                    self.outlook.lost(self.width_value * lost / max(plan.further, 1e-9))
         if not self._plans:
             self.outlook.hope(1)
         self._seen.clear()
+        self._seen_loss.clear()
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -253,7 +288,8 @@ class LearnedWidth(WidthPolicy):
             "width_value": self.width_value,
             "mode": self.mode,
             "clock": "wall" if self._wall else "table",
-            "survivors": self.survivors,
+            "quality": self.quality,
+            "share": self.share,
             "trained_for": self.provenance.get("pair", {}).get("fingerprint"),
             "git_sha": self.provenance.get("git_sha"),
         }
@@ -271,13 +307,28 @@ class LearnedWidth(WidthPolicy):
                         f"The controller expects {name} of size {sizes[name]}, the pair gives {len(vector)}: it was "
                         "trained for another pair. Train one with python train.py pair=..."
                     )
-        accept_logits, survivor_logits = self._host(self.features(context), *hidden)
+        accept_logits, *quality = self._host(self.features(context), *hidden)
         accept = 1.0 / (1.0 + np.exp(-np.maximum(accept_logits, -30).astype(np.float64)))  # [W, W]
-        ranks = survivor_logits.tolist()  # R of them: plain Python beats numpy
-        best = max(ranks)
-        summed = list(itertools.accumulate((math.exp(rank - best) for rank in ranks), initial=0.0))
-        survivors = np.array(summed) / summed[-1]
-        return Prediction(tails(count_table(accept)), survivors)
+        return Prediction(tails(count_table(accept)), self._loss(*quality))
+
+    def late(self, context: TargetContext) -> FloatArray:
+        """L(k) of a layer whose P is known; [R + 1]."""
+        return self._loss(*self._host.late(self.features.of_target(context)))
+
+    def _early_loss(self, context: TargetContext) -> FloatArray:
+        return self.predict(context.draft).loss
+
+    def _loss(self, survivor_logits: FloatVector, log_steps: FloatVector) -> FloatArray:
+        """L(0) = L(1), ..., L(R) = 0 from the outputs of a quality head; [R + 1]."""
+        loss = np.zeros(len(survivor_logits) + 1)
+        if self.quality == "regret":
+            np.cumsum(np.exp(log_steps)[::-1], out=loss[-2:0:-1])
+        else:
+            shares = np.exp(survivor_logits - survivor_logits.max())
+            np.cumsum(shares[:0:-1], out=loss[-2:0:-1])
+            loss /= shares.sum()
+        loss[0] = loss[1]
+        return loss
 
     def _see(self, context: DraftContext) -> _Seen:
         """The prediction and plan of a layer, made once."""
@@ -290,8 +341,10 @@ class LearnedWidth(WidthPolicy):
 
     def _plan(self, context: DraftContext, prediction: Prediction) -> Plan:
         config, root, layer = context.root.config, context.root, context.layer
-        plan = self.planner.widths(
-            prediction,
+        late = self.mode != "before" and self.quality == "regret" and settles_alone(config)
+        decide: Any = self.planner.draft_width if late else self.planner.widths
+        plan: Plan = decide(
+            self._host.passing if late else prediction,
             config,
             self.outlook,
             self._rate(config),
@@ -304,17 +357,10 @@ class LearnedWidth(WidthPolicy):
         self._plans[layer] = plan
         return plan
 
-    def _survival(self, record: LayerRecord) -> float:
-        """Probability that the final best hypothesis descends from the beams that a committed layer kept."""
-        seen = self._seen.get(record.layer)
-        if seen is None:
-            return 1.0
-        kept = max(record.target_width, record.accepted) if self.survivors == "kept" else record.target_width
-        return float(seen.prediction.survivors[min(kept, len(seen.prediction.survivors) - 1)])
-
     def _reach(self, layer: int) -> float:
         """Probability that all layers above pass."""
-        return math.prod(plan.passing for above, plan in self._plans.items() if above < layer)
+        corrected = self.outlook.corrected
+        return math.prod(corrected(plan.passing) for above, plan in self._plans.items() if above < layer)
 
     def _rate(self, config: DecodingConfig) -> float:
         if self.throughput is None:
@@ -323,6 +369,7 @@ class LearnedWidth(WidthPolicy):
 
     def _new_prompt(self) -> None:
         self._seen: dict[int, _Seen] = {}
+        self._seen_loss: dict[int, FloatArray] = {}  # L that M of a layer was set by
         self._plans: dict[int, Plan] = {}  # of this iteration's drafted layers
         self._widths = []  # drafted in this iteration
         self._roots = 1
@@ -350,21 +397,16 @@ def _closed_form(context: TargetContext) -> FloatArray:
 def _costs(latency: Costs | dict[str, Any] | str | Path | None) -> Costs:
     if latency is None:
         return UnitCosts()
-    try:
-        if isinstance(latency, str | Path):
-            return LatencyTable.from_dict(json.loads(Path(latency).read_text()))
-        return LatencyTable.from_dict(latency) if isinstance(latency, dict) else latency
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"The latency table cannot be read ({error}); give a LatencyTable, its to_dict(), or a JSON file of that."
-        ) from error
+    if isinstance(latency, str | Path):
+        return LatencyTable.load(latency)
+    return LatencyTable.from_dict(latency) if isinstance(latency, dict) else latency
 
 
-def _check_arguments(width_value: Any, mode: str, clock: str | None, survivors: str) -> None:
+def _check_arguments(width_value: Any, mode: str, clock: str | None, quality: str) -> None:
     number = isinstance(width_value, int | float) and not isinstance(width_value, bool)
     if not number or not 0 <= width_value < math.inf:
         raise UserError(f"width_value is {width_value!r}; give a number of 0 or more (0: speed alone).")
-    choices = (("mode", mode, MODES), ("clock", clock, (None, *CLOCKS)), ("survivors", survivors, ("asked", "kept")))
+    choices = (("mode", mode, MODES), ("clock", clock, (None, *CLOCKS)), ("quality", quality, QUALITIES))
     for name, value, allowed in choices:
         if value not in allowed:
             raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")

@@ -17,32 +17,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
+from decoding.pricing import Costs, iteration_seconds
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
 
 _DEPTHS = 4  # that the default arms have at most, besides 0
 _SPIKE = 4.0  # times an arm's fastest iteration
-
-
-class IterationCosts(Protocol):
-    """Modelled seconds of what an iteration consists of."""
-
-    def draft_seconds(self, nodes: float) -> float:
-        """Of a draft pass over so many nodes."""
-        ...
-
-    def target_seconds(self, nodes: float) -> float:
-        """Of a target pass over so many nodes."""
-        ...
-
-    def host_seconds(self, layers: int) -> float:
-        """Of all else in an iteration that drafted so many layers."""
-        ...
 
 
 class Arm(NamedTuple):
@@ -83,7 +68,7 @@ class BanditWidth(WidthPolicy):
         arms: Sequence[Sequence[int]] | None = None,
         exploration: float = 0.2,
         memory: float | None = 1000.0,
-        latency: IterationCosts | None = None,
+        latency: Costs | None = None,
         share: bool = True,
     ) -> None:
         _check_arguments(target_width, exploration, memory, latency)
@@ -176,18 +161,6 @@ class BanditWidth(WidthPolicy):
             "clock": "wall" if self.latency is None else "table",
             "share": self.share,
         }
-
-
-def iteration_seconds(costs: IterationCosts, widths: Sequence[int], roots: int) -> float:
-    """Modelled seconds of an iteration: a draft pass per layer over the nodes above it, one target pass over all.
-
-    Args:
-        widths: drafts of each layer that was drafted.
-        roots: input beams.
-    """
-    above = [roots, *widths[:-1]] if widths else []
-    passes = sum(costs.draft_seconds(nodes) for nodes in above) + costs.target_seconds(roots + sum(widths))
-    return passes + costs.host_seconds(len(widths))
 
 
 class _Sums:

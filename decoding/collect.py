@@ -77,7 +77,11 @@ def _describe(cfg: DictConfig, pair: ModelPair, features: Any) -> dict[str, Any]
         "decoding": to_plain(cfg.decoding),
         "policy": to_plain(cfg.policy),
         "task": to_plain(cfg.data),
-        "features": {"version": features.version, "names": list(features.names)},
+        "features": {
+            "version": features.version,
+            "names": list(features.names),
+            "target_names": list(features.target_names),
+        },
         "train_prompts": cfg.collect.train_prompts,
         "val_prompts": cfg.collect.val_prompts,
         "seed": cfg.seed,

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoding.bandit import IterationCosts, iteration_seconds
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder, Prompts, as_token_lists
 from decoding.errors import UserError
 from decoding.forest import TokenForest
 from decoding.pair import ModelPair, end_tokens
+from decoding.pricing import Costs, iteration_seconds
 from decoding.results import DecodeResult, DecodeStats, LayerEvent
 from decoding.sampling import Dice, IntArray
 from decoding.widths import TargetContext, WidthPolicy
@@ -166,7 +166,7 @@ def _heaviest(weights: np.ndarray, count: int) -> IntArray:
 # ----------------------------------------------------------------------------------- seconds, with hindsight
 
 
-def modelled_seconds(stats: DecodeStats, costs: IterationCosts) -> float:
+def modelled_seconds(stats: DecodeStats, costs: Costs) -> float:
     """Seconds that a table gives a decoding: what each iteration drafted, scored and did beside; the prompt is free.
 
     Raises:
@@ -178,7 +178,7 @@ def modelled_seconds(stats: DecodeStats, costs: IterationCosts) -> float:
     )
 
 
-def hindsight_seconds(stats: DecodeStats, config: DecodingConfig, costs: IterationCosts) -> float:
+def hindsight_seconds(stats: DecodeStats, config: DecodingConfig, costs: Costs) -> float:
     """NOT ACHIEVABLE: `modelled_seconds` of a decoding if no layer that failed had been drafted, nor any below it.
 
     The text would be as good: what a failed layer is refilled with is distributed as a layer that the target draws.

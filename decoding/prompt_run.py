@@ -102,6 +102,7 @@ class PromptRun:
         self.beams = [Beam(0, 0.0)]
         self.pool: list[Hypothesis] = []  # ended on EOS, best first
         self.touched: list[int] = []  # nodes made or used in this iteration
+        self._drawn: list[int] = []  # nodes of the last layer, in the order of its slots
         self._stopped: set[int] = set()  # nodes that a stopping criterion ended
         self._told = 0  # tokens that the listener knows
         self.history: tuple[LayerRecord, ...] = ()
@@ -238,7 +239,8 @@ class PromptRun:
         for layer in layers:
             with self.clock.phase("verify"):
                 target = self._joint(self.target, self.beams, "target")
-            context = TargetContext(layer.context, target, len(layer.picks), tuple(records))
+            weights = np.array([beam.weight for beam in self.beams])
+            context = TargetContext(layer.context, target, len(layer.picks), tuple(records), weights)
             records.append(self._commit_drafted(context, target, layer))
             if self.done or not records[-1].passed:
                 return records
@@ -278,7 +280,7 @@ class PromptRun:
             )
             kept = self._commit(slots)
         record = LayerRecord(context.draft.layer, context.draft_width, width, verdict.accepted, verdict.passed)
-        self._log(LayerEvent(context, record, verdict, kept))
+        self._log(LayerEvent(context, record, verdict, kept, self._drawn))
         return record
 
     def _commit_drawn(self, context: TargetContext, target: Joint | DenseJoint) -> LayerRecord:
@@ -288,7 +290,7 @@ class PromptRun:
             picks = draw_entries(target, width, self.config.replacement, self.dice)
             kept = self._commit(target.entries(list(dict.fromkeys(picks.tolist()))))
         record = LayerRecord(context.draft.layer, 0, width, 0, True)
-        self._log(LayerEvent(context, record, None, kept))
+        self._log(LayerEvent(context, record, None, kept, self._drawn))
         return record
 
     def _log(self, event: LayerEvent) -> None:
@@ -306,7 +308,9 @@ class PromptRun:
         Returns:
             All children as (node, weight), best first.
         """
-        beams = _best_first(Beam(self.forest.child(parent, token), weight) for parent, token, weight in children)
+        drawn = [Beam(self.forest.child(parent, token), weight) for parent, token, weight in children]
+        self._drawn = [beam.node for beam in drawn]
+        beams = _best_first(drawn)
         self.touched += [beam.node for beam in beams]
         self._mark_stopped([beam.node for beam in beams])
         self.beams = [beam for beam in beams if not self._ended(beam.node)]

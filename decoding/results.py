@@ -86,3 +86,4 @@ class LayerEvent:
     record: LayerRecord
     verdict: LayerVerdict | None  # None at a layer drawn from the target
     kept: list[tuple[int, float]]  # nodes with weights, best first, finished ones included
+    slots: list[int] = field(default_factory=list)  # the same nodes in the order in which they were drawn

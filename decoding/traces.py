@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +21,9 @@ from decoding.files import write_whole
 from decoding.forest import TokenForest
 from decoding.results import LayerEvent
 from decoding.sampling import Dice
-from decoding.widths import DraftContext
+from decoding.widths import DraftContext, TargetContext
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 TRACE_FEATURES = Features(
@@ -40,12 +40,15 @@ TRACE_FEATURES = Features(
         "accepted": Value("int32"),
         "passed": Value("bool"),
         "features": List(Value("float32")),  # [F], named in the manifest
+        "target_features": List(Value("float32")),  # [G], named in the manifest: what is known once P is
         "draft_hidden": List(Value("float32")),  # [H_q], mean over the layer's parents
         "target_hidden": List(Value("float32")),  # [H_p], at the root
         "accept_bits": List(Value("bool")),  # [w], continued in shadow past M
         "accept_probs": List(Value("float32")),  # [w], Σ min(R, Q_i) given the layer's history before draft i
         "count_probs": List(Value("float32")),  # [w + 1], P(K_w = k) with replacement, from P and Q
         "survivor_rank": Value("int32"),  # 1..kept_width; 0 where the best hypothesis had ended before
+        "survivor_slot": Value("int32"),  # the same beam's place in the order of draws, from 1; 0 as above
+        "slot_deficits": List(Value("float32")),  # [kept_width], in the order of draws; see `deficits`
         "iteration_seconds": Value("float32"),
         "draft_seconds": Value("float32"),  # these four: of the whole iteration
         "target_seconds": Value("float32"),
@@ -60,10 +63,15 @@ class ContextFeatures(Protocol):
     """What turns a context into the features of a row; the controller's own when logging for it."""
 
     names: list[str]
+    target_names: list[str]
     version: int
 
     def __call__(self, context: DraftContext) -> np.ndarray:
         """Features of a layer before its drafts are drawn, [F] float32."""
+        ...
+
+    def of_target(self, context: TargetContext) -> np.ndarray:
+        """Features of a layer once its P is known, [G] float32."""
         ...
 
 
@@ -76,14 +84,13 @@ class TraceRecorder:
         shadow_seed: seed of the coins that judge the drafts a decoder no longer needs.
     """
 
-    def __init__(
-        self, features: Callable[[DraftContext], np.ndarray], hidden_sizes: tuple[int, int], shadow_seed: int
-    ) -> None:
+    def __init__(self, features: ContextFeatures, hidden_sizes: tuple[int, int], shadow_seed: int) -> None:
         self.shadow: Dice | None = Dice(torch.Generator().manual_seed(shadow_seed))
         self._features = features
         self._hidden_sizes = hidden_sizes
         self.rows: list[dict[str, Any]] = []
-        self._open: list[tuple[dict[str, Any], list[int]]] = []  # this prompt's rows with their kept nodes
+        self._open: list[tuple[dict[str, Any], LayerEvent]] = []  # this prompt's rows, with what they are made of
+        self._forest = TokenForest()
         self._iteration_start = 0
         self._prompt_id, self._split = "", ""
 
@@ -95,7 +102,8 @@ class TraceRecorder:
     def drafted(
         self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
     ) -> None:
-        """Nothing to log: rows are made of what is judged."""
+        """Rows are made of what is judged; only the forest is kept."""
+        self._forest = forest
 
     def layer(self, event: LayerEvent) -> None:
         """Add a row; its seconds and survivor rank come later."""
@@ -114,6 +122,7 @@ class TraceRecorder:
             "accepted": record.accepted,
             "passed": record.passed,
             "features": self._features(context),
+            "target_features": self._features.of_target(event.context),
             "draft_hidden": _or_zeros(context.draft_hidden, draft_size),
             "target_hidden": _or_zeros(context.root.target_hidden, target_size),
             "accept_bits": [],
@@ -126,7 +135,7 @@ class TraceRecorder:
             row["accept_bits"] = event.verdict.bits
             row["accept_probs"] = event.verdict.probabilities
             row["count_probs"] = accepted_count_table(accept)[-1]
-        self._open.append((row, [node for node, _ in event.kept]))
+        self._open.append((row, event))
 
     def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
         """Fill in what is known when an iteration ends."""
@@ -137,10 +146,14 @@ class TraceRecorder:
         self._iteration_start = len(self._open)
 
     def end(self, best_path: list[int]) -> None:
-        """Fill in survivor ranks: row d committed the tokens at depth d."""
-        for depth, (row, kept) in enumerate(self._open):
+        """Fill in what became of the beams: row d committed the tokens at depth d."""
+        behind = deficits([event.kept for _, event in self._open], self._forest.parents, best_path)
+        for depth, (row, event) in enumerate(self._open):
             node = best_path[depth] if depth < len(best_path) else None
-            row["survivor_rank"] = kept.index(node) + 1 if node in kept else 0
+            ranked = [kept for kept, _ in event.kept]
+            row["survivor_rank"] = ranked.index(node) + 1 if node in ranked else 0
+            row["survivor_slot"] = event.slots.index(node) + 1 if node in event.slots else 0
+            row["slot_deficits"] = [behind[depth][slot] for slot in event.slots]
             self.rows.append(row)
         self._open = []
 
@@ -148,6 +161,37 @@ class TraceRecorder:
         """Hand over the finished rows."""
         rows, self.rows = self.rows, []
         return rows
+
+
+def deficits(
+    layers: Sequence[Sequence[tuple[int, float]]], parents: Sequence[int], best_path: Sequence[int]
+) -> list[dict[int, float]]:
+    """How far behind the best each beam's line was when it ended, in nats.
+
+    A beam's line are its descendants. At the last layer that holds one of them, its deficit is the weight of that
+    layer's best beam less that of its heaviest descendant; beams of the best hypothesis have none. What would have been
+    lost with the others, if only some had been kept, is the least deficit among these.
+
+    Args:
+        layers: each layer's beams as (node, weight).
+        parents: of every node.
+        best_path: nodes of the best hypothesis, by layer.
+
+    Returns:
+        [layers] of {node: deficit}, 0 or more.
+    """
+    found: list[dict[int, float]] = [{} for _ in layers]
+    for last in reversed(range(len(layers))):
+        best = max(weight for _, weight in layers[last])
+        for node, weight in sorted(layers[last], key=lambda beam: -beam[1]):
+            for depth in range(last, -1, -1):  # up to the ancestors of a heavier or longer line
+                if node in found[depth]:
+                    break
+                found[depth][node] = best - weight
+                node = parents[node]
+    for of_layer, node in zip(found, best_path, strict=False):
+        of_layer[node] = 0.0
+    return found
 
 
 def write_shard(directory: Path, name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class TargetContext:
     target: Distribution  # P
     draft_width: int  # w, decided before the draw; 0 at the layer that ends an iteration
     committed: tuple[LayerRecord, ...] = ()  # layers of this iteration above this one
+    weights: FloatArray | None = None  # [B] of the beams that P continues, best first; None: those of the draft context
 
 
 @dataclass(frozen=True)

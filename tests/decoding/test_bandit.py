@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from decoding import BanditWidth, DecodingConfig, DSBDDecoder, FixedWidth, UserError
-from decoding.bandit import Arm, iteration_seconds
+from decoding.bandit import Arm
+from decoding.pricing import iteration_seconds
 from decoding.widths import IterationRecord, LayerRecord, RootContext
 from tests.decoding.stubs import random_pair
 from tests.decoding.test_widths import FLAT, context
