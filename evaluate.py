@@ -18,16 +18,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from controller import LearnedWidth
+from controller.compare import undominated
 from controller.network import load_controller
-from controller.report import SCHEMA_VERSION, calibration_curves, console_table, summarise, write_report
+from controller.report import (
+    SCHEMA_VERSION,
+    calibration_curves,
+    compare_rows,
+    comparison_lines,
+    console_table,
+    summarise,
+    tuning_lines,
+    write_report,
+)
 from controller.tracking import log_evaluation, tracked
 from decoding import DecodingConfig, ModelPair, UserError, WidthPolicy
 from decoding.baselines import METHODS, Generate, Method, Settings, policy_method
+from decoding.costs import cost_table
 from decoding.entry import entry_point
 from decoding.latency import LatencyTable
 from decoding.measure import Measurement, Row, make_rows, run_rows, score
+from decoding.oracles import modelled_seconds
 from decoding.provenance import provenance, to_plain
 from decoding.tasks.base import Prompt, Task
+
+# Learned widths that plan for the device of `latency`, and for that of `latency@also`.
+LEARNED_AXES = dict.fromkeys(("learned", "learned_also"), Method(lambda *_: NotImplemented, ("width_value",)))
 
 
 @entry_point("evaluate", renames={"controller": "controller_path"})
@@ -37,15 +52,25 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         What results.json holds.
     """
-    methods = {**METHODS, "learned": learned_method(cfg.controller_path, cfg.learned)}
-    rows = make_rows(chosen_policies(cfg), methods, instantiate(cfg.decoding), to_plain(cfg.grid))
+    methods = dict(METHODS)
+    chosen, grid, config = chosen_policies(cfg), to_plain(cfg.grid), instantiate(cfg.decoding)
+    rows = make_rows(
+        chosen, methods | LEARNED_AXES, config, grid, cfg.references
+    )  # refuses what cannot be, before anything is loaded
     trained = load_controller(cfg.controller_path)[1] if cfg.controller_path is not None else {}
     task: Task = instantiate(cfg.data)
     pair: ModelPair = instantiate(cfg.pair)
-    calls = [methods[row.method](pair, row.config, row.settings) for row in rows]
+    costs = cost_tables(cfg, pair)
+    for name, table in zip(LEARNED_AXES, costs.values(), strict=False):
+        methods[name] = learned_method(cfg.controller_path, cfg.learned, table)
     prompts, warmup = read_prompts(cfg, task, pair)
+    tuned = tune(cfg, methods, pair, task, costs["modelled"]) if cfg.tune.grids and costs else None
+    rows += tuned.pop("rows") if tuned is not None else []
+    calls = [methods[row.method](pair, row.config, row.settings) for row in rows]
     with tracked(cfg) as run:
         rows, measured, failed = decode_and_score(rows, calls, prompts, warmup, pair, task, cfg.seed, cfg.batch_size)
+        by: dict[str, tuple[LatencyTable | None, str]] = {"clock": (None, "learned")}
+        by |= {name: (table, learned) for (name, table), learned in zip(costs.items(), LEARNED_AXES, strict=False)}
         results: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "provenance": {
@@ -53,17 +78,25 @@ def main(cfg: DictConfig) -> dict[str, Any]:
                 "pair": pair.describe(),
                 "task": {**task.describe(), "split": cfg.prompts.split, "prompts": len(prompts)},
                 "controller": cfg.controller_path,
-                "latency": LatencyTable.measure(pair).to_dict() if uses_measured_latency(cfg, rows) else None,
+                "latency": costs["modelled"].to_dict() if "modelled" in costs else None,
+                "also": costs["also"].to_dict() if "also" in costs else None,
                 "config": to_plain(cfg),
             },
             "failed": failed,
-            "rows": summarise(rows, measured, cfg.bootstrap, cfg.seed),
+            "tuned": tuned,
+            "comparisons": {
+                name: compare_rows(rows, measured, cfg.bootstrap, cfg.seed, table, learned)
+                for name, (table, learned) in by.items()
+            },
+            "rows": summarise(rows, measured, cfg.bootstrap, cfg.seed, costs),
         }
         files = write_report(Path(cfg.output_dir), results, calibration_curves(trained))
         log_evaluation(run, results, files)
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     console.print(console_table(results["rows"]))
+    for line in comparison_lines(results):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for name, sentence in failed.items():
         console.print(f"{name} failed: {sentence}", highlight=False, soft_wrap=True)
     console.print(
@@ -72,28 +105,81 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     return results
 
 
-def learned_method(path: str | None, options: Mapping[str, Any]) -> Method:
-    """DSBDDecoder with the controller saved at `path`; `options` of LearnedWidth, its latency measured if not given."""
+def learned_method(path: str | None, options: Mapping[str, Any], costs: LatencyTable) -> Method:
+    """DSBDDecoder with the controller saved at `path`, planning with a table; `options` of LearnedWidth."""
 
     def make(pair: ModelPair, config: DecodingConfig, settings: Settings) -> WidthPolicy:
         assert path is not None  # chosen_policies refuses
-        latency = options.get("latency") or LatencyTable.measure(pair)
-        return LearnedWidth.load(path, pair=pair, **{**options, "latency": latency}, **settings)
+        clock = options.get("clock") or ("table" if costs.measured is None else None)
+        given = {key: value for key, value in options.items() if key != "objective"}
+        given |= {"latency": costs, "clock": clock, **settings}
+        if settings:  # a row's own value beside what would choose one
+            given |= dict.fromkeys(("results", "min_logprob_drop", "target_tokens_per_second"))
+        return LearnedWidth.load(path, pair=pair, **given)
 
     return policy_method(make, ("width_value",))
 
 
-def uses_measured_latency(cfg: DictConfig, rows: Sequence[Row]) -> bool:
-    """Whether learned rows plan with a latency table of this run."""
-    return cfg.learned.latency is None and any(row.method == "learned" for row in rows)
+def cost_tables(cfg: DictConfig, pair: ModelPair) -> dict[str, LatencyTable]:
+    """What passes cost here ("modelled") and, where the config names a second device, there ("also").
+
+    Without a draft there is nothing to plan, and none.
+    """
+    if pair.draft is None:
+        return {}
+    tables = {"modelled": cost_table(pair, instantiate(cfg.latency), cfg.learned.objective)}
+    return tables | ({"also": cost_table(pair, instantiate(cfg.also))} if cfg.get("also") else {})
+
+
+def tune(
+    cfg: DictConfig, methods: Mapping[str, Method], pair: ModelPair, task: Task, table: LatencyTable
+) -> dict[str, Any]:
+    """Hand-set settings worth measuring: those of `tune.grids` that are undominated on other prompts.
+
+    Returns:
+        split, prompts, grid (name, speed by the table of `latency`, log_prob, kept), and rows: the kept ones.
+    """
+    about, config, rows = cfg.tune, instantiate(cfg.decoding), []
+    for grid in to_plain(about.grids):
+        rows += make_rows(grid.pop("policies"), methods, config, grid, references=())
+    prompts = task.prompts(about.split, about.prompts, pair.tokenizer)
+    columns = (TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    points = []
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("", total=len(rows))
+        for row in rows:
+            call = methods[row.method](pair, row.config, row.settings)
+            (found,) = run_rows([row], [call], prompts, [], cfg.seed, pair.device, batch_size=about.batch_size)
+            for measurement, prompt in zip(found, prompts, strict=True):
+                score(measurement, prompt, pair, task)
+            seconds = sum(modelled_seconds(m.stats, table) for m in found)
+            log_prob = sum(m.log_prob for m in found) / sum(len(m.tokens) for m in found)
+            points.append((sum(m.stats.new_tokens for m in found) / seconds, log_prob))
+            progress.advance(bar)
+    kept = set()
+    for name in dict.fromkeys(row.method for row in rows):
+        members = [i for i, row in enumerate(rows) if row.method == name]
+        kept |= {members[j] for j in undominated([points[i] for i in members], about.keep)}
+    grid = [
+        {"name": row.name, "speed": speed, "log_prob": log_prob, "kept": i in kept}
+        for i, (row, (speed, log_prob)) in enumerate(zip(rows, points, strict=True))
+    ]
+    console = Console(stderr=True)
+    console.print(f"Hand-set settings on {len(prompts)} prompts of split {about.split}, tokens/s by the table:")
+    for line in tuning_lines({"grid": grid}):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    chosen = [rows[i] for i in sorted(kept)]
+    return {"split": about.split, "prompts": len(prompts), "grid": grid, "rows": chosen}
 
 
 def chosen_policies(cfg: DictConfig) -> list[str]:
     """The rows' methods by name, in the order of the table."""
     has_controller = cfg.controller_path is not None
-    if cfg.policies is None:
-        return ["speculative", "fixed", "threshold"] + ["learned"] * has_controller
-    names = [cfg.policies] if isinstance(cfg.policies, str) else list(cfg.policies)
+    names = ["speculative", "fixed", "threshold"] + ["learned"] * has_controller
+    if cfg.policies is not None:
+        names = [cfg.policies] if isinstance(cfg.policies, str) else list(cfg.policies)
+    if "learned" in names and cfg.get("also"):
+        names.append("learned_also")
     if "learned" in names and not has_controller:
         raise UserError(
             "policies holds 'learned', which needs a trained controller: give controller=<directory>, as printed at "

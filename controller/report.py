@@ -19,12 +19,17 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
+from controller.compare import OURS, comparisons
+from decoding.config import DecodingConfig
 from decoding.files import json_bytes, write_whole
 from decoding.measure import REFERENCE_METHODS, Measurement, Row
+from decoding.oracles import hindsight_seconds, modelled_seconds
+from decoding.pricing import Costs
 
 SCHEMA_VERSION = 1
 PHASES = ("prompt", "draft", "target", "verify", "policy", "other")
 FRONTIER, CALIBRATION, TABLE, RESULTS = "frontier.png", "calibration.png", "results.md", "results.json"
+FRONTIER_ALSO = "frontier_also.png"
 
 FloatArray = NDArray[np.float64]
 Share = tuple[float, float]  # numerator and denominator of a prompt; a summary is the ratio of their sums
@@ -46,6 +51,7 @@ _RATIOS: dict[str, Callable[[Measurement], Share]] = {
     "block_efficiency": lambda m: (m.stats.new_tokens, m.stats.iterations),
     "log_prob": lambda m: (m.log_prob, len(m.tokens)),
     "target_width": lambda m: (sum(m.stats.target_widths), len(m.stats.target_widths)),
+    "depth": lambda m: (sum(map(len, m.stats.forests)), len(m.stats.forests)),
     "draft_width": lambda m: (sum(m.stats.draft_widths), sum(w > 0 for w in m.stats.draft_widths)),
     "accepted_share": lambda m: (sum(m.stats.accepted), sum(m.stats.draft_widths)),
     "target_calls": lambda m: (m.stats.target_calls, 1),
@@ -57,14 +63,32 @@ _RATIOS: dict[str, Callable[[Measurement], Share]] = {
 }
 
 
+def _modelled(costs: Costs, config: DecodingConfig | None) -> Callable[[Measurement], Share]:
+    """Tokens against modelled seconds, the policy's own measured ones included; with a config, in hindsight."""
+
+    def share(m: Measurement) -> Share:
+        if not m.stats.forests:
+            return 0.0, 0.0  # not of this engine
+        if config is None:
+            return m.stats.new_tokens, modelled_seconds(m.stats, costs) + m.stats.seconds["policy"]
+        return m.stats.new_tokens, hindsight_seconds(m.stats, config, costs)
+
+    return share
+
+
 def summarise(
-    rows: Sequence[Row], measured: Sequence[Sequence[Measurement]], resamples: int = 1000, seed: int = 0
+    rows: Sequence[Row],
+    measured: Sequence[Sequence[Measurement]],
+    resamples: int = 1000,
+    seed: int = 0,
+    costs: Mapping[str, Costs] | None = None,
 ) -> list[dict[str, Any]]:
     """One JSON-able dict per row: name, settings, summary, histograms, and every prompt's measurement.
 
     Args:
         rows, measured: from decoding.measure; the same prompts in the same order in every row.
         resamples: of the bootstrap over prompts; the same for all rows, so that ratios of two rows are paired.
+        costs: tables by name; each adds `<name>_tokens_per_second` and `<name>_hindsight`, modelled.
 
     Returns:
         [{"name", "method", "settings", "config", "summary": {metric: {"value", "low", "high"}}, "counts", "prompts"}];
@@ -76,7 +100,44 @@ def summarise(
     for row, prompts in zip(rows, measured, strict=True):
         if row.method in REFERENCE_METHODS:
             speeds[row.method, row.config.target_width] = _ratio(prompts, _RATIOS["tokens_per_second"], draws)
-    return [_summary(row, prompts, draws, speeds) for row, prompts in zip(rows, measured, strict=True)]
+    return [_summary(row, prompts, draws, speeds, costs or {}) for row, prompts in zip(rows, measured, strict=True)]
+
+
+def compare_rows(
+    rows: Sequence[Row],
+    measured: Sequence[Sequence[Measurement]],
+    resamples: int,
+    seed: int,
+    costs: Costs | None,
+    ours: str = OURS,
+) -> list[dict[str, Any]]:
+    """`controller.compare.comparisons` of the learned rows at the qualities of this engine's beam sampling.
+
+    Args:
+        rows, measured, resamples, seed: as for `summarise`.
+        costs: compare speeds by this table; None: by the clock.
+        ours: method of the rows that are compared.
+    """
+    count = len(measured[0])
+    draws = np.random.default_rng(seed).integers(count, size=(resamples, count))  # [B, N]
+    ours_alone = [i for i, row in enumerate(rows) if costs is None or measured[i][0].stats.forests]
+    rows, measured = [rows[i] for i in ours_alone], [measured[i] for i in ours_alone]
+
+    def values(ratio: Callable[[Row], Callable[[Measurement], Share]]) -> tuple[FloatArray, FloatArray]:
+        found = [_ratio(m, ratio(row), draws) for row, m in zip(rows, measured, strict=True)]
+        return np.array([value for value, _ in found]), np.array([drawn for _, drawn in found])
+
+    speed = _RATIOS["tokens_per_second"] if costs is None else _modelled(costs, None)
+    references = {row.name: i for i, row in enumerate(rows) if row.method == "beam_sample"}
+    hindsight = None if costs is None else values(lambda row: _modelled(costs, row.config))[0]
+    return comparisons(
+        [row.method for row in rows],
+        references,
+        values(lambda row: speed),
+        values(lambda row: _RATIOS["log_prob"]),
+        hindsight,
+        ours,
+    )
 
 
 def _summary(
@@ -84,8 +145,12 @@ def _summary(
     prompts: Sequence[Measurement],
     draws: NDArray[np.int64],
     speeds: Mapping[tuple[str, int], tuple[float, FloatArray]],
+    costs: Mapping[str, Costs],
 ) -> dict[str, Any]:
     ratios = dict(_RATIOS)
+    for name, table in costs.items():
+        ratios[f"{name}_tokens_per_second"] = _modelled(table, None)
+        ratios[f"{name}_hindsight"] = _modelled(table, row.config)
     for name in sorted({name for m in prompts for name in m.metrics}):
         ratios[name] = _task_metric(name)
     values = {name: _ratio(prompts, ratio, draws) for name, ratio in ratios.items()}
@@ -151,11 +216,20 @@ def write_report(
     files = {
         RESULTS: json_bytes(results),
         TABLE: results_page(results, with_calibration=bool(calibration)).encode(),
-        FRONTIER: _png(plot_frontier(results["rows"])),
+        **{name: _png(plot_frontier(results["rows"], speed)) for name, speed in frontiers(results).items()},
     }
     if calibration:
         files[CALIBRATION] = _png(plot_calibration(calibration))
     return {name: write_whole(directory / name, content) for name, content in files.items()}
+
+
+def frontiers(results: Mapping[str, Any]) -> dict[str, str]:
+    """The plots of quality against speed that results call for: the metric of speed by file name."""
+    source = results["provenance"]
+    latency = source.get("latency")
+    modelled = latency is not None and latency.get("measured") is None
+    plots = {FRONTIER: "modelled_tokens_per_second" if modelled else "tokens_per_second"}
+    return plots | ({FRONTIER_ALSO: "also_tokens_per_second"} if source.get("also") else {})
 
 
 def calibration_curves(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,10 +246,13 @@ _COLUMNS: tuple[_Column, ...] = (
     ("tokens/s", "tokens_per_second", ".0f"),
     ("x beam_sample", "speedup_over_beam_sample", ".2f"),
     ("x transformers", "speedup_over_hf_beam_sample", ".2f"),
+    ("modelled", "modelled_tokens_per_second", ".0f"),
+    ("also", "also_tokens_per_second", ".0f"),
     ("log-prob", "log_prob", ".3f"),
     ("block eff.", "block_efficiency", ".2f"),
     ("mean M", "target_width", ".1f"),
     ("mean w", "draft_width", ".1f"),
+    ("depth", "depth", ".1f"),
 )
 _MORE_COLUMNS: tuple[_Column, ...] = (
     ("accepted", "accepted_share", ".2f"),
@@ -187,8 +264,9 @@ _EXPLANATION = """\
 Same prompts and seeds for all rows, interleaved; brackets are 95% bootstrap intervals over prompts. Speed-ups compare
 with beam sampling of the same target width on this engine and with transformers' `generate`. log-prob: mean
 log-probability per token of the best returned text under the target at temperature 1, higher is better. block eff.:
-tokens committed per iteration. M, w: target and draft width. KV slots: of the target's cache at the end. Seconds are
-per prompt."""
+tokens committed per iteration. M, w, depth: target and draft width, layers drafted an iteration. modelled, also:
+tokens/s by the cost tables of `latency` and `latency@also`, with the policy's own measured time. KV slots: of the
+target's cache at the end. Seconds are per prompt."""
 
 
 def console_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -232,11 +310,64 @@ def results_page(results: Mapping[str, Any], with_calibration: bool = False) -> 
             [[row["name"], *(_cell(row, c, interval=False) for c in phases)] for row in rows],
         ),
         "",
-        f"![Quality against speed]({FRONTIER})",
+        *comparison_lines(results),
+        *(f"![Quality against speed]({name})" for name in frontiers(results)),
     ]
+    if results.get("tuned"):
+        about = results["tuned"]
+        lines += ["", f"Hand-set settings were chosen on {about['prompts']} prompts of split {about['split']}, by the"]
+        lines[-1] += " table of latency:"
+        lines += ["", *tuning_lines(about)]
     if with_calibration:
         lines += ["", f"![Calibration of the controller]({CALIBRATION})"]
     return "\n".join(lines) + "\n"
+
+
+_COMPARED = {"clock": "by the clock", "modelled": "by the table of latency", "also": "by the table of latency@also"}
+
+
+def comparison_lines(results: Mapping[str, Any]) -> list[str]:
+    """Markdown: learned widths against each family at the quality of each beam sampling."""
+    lines = []
+    for by, entries in (results.get("comparisons") or {}).items():
+        if not entries:
+            continue
+        families = list(dict.fromkeys(family for entry in entries for family in entry["over"]))
+        with_oracle = any("oracle" in entry for entry in entries)
+        head = ["at the quality of", "log-prob", "learned tokens/s", *(f"x {family}" for family in families)]
+        body = [
+            [
+                entry["reference"],
+                f"{entry['quality']:.3f}",
+                f"{entry['speed']:.0f}",
+                *(_ratio_cell(entry["over"].get(family)) for family in families),
+                *([f"{entry['oracle']:.0f}", f"{entry['gap_closed']:.0%}"] if "oracle" in entry else []),
+            ]
+            for entry in entries
+        ]
+        head += ["oracle depth", "of the gap"] if with_oracle else []
+        lines += [f"Learned widths against the others, {_COMPARED[by]}:", "", *_markdown(head, body), ""]
+    if lines:
+        lines += [
+            "Speeds at a quality lie on each family's undominated settings, linear in between; where a family does not "
+            "reach the quality, its best setting counts. hand-set: the fastest of fixed, threshold and mass. oracle "
+            "depth, not achievable: the best row had no layer been drafted that then failed.",
+            "",
+        ]
+    return lines
+
+
+def _ratio_cell(ratio: Mapping[str, float] | None) -> str:
+    return "-" if ratio is None else f"{ratio['ratio']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def tuning_lines(tuned: Mapping[str, Any]) -> list[str]:
+    """Markdown: the grid of hand-set settings on the validation prompts, and which went on."""
+    body = [
+        [point["name"], f"{point['speed']:.0f}", f"{point['log_prob']:.3f}", "yes" if point["kept"] else ""]
+        for point in tuned["grid"]
+    ]
+    return _markdown(["setting", "tokens/s", "log-prob", "kept"], body)
 
 
 def frontier_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
@@ -276,21 +407,29 @@ def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 _MARKERS = "osD^vPX*<>hd"
 
 
-def plot_frontier(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Quality (log-probability per token) against tokens/s: one curve per method through its best rows."""
+def plot_frontier(rows: Sequence[Mapping[str, Any]], speed: str = "tokens_per_second") -> Figure:
+    """Quality (log-probability per token) against tokens/s: one curve per method through its best rows.
+
+    Args:
+        rows: those without the metric are left out.
+        speed: metric of the horizontal axis.
+    """
+    rows = [row for row in rows if speed in row["summary"]]
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     axes = figure.subplots()
     colours = matplotlib.colormaps["tab10"]
     for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         family = [row for row in rows if row["method"] == method]
-        points = np.array([_point(row) for row in family])  # [N, 6] x, y, and errors below and above
+        points = np.array([_point(row, speed) for row in family])  # [N, 6] x, y, and errors below and above
         style: dict[str, Any] = {"color": colours(i % 10), "marker": _MARKERS[i % len(_MARKERS)]}
         best = _pareto(points[:, 0], points[:, 1])
         errors: dict[str, Any] = {"xerr": points[:, 2:4].T, "yerr": points[:, 4:6].T, "elinewidth": 0.8, "capsize": 0}
         axes.errorbar(points[:, 0], points[:, 1], **errors, **style, ls="none", ms=5, alpha=0.45)
         axes.plot(points[best, 0], points[best, 1], **style, ms=6, lw=1.4, label=method)
         _annotate(axes, [family[j] for j in best], points[best], style["color"])
-    axes.set(xlabel="tokens per second (faster to the right)", ylabel="log-probability per token (better above)")
+    modelled = "" if speed == "tokens_per_second" else "modelled "
+    axes.set_xlabel(f"{modelled}tokens per second (faster to the right)")
+    axes.set_ylabel("log-probability per token (better above)")
     axes.set_title("Quality against speed; bars: 95% bootstrap intervals over prompts", fontsize=10, loc="left")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -319,8 +458,8 @@ def plot_calibration(calibration: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _point(row: Mapping[str, Any]) -> list[float]:
-    x, y = row["summary"]["tokens_per_second"], row["summary"]["log_prob"]
+def _point(row: Mapping[str, Any], speed: str) -> list[float]:
+    x, y = row["summary"][speed], row["summary"]["log_prob"]
     bounds = [(v["value"] - v["low"], v["high"] - v["value"]) for v in (x, y)]
     return [x["value"], y["value"], *(max(0.0, b) for pair in bounds for b in pair)]
 

@@ -38,7 +38,7 @@ class Method:
     Args:
         build: (pair, config, settings) -> Generate.
         axes: settings that are worth sweeping: the DecodingConfig fields target_width, draft_width and draft_depth, and
-            asked_width (M of fixed widths and of the bandit), threshold, share, width_value.
+            asked_width (M of fixed widths and of the bandit), final_width, surplus, threshold, share, width_value.
         fixed: DecodingConfig fields that it always has.
     """
 
@@ -48,7 +48,7 @@ class Method:
 
     def configure(self, config: DecodingConfig, settings: Settings) -> DecodingConfig:
         """The config with the method's and the row's settings; narrower widths pull their dependents along."""
-        names = ("target_width", "draft_width", "draft_depth")
+        names = ("target_width", "draft_width", "draft_depth", "surplus")
         changes: dict[str, Any] = {key: settings[key] for key in names if key in settings}
         changes.update(self.fixed)
         width = changes.get("target_width", config.target_width)
@@ -243,7 +243,11 @@ def _widest(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Gene
 
 
 def _fixed(pair: ModelPair, config: DecodingConfig, settings: Settings) -> WidthPolicy:
-    return FixedWidth(target_width=settings.get("asked_width"))
+    return FixedWidth(target_width=settings.get("asked_width"), final_width=settings.get("final_width"))
+
+
+def _mass(pair: ModelPair, config: DecodingConfig, settings: Settings) -> WidthPolicy:
+    return MassWidth(settings.get("share", 0.8), settings.get("final_width"))
 
 
 def _bandit(pair: ModelPair, config: DecodingConfig, settings: Settings) -> WidthPolicy:
@@ -268,10 +272,15 @@ METHODS: dict[str, Method] = {
     "beam_sample": Method(_engine_alone, ("target_width",), _SAMPLE),
     "speculative": Method(_widest, ("draft_depth",), _CHAIN),  # a chain of single drafts, 2211.17192
     "multi_draft": Method(_widest, _DRAFT, _ONE),  # SpecInfer, 2305.09781: several drafts a layer, one sample
-    "fixed": policy_method(_fixed, ("target_width", *_DRAFT, "asked_width")),
-    "threshold": policy_method(_threshold(as_shipped=False), (*_DRAFT, "threshold")),
+    "fixed": policy_method(_fixed, ("target_width", *_DRAFT, "asked_width", "final_width", "surplus")),
+    "threshold": policy_method(_threshold(as_shipped=False), (*_DRAFT, "threshold", "surplus")),
     "threshold_as_shipped": policy_method(_threshold(as_shipped=True), (*_DRAFT, "threshold")),
-    "mass": policy_method(lambda pair, config, settings: MassWidth(settings.get("share", 0.8)), (*_DRAFT, "share")),
+    "paper": Method(  # the paper's rule as its authors ran it, widths by the right probabilities
+        policy_method(_threshold(as_shipped=False), ()).build,
+        (*_DRAFT, "threshold"),
+        {"surplus": "drop", "refill": "full", "one_beam_cache": True},
+    ),
+    "mass": policy_method(_mass, (*_DRAFT, "share", "final_width", "surplus")),
     "bandit": policy_method(_bandit, ("target_width", *_DRAFT, "asked_width")),  # arms within draft_width, draft_depth
     "oracle_survivor": Method(_oracle_survivor, _DRAFT),  # not achievable: compare what it models, not what it takes
     "random": policy_method(lambda pair, config, settings: RandomWidth(), _DRAFT),

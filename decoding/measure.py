@@ -32,11 +32,21 @@ GRID_AXES = {
     "draft_widths": "draft_width",
     "depths": "draft_depth",
     "asked_widths": "asked_width",
+    "final_widths": "final_width",
+    "surpluses": "surplus",
     "thresholds": "threshold",
     "shares": "share",
     "width_values": "width_value",
 }
-_SYMBOLS = {"draft_width": "w", "draft_depth": "γ", "threshold": "threshold", "share": "share", "width_value": "value"}
+_SYMBOLS = {
+    "draft_width": "w",
+    "draft_depth": "γ",
+    "threshold": "threshold",
+    "share": "share",
+    "final_width": "last",
+    "surplus": "surplus",
+    "width_value": "value",
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,11 @@ class Measurement:
 
 
 def make_rows(
-    names: Sequence[str], methods: Mapping[str, Method], config: DecodingConfig, grid: Mapping[str, Any]
+    names: Sequence[str],
+    methods: Mapping[str, Method],
+    config: DecodingConfig,
+    grid: Mapping[str, Any],
+    references: Sequence[str] = REFERENCE_METHODS,
 ) -> list[Row]:
     """Methods times the settings that they take, and the reference rows at every target width among them.
 
@@ -84,6 +98,7 @@ def make_rows(
         config: what no axis sets.
         grid: values of each axis (GRID_AXES); one that is absent or empty keeps the config's value. Methods that choose
             M themselves run at the widest of `widths` only.
+        references: methods of the reference rows.
 
     Raises:
         UserError: unknown name, or settings that cannot be.
@@ -100,7 +115,7 @@ def make_rows(
     )
     rows = [row for name in dict.fromkeys(names) for row in _rows_of(name, methods[name], config, axes)]
     widths = sorted({row.config.target_width for row in rows})
-    for name in REFERENCE_METHODS:
+    for name in references:
         at = {row.config.target_width for row in rows if row.method == name}
         missing = [width for width in widths if width not in at]
         rows = [r for w in missing for r in _rows_of(name, methods[name], config, {"target_width": [w]})] + rows
@@ -116,6 +131,12 @@ def _rows_of(name: str, method: Method, config: DecodingConfig, axes: Mapping[st
         width = {**settings, **method.fixed}.get("target_width", config.target_width)
         if settings.get("draft_width", width) < width or (settings.get("asked_width") or width) > width:
             continue
+        if (settings.get("final_width") or 1) > width:
+            continue
+        if settings.get("draft_depth") == 0 and any(
+            settings[axis] != axes[axis][0] for axis in ("draft_width", "surplus") if axis in settings
+        ):
+            continue  # nothing is drafted: one of them is enough
         settings = {key: value for key, value in settings.items() if value is not None}
         own_config = method.configure(config, settings)
         taken = {axis: getattr(own_config, axis) for axis in method.axes if hasattr(own_config, axis)}

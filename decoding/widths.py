@@ -130,18 +130,27 @@ class FixedWidth(WidthPolicy):
 
     Args:
         target_width, draft_width, draft_depth: M, w and γ; at most the config's.
+        final_width: M of the layer that ends an iteration, where nothing can be rejected: more beams there cost what
+            they cost to carry, and no pass. None: M.
     """
 
     fixed_target_width: int | None
     fixed_draft_width: int | None
     fixed_draft_depth: int | None
+    final_width: int | None
 
     def __init__(
-        self, target_width: int | None = None, draft_width: int | None = None, draft_depth: int | None = None
+        self,
+        target_width: int | None = None,
+        draft_width: int | None = None,
+        draft_depth: int | None = None,
+        final_width: int | None = None,
     ) -> None:
         self.fixed_target_width, self.fixed_draft_width, self.fixed_draft_depth = target_width, draft_width, draft_depth
+        self.final_width = final_width
 
     def check(self, config: DecodingConfig) -> None:
+        _check_final(self.final_width, config)
         for name in ("target_width", "draft_width", "draft_depth"):
             value, limit = getattr(self, f"fixed_{name}"), getattr(config, name)
             least = 0 if name == "draft_depth" else 1
@@ -170,6 +179,8 @@ class FixedWidth(WidthPolicy):
         return self.fixed_draft_width or context.root.config.draft_width
 
     def target_width(self, context: TargetContext) -> int:
+        if context.draft_width == 0 and self.final_width is not None:
+            return self.final_width
         return self.fixed_target_width or context.draft.root.config.target_width
 
     def describe(self) -> dict[str, Any]:
@@ -178,6 +189,7 @@ class FixedWidth(WidthPolicy):
             "target_width": self.fixed_target_width,
             "draft_width": self.fixed_draft_width,
             "draft_depth": self.fixed_draft_depth,
+            "final_width": self.final_width,
         }
 
 
@@ -226,22 +238,39 @@ class MassWidth(WidthPolicy):
 
     Args:
         share: of P's mass, in (0, 1]; higher asks for more beams.
+        final_width: M of the layer that ends an iteration; None: by the same rule.
     """
 
     share: float = 0.8
+    final_width: int | None = None
     name: str = field(default="mass", init=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.share, bool) or not 0 < self.share <= 1:
             raise UserError(f"share is {self.share!r}; give a number in (0, 1] (0.6 to 0.95 are worth trying).")
 
+    def check(self, config: DecodingConfig) -> None:
+        _check_final(self.final_width, config)
+
     def target_width(self, context: TargetContext) -> int:
+        if context.draft_width == 0 and self.final_width is not None:
+            return self.final_width
         most = context.draft.root.config.target_width
         held = np.sort(context.target.probs)[::-1][:most].cumsum()
         return min(int(np.searchsorted(held, self.share - 1e-12)) + 1, most)
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "share": self.share}
+        return {"name": self.name, "share": self.share, "final_width": self.final_width}
+
+
+def _check_final(width: int | None, config: DecodingConfig) -> None:
+    """Refuse a final_width that the config has no room for."""
+    least, most = config.min_width, config.target_width
+    if width is not None and (isinstance(width, bool) or not isinstance(width, int) or not least <= width <= most):
+        raise UserError(
+            f"final_width is {width!r}; give a whole number of {least}..{most}, the range that the decoding config "
+            "allows, or None."
+        )
 
 
 @dataclass

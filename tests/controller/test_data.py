@@ -13,6 +13,8 @@ from decoding.errors import UserError
 from decoding.traces import TRACE_FEATURES, load_traces, read_manifest, write_manifest, write_shard
 from tests.controller.synthetic import CONFIG, H_P, H_Q, write_traces
 
+NAMES = ContextFeatures().names + ContextFeatures().target_names
+
 
 def rewrite(directory: Path, **columns: object) -> None:
     """Write the shard again with one value in every row of some columns; a list gives the first rows theirs."""
@@ -27,13 +29,14 @@ def rewrite(directory: Path, **columns: object) -> None:
 
 
 def test_rows_are_padded_and_split_by_prompt(tmp_path: Path) -> None:
-    data = TraceDataModule(write_traces(tmp_path, prompts=10), ContextFeatures().names, batch_size=16)
+    data = TraceDataModule(write_traces(tmp_path, prompts=10), NAMES, batch_size=16)
     assert data.sizes == {
         "features": len(ContextFeatures().names),
         "draft_width": CONFIG.draft_width,
         "target_width": CONFIG.target_width,
         "draft_hidden": H_Q,
         "target_hidden": H_P,
+        "target_features": len(ContextFeatures().target_names),
     }
     assert [len(data.rows[split]) for split in ("train", "val", "test")] == [160, 40, 0]
     table, _ = load_traces(tmp_path)
@@ -43,6 +46,10 @@ def test_rows_are_padded_and_split_by_prompt(tmp_path: Path) -> None:
     assert columns["bits"][0].tolist() == first["accept_bits"] + [False] * (CONFIG.draft_width - w)
     torch.testing.assert_close(columns["accept_probs"][0, :w], torch.tensor(first["accept_probs"]))
     assert columns["features"][0].tolist() == first["features"]
+    assert columns["target_features"][0].tolist() == first["target_features"]
+    assert columns["survivor_slot"][0] == first["survivor_slot"]
+    kept, padded = first["kept_width"], columns["slot_deficits"][0]
+    assert padded.tolist() == pytest.approx(first["slot_deficits"] + [0.0] * (CONFIG.target_width - kept))
 
 
 def test_batches_cover_every_row_once(tmp_path: Path) -> None:
@@ -64,9 +71,15 @@ def test_refusals(tmp_path: Path) -> None:
         TraceDataModule(tmp_path / "absent")
     with pytest.raises(UserError, match="no rows in split 'val'"):
         TraceDataModule(only_train(write_traces(tmp_path / "a", prompts=5)))
-    other = {"version": 1, "names": ["x", *ContextFeatures().names[1:]]}
-    with pytest.raises(UserError, match="without drafted and with the unknown x"):
-        TraceDataModule(write_traces(tmp_path / "b", prompts=5, features=other), ContextFeatures().names)
+    names, target_names = ContextFeatures().names, ContextFeatures().target_names
+    other: dict[str, object] = {"version": 2, "names": ["x", *names[1:]], "target_names": target_names}
+    with pytest.raises(UserError, match="with the unknown x"):
+        TraceDataModule(write_traces(tmp_path / "b", prompts=5, features=other), NAMES)
+    other = {"version": 2, "names": names, "target_names": target_names[:-1]}
+    with pytest.raises(UserError, match=f"without {target_names[-1]}"):
+        TraceDataModule(write_traces(tmp_path / "g", prompts=5, features=other), NAMES)
+    with pytest.raises(UserError, match="without drafted, layer"):  # traces of an older version have none
+        TraceDataModule(write_traces(tmp_path / "h", prompts=5, features={"version": 1, "names": []}), NAMES)
     rewrite(write_traces(tmp_path / "c", prompts=5), prompt_id=["prompt-1"])
     with pytest.raises(UserError, match="'prompt-1' is in the splits"):
         TraceDataModule(tmp_path / "c")
@@ -74,8 +87,14 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not finite"):
         TraceDataModule(tmp_path / "d")
     rewrite(write_traces(tmp_path / "e", prompts=5), accept_bits=[[True] * 9])
-    with pytest.raises(UserError, match="does not match draft_width"):
+    with pytest.raises(UserError, match="accept_bits .* does not match its widths"):
         TraceDataModule(tmp_path / "e")
+    rewrite(write_traces(tmp_path / "i", prompts=5), slot_deficits=[[0.0] * 9])
+    with pytest.raises(UserError, match="slot_deficits .* does not match its widths"):
+        TraceDataModule(tmp_path / "i")
+    rewrite(write_traces(tmp_path / "j", prompts=5), target_features=[[float("inf")] * len(target_names)])
+    with pytest.raises(UserError, match="target_features .* not finite"):
+        TraceDataModule(tmp_path / "j")
     rewrite(write_traces(tmp_path / "f", prompts=5), split=["dev"])
     with pytest.raises(UserError, match="a split 'dev'"):
         TraceDataModule(tmp_path / "f")
