@@ -54,9 +54,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     """
     methods = dict(METHODS)
     chosen, grid, config = chosen_policies(cfg), to_plain(cfg.grid), instantiate(cfg.decoding)
-    rows = make_rows(
-        chosen, methods | LEARNED_AXES, config, grid, cfg.references
-    )  # refuses what cannot be, before anything is loaded
+    # Before anything is loaded: settings that cannot be are refused.
+    rows = make_rows(chosen, methods | LEARNED_AXES, config, grid, cfg.references)
     trained = load_controller(cfg.controller_path)[1] if cfg.controller_path is not None else {}
     task: Task = instantiate(cfg.data)
     pair: ModelPair = instantiate(cfg.pair)
@@ -139,9 +138,10 @@ def tune(
     Returns:
         split, prompts, grid (name, speed by the table of `latency`, log_prob, kept), and rows: the kept ones.
     """
-    about, config, rows = cfg.tune, instantiate(cfg.decoding), []
-    for grid in to_plain(about.grids):
-        rows += make_rows(grid.pop("policies"), methods, config, grid, references=())
+    about, config = cfg.tune, instantiate(cfg.decoding)
+    rows: list[Row] = []
+    for axes in to_plain(about)["grids"]:
+        rows += make_rows(axes.pop("policies"), methods, config, axes, references=())
     prompts = task.prompts(about.split, about.prompts, pair.tokenizer)
     columns = (TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     points = []
@@ -160,16 +160,16 @@ def tune(
     for name in dict.fromkeys(row.method for row in rows):
         members = [i for i, row in enumerate(rows) if row.method == name]
         kept |= {members[j] for j in undominated([points[i] for i in members], about.keep)}
-    grid = [
+    tried = [
         {"name": row.name, "speed": speed, "log_prob": log_prob, "kept": i in kept}
         for i, (row, (speed, log_prob)) in enumerate(zip(rows, points, strict=True))
     ]
     console = Console(stderr=True)
     console.print(f"Hand-set settings on {len(prompts)} prompts of split {about.split}, tokens/s by the table:")
-    for line in tuning_lines({"grid": grid}):
+    for line in tuning_lines({"grid": tried}):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     chosen = [rows[i] for i in sorted(kept)]
-    return {"split": about.split, "prompts": len(prompts), "grid": grid, "rows": chosen}
+    return {"split": about.split, "prompts": len(prompts), "grid": tried, "rows": chosen}
 
 
 def chosen_policies(cfg: DictConfig) -> list[str]:

@@ -101,7 +101,7 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         self.target_projection = _projection(target_hidden)
         inputs = features + _projected(draft_hidden) + _projected(target_hidden)
         widths = [inputs, *[hidden] * layers]
-        blocks = ((nn.Linear(a, b), nn.GELU(), nn.Dropout(dropout)) for a, b in pairwise(widths))
+        blocks = ((nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout)) for a, b in pairwise(widths))
         self.trunk = nn.Sequential(*chain.from_iterable(blocks))
         top = widths[-1]
         self.accept_head = nn.Linear(top, _BASES)
@@ -231,13 +231,13 @@ class HostNet:
         self._late_layers = [(host(linear.weight.T), host(linear.bias)) for linear in late]
         self._shape = tuple(net.accept_bias.shape)
 
-    def __call__(
+    def look(
         self,
         features: FloatVector,  # [F]
         draft_hidden: FloatVector,  # [H_q]; not read where the network does without
         target_hidden: FloatVector,  # [H_p]
-    ) -> tuple[FloatVector, FloatVector, FloatVector]:
-        """Accept logits [W, W], survivor logits [R] and log regret steps [R - 1]."""
+    ) -> None:
+        """Take in a layer that `early` and `passing` will be asked about."""
         scaled = (features - self._mean) * self._scale
         inputs = [np.minimum(np.maximum(scaled, -5, out=scaled), 5, out=scaled)]
         for projection, vector in zip(self._projections, (draft_hidden, target_hidden), strict=True):
@@ -245,16 +245,20 @@ class HostNet:
                 inputs.append(_layer_norm(vector) @ projection)
         top = np.concatenate(inputs)
         for weight, bias in self._layers:
-            top = top @ weight + bias
-            top = 0.5 * top * (1.0 + torch.from_numpy(top * 0.5**0.5).erf_().numpy())  # GELU
+            top = top @ weight
+            top += bias
+            np.maximum(top, 0, out=top)
         self._top = top
+
+    def early(self) -> tuple[FloatVector, FloatVector, FloatVector]:
+        """Accept logits [W, W], survivor logits [R] and log regret steps [R - 1]."""
         accept, bias = self._accept
         weight, offset = self._quality
-        quality = top @ weight + offset
-        return (top @ accept + bias).reshape(self._shape), quality[: self._ranks], quality[self._ranks :]
+        quality = self._top @ weight + offset
+        return (self._top @ accept + bias).reshape(self._shape), quality[: self._ranks], quality[self._ranks :]
 
     def passing(self, bearable: float) -> FloatVector:
-        """Probabilities of `WidthNet.passing` for the layer last asked about, and every draft width; [W, 2]."""
+        """Probabilities of `WidthNet.passing` for the layer looked at, and every draft width; [W, 2]."""
         price = math.log(min(max(bearable, _PRICES[0]), _PRICES[1])) * self._pass_price
         inner = self._pass_width + (self._top @ self._pass_in + price)  # [W, hidden]
         np.maximum(inner, 0, out=inner)

@@ -10,7 +10,7 @@ line.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,8 +153,9 @@ class Planner:
     def __init__(self, costs: Costs, width_value: float) -> None:
         self.costs, self.width_value = costs, width_value
         nodes = range(_TABLE)
-        self._draft = np.array([costs.draft_seconds(n) for n in nodes])
-        self._target = np.array([costs.target_seconds(n) for n in nodes])
+        self._draft = [costs.draft_seconds(n) for n in nodes]
+        self._target = [costs.target_seconds(n) for n in nodes]
+        self._drafts, self._targets = np.array(self._draft), np.array(self._target)
         self._layer = costs.host_seconds(1) - costs.host_seconds(0)
 
     def widths(
@@ -184,9 +185,10 @@ class Planner:
         at_least = prediction.at_least[least : most + 1]  # [w, W + 1]
         passing = at_least[:, np.minimum(asked, at_least.shape[1] - 1)]  # [w, M]
         lost = self.width_value * _expected_loss(prediction.loss, at_least, config)  # [w, M]
-        seconds = self._scored(nodes, widths) + (self._draft[widths] - self._draft[1] if layer < deepest else 0.0)
+        seconds = self._scored(nodes, widths) + (self._drafts[widths] - self._draft[1] if layer < deepest else 0.0)
         gain = reach * (passing * outlook.earned - lost) - rate * seconds[:, None]
-        net, gained = self._below(outlook, rate, reach * passing, layer + 1, deepest, nodes + most, most)
+        ahead = self._ahead(outlook, layer + 1, deepest, nodes + most, most)
+        net, gained = self._below(ahead, rate, reach * passing)
         gain += net
         gain[impossible] = -np.inf
         row, column = divmod(int(gain.argmax()), len(asked))
@@ -214,13 +216,12 @@ class Planner:
         """
         least, most = config.min_width, max(config.min_width, min(config.draft_width, support))
         widths = np.arange(least, most + 1)
-        likely = np.array([reach * outlook.passing(layer)])
-        further = outlook.earned + float(
-            self._below(outlook, rate, likely, layer + 1, deepest, nodes + most, most)[1][0]
-        )
+        ahead, likely = self._ahead(outlook, layer + 1, deepest, nodes + most, most), reach * outlook.passing(layer)
+        nets = [(likely * gained - rate * spent, gained) for gained, spent in ahead]
+        further = outlook.earned + max([(0.0, 0.0), *nets])[1]
         passing, brought = ask(further / max(self.width_value, 1e-9))[least - 1 : most].T  # [w]
-        seconds = self._scored(nodes, widths) + (self._draft[widths] - self._draft[1] if layer < deepest else 0.0)
-        net, _ = self._below(outlook, rate, reach * passing, layer + 1, deepest, nodes + most, most)
+        seconds = self._scored(nodes, widths) + (self._drafts[widths] - self._draft[1] if layer < deepest else 0.0)
+        net, _ = self._below(ahead, rate, reach * passing)
         best = int((reach * brought * outlook.earned - rate * seconds + net).argmax())
         return Plan(int(widths[best]), least, float(passing[best]), further)
 
@@ -251,9 +252,9 @@ class Planner:
     def final_width(self, loss: FloatArray, config: DecodingConfig, rate: float) -> int:
         """M of the layer that the target draws: what is lost against carrying M beams into the next iteration."""
         least, end = config.min_width, config.target_width + 1
-        price = self.width_value * loss[least:end] + rate * self._target[least:end]
+        price = self.width_value * loss[least:end] + rate * self._targets[least:end]
         if config.draft_depth:
-            price += rate * self._draft[least:end]
+            price += rate * self._drafts[least:end]
         return least + int(price.argmin())
 
     def worth_drafting(
@@ -274,50 +275,49 @@ class Planner:
             parents: nodes that the draft pass scores.
             width: likely draft width.
         """
-        net, _ = self._below(outlook, rate, np.array([reach]), layer, deepest, nodes, width, parents)
-        return bool(net[0] > 0)
+        ahead = self._ahead(outlook, layer, deepest, nodes, width, parents)
+        return any(reach * gained > rate * spent for gained, spent in ahead)
 
-    def _below(
-        self,
-        outlook: Outlook,
-        rate: float,
-        reach: FloatArray,
-        layer: int,
-        deepest: int,
-        nodes: int,
-        width: int,
-        parents: int | None = None,
-    ) -> tuple[FloatArray, FloatArray]:
-        """Drafting from `layer` down as deep as it pays: max over depths d of reach * A_d - B_d, 0 for not at all.
-
-        Returns:
-            That, and A_d: the reward to be had once the layer above has passed; both in the shape of `reach`.
-        """
-        best, ahead = np.zeros_like(reach), np.zeros_like(reach)
-        gained, spent, passed = 0.0, 0.0, 1.0
+    def _ahead(
+        self, outlook: Outlook, layer: int, deepest: int, nodes: int, width: int, parents: int | None = None
+    ) -> list[tuple[float, float]]:
+        """Drafting from `layer` down to each depth: A_d, the reward to be had once the layer above has passed, and
+        B_d, the seconds that it takes."""
+        found, gained, spent, passed = [], 0.0, 0.0, outlook.left * outlook.earned
+        draft, target = self._draft, self._target
+        scored = target[min(nodes, _TABLE - 1)]
+        pass_seconds = self._layer + draft[min(width if parents is None else parents, _TABLE - 1)]
         for below in range(layer, deepest + 1):
             passed *= outlook.passing(below)
-            gained += passed * outlook.left * outlook.earned
-            above = width if parents is None or below > layer else parents
-            spent += (
-                self._layer
-                + self._at(self._draft, above)
-                + self._at(self._target, nodes + width)
-                - self._at(self._target, nodes)
-            )
+            gained += passed
             nodes += width
-            net = reach * gained - rate * spent
-            ahead = np.where(net > best, gained, ahead)
-            best = np.maximum(best, net)
-        return best, ahead
+            after = target[min(nodes, _TABLE - 1)]
+            spent += pass_seconds + after - scored
+            found.append((gained, spent))
+            scored, pass_seconds = after, self._layer + draft[min(width, _TABLE - 1)]
+        return found
+
+    def _below(
+        self, ahead: Sequence[tuple[float, float]], rate: float, reach: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """As deep as it pays: max over depths d of reach * A_d - B_d rate, 0 for not at all.
+
+        Returns:
+            That, and A_d; both in the shape of `reach`.
+        """
+        gained, spent = _columns([(0.0, 0.0), *ahead])
+        net = reach[..., None] * gained - rate * spent  # [..., d]
+        best = net.argmax(-1)
+        return net.max(-1), gained[best]
 
     def _scored(self, nodes: int, widths: IntArray) -> FloatArray:
         """Seconds that the target takes for w nodes more; [w] both ways."""
-        index = np.minimum(nodes + widths, _TABLE - 1)
-        return self._target[index] - self._at(self._target, nodes)
+        return self._targets[np.minimum(nodes + widths, _TABLE - 1)] - self._target[min(nodes, _TABLE - 1)]
 
-    def _at(self, seconds: FloatArray, nodes: int) -> float:
-        return float(seconds[min(nodes, _TABLE - 1)])
+
+def _columns(pairs: Sequence[tuple[float, float]]) -> FloatArray:
+    """[2, d] of d pairs."""
+    return np.array(pairs).T
 
 
 def settles_alone(config: DecodingConfig) -> bool:

@@ -44,8 +44,8 @@ class _Seen(NamedTuple):
     """The prediction and the plan of a layer, kept between `draft_width` and `target_width`."""
 
     context: DraftContext
-    prediction: Prediction
-    plan: Plan | None
+    prediction: Prediction | None  # None: only the chance to pass was asked for
+    plan: Plan
 
 
 class LearnedWidth(WidthPolicy):
@@ -233,7 +233,6 @@ class LearnedWidth(WidthPolicy):
 
     def draft_width(self, context: DraftContext) -> int:
         plan = self._see(context).plan
-        assert plan is not None
         self._widths = [*context.widths, plan.draft_width]
         return plan.draft_width
 
@@ -243,12 +242,13 @@ class LearnedWidth(WidthPolicy):
             loss = self._seen_loss[layer] = self._early_loss(context) if self.mode == "before" else self.late(context)
             return self.planner.final_width(loss, config, self._rate(config))
         seen = self._see(context.draft)
-        assert seen.plan is not None
-        loss = self._seen_loss[layer] = seen.prediction.loss if self.mode == "before" else self.late(context)
+        before = seen.prediction if self.mode == "before" else None
+        loss = self._seen_loss[layer] = self.late(context) if before is None else before.loss
         if self.mode == "before" and width == seen.plan.draft_width:
             return seen.plan.target_width  # less was drawn than planned where Q has no more support
         at_least = None
         if not settles_alone(config):
+            assert seen.prediction is not None
             at_least = seen.prediction.at_least[width, : width + 1]
             if self.mode != "before":
                 closed = _closed_form(context)
@@ -297,7 +297,13 @@ class LearnedWidth(WidthPolicy):
     # What it knows.
 
     def predict(self, context: DraftContext) -> Prediction:
-        """Ask the network about one layer."""
+        """Ask the network about one layer, before its drafts are drawn."""
+        self._look(context)
+        accept_logits, *quality = self._host.early()
+        accept = 1.0 / (1.0 + np.exp(-np.maximum(accept_logits, -30).astype(np.float64)))  # [W, W]
+        return Prediction(tails(count_table(accept)), self._loss(*quality))
+
+    def _look(self, context: DraftContext) -> None:
         sizes = self.net.sizes
         hidden = hidden_vectors(context, sizes["draft_hidden"], sizes["target_hidden"])
         if self.needs_hidden:
@@ -307,9 +313,7 @@ class LearnedWidth(WidthPolicy):
                         f"The controller expects {name} of size {sizes[name]}, the pair gives {len(vector)}: it was "
                         "trained for another pair. Train one with python train.py pair=..."
                     )
-        accept_logits, *quality = self._host(self.features(context), *hidden)
-        accept = 1.0 / (1.0 + np.exp(-np.maximum(accept_logits, -30).astype(np.float64)))  # [W, W]
-        return Prediction(tails(count_table(accept)), self._loss(*quality))
+        self._host.look(self.features(context), *hidden)
 
     def late(self, context: TargetContext) -> FloatArray:
         """L(k) of a layer whose P is known; [R + 1]."""
@@ -334,17 +338,20 @@ class LearnedWidth(WidthPolicy):
         """The prediction and plan of a layer, made once."""
         seen = self._seen.get(context.layer)
         if seen is None or seen.context is not context:
-            prediction = self.predict(context)
-            seen = _Seen(context, prediction, self._plan(context, prediction) if context.drafted else None)
+            # Where M will be set by the loss that a pass can bear, only the chance to pass is asked for.
+            late = self.mode != "before" and self.quality == "regret" and settles_alone(context.root.config)
+            prediction = None if late else self.predict(context)
+            if late:
+                self._look(context)
+            seen = _Seen(context, prediction, self._plan(context, prediction))
             self._seen[context.layer] = seen
         return seen
 
-    def _plan(self, context: DraftContext, prediction: Prediction) -> Plan:
+    def _plan(self, context: DraftContext, prediction: Prediction | None) -> Plan:
         config, root, layer = context.root.config, context.root, context.layer
-        late = self.mode != "before" and self.quality == "regret" and settles_alone(config)
-        decide: Any = self.planner.draft_width if late else self.planner.widths
+        decide: Any = self.planner.draft_width if prediction is None else self.planner.widths
         plan: Plan = decide(
-            self._host.passing if late else prediction,
+            self._host.passing if prediction is None else prediction,
             config,
             self.outlook,
             self._rate(config),

@@ -84,6 +84,7 @@ def _describe(cfg: DictConfig, pair: ModelPair, features: Any) -> dict[str, Any]
         },
         "train_prompts": cfg.collect.train_prompts,
         "val_prompts": cfg.collect.val_prompts,
+        "test_prompts": cfg.collect.get("test_prompts", 0),
         "seed": cfg.seed,
     }
 
@@ -175,10 +176,14 @@ def _prompts(cfg: DictConfig, pair: ModelPair) -> list[tuple[str, Prompt]]:
     for name in ("train_prompts", "val_prompts"):
         if cfg.collect[name] is not None and cfg.collect[name] < 1:
             raise UserError(f"collect.{name} is {cfg.collect[name]}; give a whole number of at least 1.")
+    held_out = cfg.collect.get("test_prompts", 0)
+    if held_out is not None and held_out < 0:
+        raise UserError(f"collect.test_prompts is {held_out}; give a whole number of at least 0.")
     task = instantiate(cfg.data)
     chosen = [
         (split, prompt)
-        for split, limit in (("train", cfg.collect.train_prompts), ("val", cfg.collect.val_prompts))
+        for split, limit in (("train", cfg.collect.train_prompts), ("val", cfg.collect.val_prompts), ("test", held_out))
+        if limit != 0
         for prompt in task.prompts(split, limit, pair.tokenizer)
     ]
     for split in ("train", "val"):
