@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     trained = load_controller(cfg.controller_path)[1] if cfg.controller_path is not None else {}
     task: Task = instantiate(cfg.data)
     pair: ModelPair = instantiate(cfg.pair)
-    costs = cost_tables(cfg, pair)
+    costs = cost_tables(cfg, pair, any(row.method in LEARNED_AXES for row in rows))
     for name, table in zip(LEARNED_AXES, costs.values(), strict=False):
         methods[name] = learned_method(cfg.controller_path, cfg.learned, table)
     prompts, warmup = read_prompts(cfg, task, pair)
@@ -119,12 +119,13 @@ def learned_method(path: str | None, options: Mapping[str, Any], costs: LatencyT
     return policy_method(make, ("width_value",))
 
 
-def cost_tables(cfg: DictConfig, pair: ModelPair) -> dict[str, LatencyTable]:
+def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> dict[str, LatencyTable]:
     """What passes cost here ("modelled") and, where the config names a second device, there ("also").
 
-    Without a draft there is nothing to plan, and none.
+    None where nobody asks: no learned rows, nothing to tune, and no other device than this one.
     """
-    if pair.draft is None:
+    asked = uses_learned or cfg.tune.grids or cfg.get("also") or not cfg.latency.get("_partial_")
+    if pair.draft is None or not asked:
         return {}
     tables = {"modelled": cost_table(pair, instantiate(cfg.latency), cfg.learned.objective)}
     return tables | ({"also": cost_table(pair, instantiate(cfg.also))} if cfg.get("also") else {})

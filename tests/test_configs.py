@@ -18,12 +18,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from decoding import DecodingConfig, FixedWidth, MassWidth, RandomWidth, ThresholdWidth
 from decoding.entry import CONF_DIR, build_all, check_settings
 
-COMMANDS = ("train", "collect", "evaluate", "bench", "generate")
+COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency")
 GLOBAL = ("experiment", "debug", "sweep")  # set values of other groups; each is for the commands that it names
 MISSING = {
     "pair=local": ["pair.target=a", "pair.draft=b"],
     "data=jsonl": ["data.path=p.jsonl"],
     "policy=learned": ["policy.path=p"],
+    "latency=file": ["latency.path=p"],
 }
 
 
@@ -39,7 +40,7 @@ def options_of(group: str) -> list[str]:
 def commands_named_in(path: Path) -> list[str]:
     head = "".join(re.findall(r"^#.*\n", path.read_text(), re.MULTILINE))
     named = {"train": "train.py", "evaluate": "evaluate.py"}
-    named |= {name: f"decoding.{name}" for name in ("collect", "bench", "generate")}
+    named |= {name: f"decoding.{name}" for name in ("collect", "bench", "generate", "latency")}
     return [command for command, name in named.items() if name in head or "All commands" in head]
 
 

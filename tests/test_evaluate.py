@@ -78,12 +78,17 @@ def test_results_hold_every_row_and_prompt(tmp_path: Path, capsys: pytest.Captur
 def test_learned_rows_and_their_calibration(tmp_path: Path) -> None:
     features = ContextFeatures()
     provenance = {
-        "features": {"version": features.version, "names": features.names},
+        "features": {
+            "version": features.version,
+            "names": features.names,
+            "target_names": features.target_names,
+        },
         "pair": small_pair().describe(),
         "decoding": {},
         "reliability": {"predicted": [0.1, None], "observed": [0.2, None], "rows": [5, 0]},
     }
-    saved = save_controller(WidthNet(len(features.names), 8, 4, hidden=8), tmp_path / "controller", provenance)
+    net = WidthNet(len(features.names), 8, 4, target_features=len(features.target_names), hidden=8)
+    saved = save_controller(net, tmp_path / "controller", provenance)
     settings = [f"controller_path={saved}", "policies=[learned]", "grid.width_values=[0.5,2]", "prompts.limit=2"]
     found = evaluate.main(config(tmp_path, *settings))
     names = [row["name"] for row in found["rows"]]
@@ -92,9 +97,9 @@ def test_learned_rows_and_their_calibration(tmp_path: Path) -> None:
     assert found["provenance"]["latency"]["nodes"]
     table = tmp_path / "latency.json"
     table.write_text(json.dumps(found["provenance"]["latency"]))
-    fixed = [*settings, f"learned.latency={table}", "learned.clock=table"]
+    fixed = [*settings, "latency=file", f"latency.path={table}", "learned.clock=table"]
     runs = [evaluate.main(config(tmp_path, *fixed)) for _ in range(2)]
-    assert runs[0]["provenance"]["latency"] is None
+    assert runs[0]["provenance"]["latency"] == found["provenance"]["latency"]
     assert [row["counts"] for row in runs[0]["rows"]] == [row["counts"] for row in runs[1]["rows"]]
 
 

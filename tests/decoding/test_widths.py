@@ -52,7 +52,13 @@ def test_fixed_takes_what_it_is_given_and_the_rest_from_the_config() -> None:
     assert policy.target_width(context(FLAT, FLAT)) == 2
     assert policy.draft_width(context(FLAT, FLAT).draft) == 6
     assert [policy.draft_further(context(FLAT, FLAT).draft.root, layer, ()) for layer in (1, 2)] == [True, False]
-    assert policy.describe() == {"name": "fixed", "target_width": 2, "draft_width": None, "draft_depth": 1}
+    assert policy.describe() == {
+        "name": "fixed",
+        "target_width": 2,
+        "draft_width": None,
+        "draft_depth": 1,
+        "final_width": None,
+    }
 
 
 @pytest.mark.parametrize(
