@@ -63,7 +63,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     for name, table in zip(LEARNED_AXES, costs.values(), strict=False):
         methods[name] = learned_method(cfg.controller_path, cfg.learned, table)
     prompts, warmup = read_prompts(cfg, task, pair)
-    tuned = tune(cfg, methods, pair, task, costs["modelled"]) if cfg.tune.grids and costs else None
+    tuned = tune(cfg, methods, pair, task, costs) if cfg.tune.grids and costs else None
     rows += tuned.pop("rows") if tuned is not None else []
     calls = [methods[row.method](pair, row.config, row.settings) for row in rows]
     with tracked(cfg) as run:
@@ -132,12 +132,12 @@ def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> dict[st
 
 
 def tune(
-    cfg: DictConfig, methods: Mapping[str, Method], pair: ModelPair, task: Task, table: LatencyTable
+    cfg: DictConfig, methods: Mapping[str, Method], pair: ModelPair, task: Task, costs: Mapping[str, LatencyTable]
 ) -> dict[str, Any]:
-    """Hand-set settings worth measuring: those of `tune.grids` that are undominated on other prompts.
+    """Hand-set settings worth measuring: those of `tune.grids` that are undominated on other prompts, on any device.
 
     Returns:
-        split, prompts, grid (name, speed by the table of `latency`, log_prob, kept), and rows: the kept ones.
+        split, prompts, grid (name, speeds by the table of each device, log_prob, kept), and rows: the kept ones.
     """
     about, config = cfg.tune, instantiate(cfg.decoding)
     rows: list[Row] = []
@@ -145,7 +145,8 @@ def tune(
         rows += make_rows(axes.pop("policies"), methods, config, axes, references=())
     prompts = task.prompts(about.split, about.prompts, pair.tokenizer)
     columns = (TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    points = []
+    speeds: dict[str, list[float]] = {name: [] for name in costs}
+    qualities: list[float] = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=len(rows))
         for row in rows:
@@ -153,20 +154,22 @@ def tune(
             (found,) = run_rows([row], [call], prompts, [], cfg.seed, pair.device, batch_size=about.batch_size)
             for measurement, prompt in zip(found, prompts, strict=True):
                 score(measurement, prompt, pair, task)
-            seconds = sum(modelled_seconds(m.stats, table) for m in found)
-            log_prob = sum(m.log_prob for m in found) / sum(len(m.tokens) for m in found)
-            points.append((sum(m.stats.new_tokens for m in found) / seconds, log_prob))
+            tokens = sum(m.stats.new_tokens for m in found)
+            for name, table in costs.items():
+                speeds[name].append(tokens / sum(modelled_seconds(m.stats, table) for m in found))
+            qualities.append(sum(m.log_prob for m in found) / sum(len(m.tokens) for m in found))
             progress.advance(bar)
     kept = set()
     for name in dict.fromkeys(row.method for row in rows):
         members = [i for i, row in enumerate(rows) if row.method == name]
-        kept |= {members[j] for j in undominated([points[i] for i in members], about.keep)}
+        for speed in speeds.values():
+            kept |= {members[j] for j in undominated([(speed[i], qualities[i]) for i in members], about.keep)}
     tried = [
-        {"name": row.name, "speed": speed, "log_prob": log_prob, "kept": i in kept}
-        for i, (row, (speed, log_prob)) in enumerate(zip(rows, points, strict=True))
+        {"name": row.name, "log_prob": qualities[i], "kept": i in kept, "speeds": {n: s[i] for n, s in speeds.items()}}
+        for i, row in enumerate(rows)
     ]
     console = Console(stderr=True)
-    console.print(f"Hand-set settings on {len(prompts)} prompts of split {about.split}, tokens/s by the table:")
+    console.print(f"Hand-set settings on {len(prompts)} prompts of split {about.split}, tokens/s by the tables:")
     for line in tuning_lines({"grid": tried}):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     chosen = [rows[i] for i in sorted(kept)]

@@ -315,8 +315,8 @@ def results_page(results: Mapping[str, Any], with_calibration: bool = False) -> 
     ]
     if results.get("tuned"):
         about = results["tuned"]
-        lines += ["", f"Hand-set settings were chosen on {about['prompts']} prompts of split {about['split']}, by the"]
-        lines[-1] += " table of latency:"
+        chosen = f"Hand-set settings were chosen on {about['prompts']} prompts of split {about['split']}"
+        lines += ["", f"{chosen}; tokens/s by the tables of latency (modelled) and latency@also:"]
         lines += ["", *tuning_lines(about)]
     if with_calibration:
         lines += ["", f"![Calibration of the controller]({CALIBRATION})"]
@@ -363,11 +363,17 @@ def _ratio_cell(ratio: Mapping[str, float] | None) -> str:
 
 def tuning_lines(tuned: Mapping[str, Any]) -> list[str]:
     """Markdown: the grid of hand-set settings on the validation prompts, and which went on."""
+    devices = list(tuned["grid"][0]["speeds"]) if tuned["grid"] else []
     body = [
-        [point["name"], f"{point['speed']:.0f}", f"{point['log_prob']:.3f}", "yes" if point["kept"] else ""]
+        [
+            point["name"],
+            *(f"{point['speeds'][device]:.0f}" for device in devices),
+            f"{point['log_prob']:.3f}",
+            "yes" if point["kept"] else "",
+        ]
         for point in tuned["grid"]
     ]
-    return _markdown(["setting", "tokens/s", "log-prob", "kept"], body)
+    return _markdown(["setting", *devices, "log-prob", "kept"], body)
 
 
 def frontier_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:

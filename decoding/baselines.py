@@ -281,7 +281,7 @@ METHODS: dict[str, Method] = {
         {"surplus": "drop", "refill": "full", "one_beam_cache": True},
     ),
     "mass": policy_method(_mass, (*_DRAFT, "share", "final_width", "surplus")),
-    "bandit": policy_method(_bandit, ("target_width", *_DRAFT, "asked_width")),  # arms within draft_width, draft_depth
+    "bandit": policy_method(_bandit, (*_DRAFT, "asked_width")),  # arms within draft_width, draft_depth
     "oracle_survivor": Method(_oracle_survivor, _DRAFT),  # not achievable: compare what it models, not what it takes
     "random": policy_method(lambda pair, config, settings: RandomWidth(), _DRAFT),
     "beam_search": Method(_engine_alone, ("target_width",), _SEARCH),
