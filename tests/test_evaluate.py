@@ -75,7 +75,8 @@ def test_results_hold_every_row_and_prompt(tmp_path: Path, capsys: pytest.Captur
     assert "threshold M=2" in printed and str(out / "frontier.png") in printed
 
 
-def test_learned_rows_and_their_calibration(tmp_path: Path) -> None:
+def saved_controller(directory: Path) -> Path:
+    """An untrained network for the small pair."""
     features = ContextFeatures()
     provenance = {
         "features": {
@@ -88,8 +89,12 @@ def test_learned_rows_and_their_calibration(tmp_path: Path) -> None:
         "reliability": {"predicted": [0.1, None], "observed": [0.2, None], "rows": [5, 0]},
     }
     net = WidthNet(len(features.names), 8, 4, target_features=len(features.target_names), hidden=8)
-    saved = save_controller(net, tmp_path / "controller", provenance)
-    settings = [f"controller_path={saved}", "policies=[learned]", "grid.width_values=[0.5,2]", "prompts.limit=2"]
+    return save_controller(net, directory / "controller", provenance)
+
+
+def test_learned_rows_and_their_calibration(tmp_path: Path) -> None:
+    settings = [f"controller_path={saved_controller(tmp_path)}", "policies=[learned]", "grid.width_values=[0.5,2]"]
+    settings.append("prompts.limit=2")
     found = evaluate.main(config(tmp_path, *settings))
     names = [row["name"] for row in found["rows"]]
     assert names == ["beam_sample M=2", "hf_beam_sample M=2", "learned M=2 value=0.5", "learned M=2 value=2"]
@@ -101,6 +106,57 @@ def test_learned_rows_and_their_calibration(tmp_path: Path) -> None:
     runs = [evaluate.main(config(tmp_path, *fixed)) for _ in range(2)]
     assert runs[0]["provenance"]["latency"] == found["provenance"]["latency"]
     assert [row["counts"] for row in runs[0]["rows"]] == [row["counts"] for row in runs[1]["rows"]]
+
+
+def test_two_devices_and_settings_tuned_for_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One controller plans for two tables; hand-set settings that are undominated on either device go on."""
+    settings = [
+        f"controller_path={saved_controller(tmp_path)}",
+        "policies=[learned]",
+        "references=[beam_sample]",
+        "latency@also=h200_8b_1b",
+        "grid.width_values=[1]",
+        "tune.grids=[{policies: [fixed, mass], widths: [2], depths: [0, 2], shares: [0.5], final_widths: [2]}]",
+        "tune.prompts=2",
+        "tune.split=test",
+        "tune.keep=1",
+        "prompts.limit=3",
+    ]
+    found = evaluate.main(config(tmp_path, *settings))
+    names = [row["name"] for row in found["rows"]]
+    assert names[:3] == ["beam_sample M=2", "learned M=2 value=1", "learned_also M=2 value=1"]
+    grid = found["tuned"]["grid"]
+    assert len(grid) == 4 and all(set(point["speeds"]) == {"modelled", "also"} for point in grid)
+    assert names[3:] == [point["name"] for point in grid if point["kept"]]
+    assert {"fixed", "mass"} == {row["method"] for row in found["rows"][3:]}
+    for row in found["rows"]:
+        modelled = [row["summary"][f"{name}_tokens_per_second"]["value"] for name in ("modelled", "also")]
+        assert all(value > 0 for value in modelled)
+        assert row["summary"]["also_hindsight"]["value"] >= modelled[1] - 1e-9  # hindsight drafts no layer in vain
+    assert set(found["comparisons"]) == {"clock", "modelled", "also"}
+    assert (tmp_path / "out" / "frontier_also.png").is_file()
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "Hand-set settings were chosen on 2 prompts of split test" in page
+    assert "fixed M=2 w=8 γ=2 last=2" in capsys.readouterr().err
+
+
+def test_a_modelled_device_is_planned_for_without_a_clock(tmp_path: Path) -> None:
+    settings = [f"controller_path={saved_controller(tmp_path)}", "policies=[learned]", "latency=h200_8b_1b"]
+    runs = [evaluate.main(config(tmp_path, *settings, "prompts.limit=2")) for _ in range(2)]
+    assert [row["counts"] for row in runs[0]["rows"]] == [row["counts"] for row in runs[1]["rows"]]
+    assert runs[0]["provenance"]["latency"]["measured"] is None
+
+
+def test_width_value_by_what_an_evaluation_gave(tmp_path: Path) -> None:
+    controller = saved_controller(tmp_path)
+    settings = [f"controller_path={controller}", "policies=[learned]", "prompts.limit=2"]
+    evaluate.main(config(tmp_path, *settings, "grid.width_values=[0.5,2,8]"))
+    results = (tmp_path / "out" / "results.json").rename(tmp_path / "results.json")
+    chosen = [f"learned.results={results}", "learned.target_tokens_per_second=1"]
+    (*_, row) = evaluate.main(config(tmp_path, *settings, *chosen))["rows"]
+    assert row["name"] == "learned M=2"
+    with pytest.raises(UserError, match=r"min_logprob_drop|results"):
+        evaluate.main(config(tmp_path, *settings, "learned.min_logprob_drop=0.1"))
 
 
 def test_same_seed_same_texts(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""Comparisons at equal quality: speeds along undominated settings, ratios, and what bounds them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from controller.compare import comparisons, speed_at, undominated
+from decoding.sampling import FloatArray
+
+
+def test_speed_lies_on_the_undominated_settings() -> None:
+    speeds, qualities = np.array([100.0, 200.0, 150.0, 120.0]), np.array([-0.2, -0.8, -0.5, -0.6])
+    assert speed_at(speeds, qualities, -0.5) == 150
+    assert speed_at(speeds, qualities, -0.35) == pytest.approx(125)  # half way to the slow, good one
+    assert speed_at(speeds, qualities, -0.65) == pytest.approx(175)  # the dominated 120 does not count
+    assert speed_at(speeds, qualities, -0.1) == 100 and speed_at(speeds, qualities, -2.0) == 200
+
+
+def test_more_settings_never_slow_a_family() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        speeds, qualities, quality = rng.random(6), rng.random(6), float(rng.random())
+        fewer = speed_at(speeds[:5], qualities[:5], quality)
+        best = qualities[:5].max()
+        if quality <= best:  # a family that does not reach the quality is given its best setting's speed
+            front_only = speed_at(speeds, qualities, quality)
+            dominated = any((speeds[:5] >= speeds[5]) & (qualities[:5] >= qualities[5]))
+            assert not dominated or front_only == pytest.approx(fewer)
+
+
+def of(values: list[float], noise: float = 0.0, resamples: int = 200) -> tuple[FloatArray, FloatArray]:
+    """Values, and resamples of them in which all rows move together."""
+    known = np.array(values)
+    moves = np.random.default_rng(0).normal(scale=noise, size=resamples)
+    return known, known[:, None] + moves
+
+
+def test_ratio_is_paired_and_the_hand_set_rival_is_the_fastest_family() -> None:
+    methods = ["beam_sample", "fixed", "fixed", "mass", "mass", "learned", "learned"]
+    speeds = of([100.0, 100.0, 200.0, 120.0, 180.0, 132.0, 240.0])
+    qualities = of([-0.4, -0.4, -0.8, -0.4, -0.8, -0.4, -0.8], noise=0.05)
+    (found,) = comparisons(methods, {"beam_sample M=4": 0}, speeds, qualities)
+    assert found["speed"] == 132 and found["quality"] == -0.4
+    over = found["over"]
+    assert over["hand-set"] == over["mass"] and over["mass"]["ratio"] == pytest.approx(1.1)
+    assert over["fixed"]["ratio"] == pytest.approx(1.32) and over["beam_sample"]["ratio"] == pytest.approx(1.32)
+    for ratio in over.values():  # all rows move together, so nothing is uncertain
+        assert ratio["low"] == pytest.approx(ratio["ratio"]) == pytest.approx(ratio["high"])
+
+
+def test_quality_that_learned_rows_do_not_reach_is_left_out() -> None:
+    methods = ["beam_sample", "beam_sample", "fixed", "learned"]
+    speeds, qualities = of([90.0, 200.0, 100.0, 120.0]), of([-0.2, -0.9, -0.5, -0.5])
+    found = comparisons(methods, {"good": 0, "poor": 1}, speeds, qualities)
+    assert [entry["reference"] for entry in found] == ["poor"]
+    assert comparisons(methods[:3], {"good": 0}, of([90.0, 200.0, 100.0]), of([-0.2, -0.9, -0.5])) == []
+
+
+def test_gap_to_the_oracle() -> None:
+    methods = ["beam_sample", "fixed", "learned"]
+    speeds, qualities = of([100.0, 100.0, 115.0]), of([-0.5, -0.5, -0.5])
+    (found,) = comparisons(methods, {"it": 0}, speeds, qualities, hindsight=np.array([np.nan, 130.0, 120.0]))
+    assert found["oracle"] == 130 and found["gap_closed"] == pytest.approx(0.5)
+
+
+def test_undominated_settings_are_thinned_evenly() -> None:
+    points = [(10.0 - i, float(i)) for i in range(10)] + [(1.0, 1.0)]
+    assert undominated(points, 20) == list(range(10))
+    assert undominated(points, 4) == [0, 3, 6, 9]
+    assert undominated([(1.0, 1.0), (1.0, 1.0)], 3) == [0]
