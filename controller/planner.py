@@ -51,7 +51,7 @@ class Prediction:
     """What a network says of one layer before its drafts are drawn."""
 
     at_least: FloatArray  # [W + 1, W + 1] P(K_w >= M) at [w, M]
-    loss: FloatArray  # [R + 1] L(k), expected loss of keeping the first k of R slots; never increasing, L(R) = 0
+    loss: FloatArray  # [R + 1] L(k), expected loss of keeping the first k slots; never increasing, 0 at target_width
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Outlook:
     """
 
     def __init__(self, passing: float = 0.6, memory: float = 50.0) -> None:
-        self.earned = 1.0  # reward of a committed layer
+        self._earned = 1.0
         self.left = 1.0  # share of what a pass brings that is left after what it loses
         self._passing: list[float] = []
         self._start, self._keep = passing, float(np.exp(-1.0 / memory))
@@ -139,7 +139,12 @@ class Outlook:
 
     def was_paid(self, reward: float) -> None:
         """A committed layer earned this."""
-        self.earned += (1 - self._keep) * (reward - self.earned)
+        self._earned += (1 - self._keep) * (reward - self._earned)
+
+    @property
+    def earned(self) -> float:
+        """Mean reward of a committed layer; something is hoped for even where rewards are losses."""
+        return max(self._earned, _LEAST_REWARD)
 
 
 class Planner:
@@ -221,7 +226,7 @@ class Planner:
         further = outlook.earned + max([(0.0, 0.0), *nets])[1]
         passing, brought = ask(further / max(self.width_value, 1e-9))[least - 1 : most].T  # [w]
         seconds = self._scored(nodes, widths) + (self._drafts[widths] - self._draft[1] if layer < deepest else 0.0)
-        net, _ = self._below(ahead, rate, reach * passing)
+        net, _ = self._below(ahead, rate, reach * brought)
         best = int((reach * brought * outlook.earned - rate * seconds + net).argmax())
         return Plan(int(widths[best]), least, float(passing[best]), further)
 
@@ -235,19 +240,21 @@ class Planner:
     ) -> int:
         """The best M of a layer that is reached and whose draft width is settled.
 
+        More than w is a choice too: the layer cannot pass, and is filled as the config says.
+
         Args:
             loss: [R + 1] L(k).
             at_least: [w + 1] P(K_w >= M); None where `settles_alone` says that it does not matter.
             further: of its plan. Which layers were drafted below since then may not count (design 5.4).
         """
-        least, most = config.min_width, max(config.min_width, min(config.target_width, draft_width))
+        least, end = config.min_width, config.target_width + 1
         if at_least is None:  # a pass with k beams is welcome where what comes further outweighs what is lost
-            welcome = self.width_value * loss[least : most + 1] <= further
-            return least + int(welcome.argmax()) if welcome.any() else most
-        row = np.zeros((1, config.target_width + 1 + draft_width))
+            welcome = self.width_value * (loss[least:end] - loss[config.target_width]) <= further
+            return least + int(welcome.argmax()) if welcome.any() else config.target_width
+        row = np.zeros((1, end + draft_width))
         row[0, : len(at_least)] = at_least
-        lost = self.width_value * _expected_loss(loss, row, config)[0, : most + 1 - least]
-        return least + int((row[0, least : most + 1] * further - lost).argmax())
+        lost = self.width_value * _expected_loss(loss, row, config)[0]
+        return least + int((row[0, least:end] * further - lost).argmax())
 
     def final_width(self, loss: FloatArray, config: DecodingConfig, rate: float) -> int:
         """M of the layer that the target draws: what is lost against carrying M beams into the next iteration."""

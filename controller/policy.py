@@ -238,6 +238,7 @@ class LearnedWidth(WidthPolicy):
 
     def target_width(self, context: TargetContext) -> int:
         config, layer, width = context.draft.root.config, context.draft.layer, context.draft_width
+        self._roots = len(context.draft.root.weights)
         if width == 0:
             loss = self._seen_loss[layer] = self._early_loss(context) if self.mode == "before" else self.late(context)
             return self.planner.final_width(loss, config, self._rate(config))
@@ -281,6 +282,8 @@ class LearnedWidth(WidthPolicy):
             self.outlook.hope(1)
         self._seen.clear()
         self._seen_loss.clear()
+        self._plans.clear()
+        self._widths = []
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -301,7 +304,7 @@ class LearnedWidth(WidthPolicy):
         self._look(context)
         accept_logits, *quality = self._host.early()
         accept = 1.0 / (1.0 + np.exp(-np.maximum(accept_logits, -30).astype(np.float64)))  # [W, W]
-        return Prediction(tails(count_table(accept)), self._loss(*quality))
+        return Prediction(tails(count_table(accept)), self._loss(context.root.config, *quality))
 
     def _look(self, context: DraftContext) -> None:
         sizes = self.net.sizes
@@ -317,13 +320,16 @@ class LearnedWidth(WidthPolicy):
 
     def late(self, context: TargetContext) -> FloatArray:
         """L(k) of a layer whose P is known; [R + 1]."""
-        return self._loss(*self._host.late(self.features.of_target(context)))
+        return self._loss(context.draft.root.config, *self._host.late(self.features.of_target(context)))
 
     def _early_loss(self, context: TargetContext) -> FloatArray:
         return self.predict(context.draft).loss
 
-    def _loss(self, survivor_logits: FloatVector, log_steps: FloatVector) -> FloatArray:
-        """L(0) = L(1), ..., L(R) = 0 from the outputs of a quality head; [R + 1]."""
+    def _loss(self, config: DecodingConfig, survivor_logits: FloatVector, log_steps: FloatVector) -> FloatArray:
+        """L(0) = L(1), ..., L(target_width) = 0 from the outputs of a quality head; [R + 1].
+
+        Nothing is lost at target_width: what more slots would have held was never to be had.
+        """
         loss = np.zeros(len(survivor_logits) + 1)
         if self.quality == "regret":
             np.cumsum(np.exp(log_steps)[::-1], out=loss[-2:0:-1])
@@ -332,6 +338,8 @@ class LearnedWidth(WidthPolicy):
             np.cumsum(shares[:0:-1], out=loss[-2:0:-1])
             loss /= shares.sum()
         loss[0] = loss[1]
+        if config.target_width < len(loss) - 1:
+            loss = np.maximum(loss - loss[config.target_width], 0.0)
         return loss
 
     def _see(self, context: DraftContext) -> _Seen:

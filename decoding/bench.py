@@ -27,7 +27,7 @@ from decoding.entry import entry_point
 from decoding.errors import UserError
 from decoding.files import json_bytes, write_whole
 from decoding.interleave import BenchRow, Record, graph_counters, run_repeats, sentence, warm_up
-from decoding.measure import OUT_OF_MEMORY, Row, log_probability
+from decoding.measure import OUT_OF_MEMORY, WIDTH_AXES, Row, log_probability
 from decoding.pair import ModelPair
 from decoding.profiling import profile_decoding
 from decoding.provenance import provenance, to_plain
@@ -119,7 +119,7 @@ def _read_row(place: str, entry: Any, config: DecodingConfig) -> BenchRow:
         own_config = method.configure(config.with_changes(**flags), settings)
     except UserError as error:
         raise UserError(f"{place} ({name}): {error}") from error
-    taken = {axis: getattr(own_config, axis) for axis in method.axes if hasattr(own_config, axis)}
+    taken = {axis: getattr(own_config, axis) for axis in WIDTH_AXES if axis in method.axes}
     return BenchRow(Row(name, {**taken, **settings}, own_config), batch_size, flags, draft)
 
 

@@ -38,7 +38,7 @@ GRID_AXES = {
     "shares": "share",
     "width_values": "width_value",
 }
-_WIDTHS = ("target_width", "draft_width", "draft_depth")
+WIDTH_AXES = ("target_width", "draft_width", "draft_depth")
 _SYMBOLS = {
     "draft_width": "w",
     "draft_depth": "γ",
@@ -140,7 +140,7 @@ def _rows_of(name: str, method: Method, config: DecodingConfig, axes: Mapping[st
             continue  # nothing is drafted: one of them is enough
         settings = {key: value for key, value in settings.items() if value is not None}
         own_config = method.configure(config, settings)
-        taken = {axis: getattr(own_config, axis) for axis in _WIDTHS if axis in method.axes}
+        taken = {axis: getattr(own_config, axis) for axis in WIDTH_AXES if axis in method.axes}
         rows.append(Row(name, {**taken, **settings}, own_config))
     if not rows:
         raise UserError(f"The grid leaves no row for {name!r}: every draft width is less than the target width.")

@@ -14,11 +14,13 @@ import torch
 from controller import LearnedWidth, WidthNet
 from controller.features import ContextFeatures
 from controller.network import save_controller
+from controller.policy import MODES, QUALITIES
 from decoding import DecodingConfig, UserError
 from decoding.latency import LatencyTable
 from decoding.widths import DraftContext, IterationRecord, LayerRecord
 from tests.controller.synthetic import CONFIG, H_P, H_Q, PAIR, draft_context, target_context
 
+RULES = [{"surplus": surplus, "refill": refill} for surplus in ("keep", "drop") for refill in ("full", "width")]
 TABLE = LatencyTable((1, 8, 32), (0.010, 0.012, 0.020), (0.002, 0.003, 0.006))
 
 
@@ -26,7 +28,11 @@ def provenance(**changes: Any) -> dict[str, Any]:
     features = ContextFeatures()
     decoding = dataclasses.asdict(CONFIG)
     return {
-        "features": {"version": features.version, "names": features.names},
+        "features": {
+            "version": features.version,
+            "names": features.names,
+            "target_names": features.target_names,
+        },
         "pair": PAIR,
         "decoding": decoding,
     } | changes
@@ -35,11 +41,26 @@ def provenance(**changes: Any) -> dict[str, Any]:
 def network(hidden: bool = True, accept: float = 0.7) -> WidthNet:
     torch.manual_seed(0)
     sizes = (H_Q, H_P) if hidden else (0, 0)
-    net = WidthNet(len(ContextFeatures().names), CONFIG.draft_width, CONFIG.target_width, *sizes)
-    ranks = torch.tensor([0.5, 0.25, 0.15, 0.1])
-    count = len(ContextFeatures().names)
-    net.start_from(torch.zeros(count), torch.ones(count), torch.full((6, 6), accept), ranks)
+    features = ContextFeatures()
+    early, late = len(features.names), len(features.target_names)
+    net = WidthNet(early, CONFIG.draft_width, CONFIG.target_width, *sizes, late)
+    net.start_from(
+        (torch.zeros(early), torch.ones(early)),
+        (torch.zeros(late), torch.ones(late)),
+        torch.full((6, 6), accept),
+        torch.tensor([0.5, 0.25, 0.15, 0.1]),
+        torch.tensor([0.4, 0.15, 0.05]),
+    )
     torch.nn.init.normal_(net.accept_head.weight, std=0.05)
+    for head in (net.survivor_head, net.regret_head):
+        torch.nn.init.normal_(head.weight, std=0.1)
+    for head in (net.late_survivor_head, net.late_regret_head):
+        torch.nn.init.normal_(head.weight, std=0.3)
+    with torch.no_grad():  # a layer passes the rather, the more is drafted and the more can be borne
+        net.pass_width.copy_(torch.arange(CONFIG.draft_width)[:, None].expand_as(net.pass_width))
+        net.pass_price.fill_(0.3)
+        net.pass_out.weight.fill_(0.03)
+        net.pass_out.bias.fill_(-2.0)
     return net.eval()
 
 
@@ -49,14 +70,33 @@ def policy(**options: Any) -> LearnedWidth:
     return made
 
 
-def test_widths_are_in_range_and_one_prediction_serves_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_widths_are_in_range_whatever_the_settings(mode: str, quality: str, rule: dict[str, str]) -> None:
+    config = CONFIG.with_changes(**rule)
+    for least, value in ((1, 0.0), (1, 3.0), (3, 0.0), (2, 1e6)):
+        learned = policy(mode=mode, quality=quality, width_value=value)
+        narrow = config.with_changes(min_width=least)
+        learned.reset(narrow)
+        for seed in range(5):
+            context = draft_context(seed, config=narrow)
+            learned.draft_further(context.root, 1, ())
+            w = learned.draft_width(context)
+            m = learned.target_width(target_context(context, w))
+            last = learned.target_width(target_context(draft_context(seed, 2, drafted=False, config=narrow), 0))
+            assert least <= m <= w <= CONFIG.draft_width and m <= CONFIG.target_width
+            assert least <= last <= CONFIG.target_width
+
+
+def test_one_look_serves_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     learned, context = policy(), draft_context()
     calls: list[DraftContext] = []
-    predict = learned.predict
-    monkeypatch.setattr(learned, "predict", lambda c: calls.append(c) or predict(c))
-    w = learned.draft_width(context)
-    m = learned.target_width(target_context(context, w))
-    assert 1 <= m <= w <= CONFIG.draft_width and m <= CONFIG.target_width and len(calls) == 1
+    features = learned.features
+    monkeypatch.setattr(learned, "features", lambda c: calls.append(c) or features(c))
+    monkeypatch.setattr(learned, "late", lambda c: np.array([0.5, 0.5, 0.2, 0.1, 0.0]))
+    learned.target_width(target_context(context, learned.draft_width(context)))
+    assert len(calls) == 1
     learned.draft_width(draft_context(1))
     assert len(calls) == 2  # another layer is another question
     assert learned.needs_hidden and not policy(hidden=False).needs_hidden
@@ -65,11 +105,27 @@ def test_widths_are_in_range_and_one_prediction_serves_a_layer(monkeypatch: pyte
 def test_the_prediction_is_a_distribution_that_agrees_with_the_network() -> None:
     learned, context = policy(), draft_context()
     prediction = learned.predict(context)
-    assert prediction.at_least.shape == (7, 7) and prediction.survivors.shape == (5,)
-    assert prediction.survivors[0] == 0 and prediction.survivors[-1] == pytest.approx(1.0)
+    assert prediction.at_least.shape == (7, 7)
     vectors = (learned.features(context), context.draft_hidden, context.root.target_hidden)
     logits = learned.net(*(torch.from_numpy(v)[None] for v in vectors))
     assert prediction.at_least[1, 1] == pytest.approx(logits.accept[0, 0, 0].sigmoid().item())
+
+
+@pytest.mark.parametrize("quality", ["regret", "survivors"])
+def test_losses_are_those_of_the_networks_heads(quality: str) -> None:
+    """L(k) is the sum of the regret steps from k on, or the chance that the survivor lies beyond slot k."""
+    learned, context = policy(quality=quality), target_context(draft_context(), 5)
+    draft = context.draft
+    vectors = (learned.features(draft), draft.draft_hidden, draft.root.target_hidden)
+    rows = [torch.from_numpy(v)[None] for v in (*vectors, learned.features.of_target(context))]
+    logits = learned.net(*rows)
+    early = (logits.survivor, logits.regret, learned.predict(draft).loss)
+    late = (logits.late_survivor, logits.late_regret, learned.late(context))
+    for survivor, regret, loss in (early, late):
+        shares, steps = survivor[0].softmax(-1).tolist(), regret[0].exp().tolist()
+        beyond = [sum(steps[k - 1 :]) if quality == "regret" else sum(shares[k:]) for k in range(1, 5)]
+        assert loss.tolist() == pytest.approx([beyond[0], *beyond], abs=1e-5)
+        assert loss[-1] == 0 and (np.diff(loss) <= 0).all()
 
 
 def test_mode_before_ignores_the_layers_own_target() -> None:
@@ -79,46 +135,74 @@ def test_mode_before_ignores_the_layers_own_target() -> None:
     assert len({learned.target_width(target_context(context, w, seed)) for seed in range(20)}) == 1
 
 
-def test_mode_after_follows_p_and_q() -> None:
-    context = draft_context()
+def test_modes_with_p_in_hand_follow_it_at_every_layer() -> None:
+    for mode in ("after", "both"):
+        learned, context = policy(mode=mode, width_value=4.0), draft_context()
+        w = learned.draft_width(context)
+        assert len({learned.target_width(target_context(context, w, seed)) for seed in range(20)}) > 1
+        learned = policy(mode=mode, width_value=0.05)
+        last = draft_context(layer=2, drafted=False)
+        assert len({learned.target_width(target_context(last, 0, seed)) for seed in range(20)}) > 1
+    before = policy(mode="before")
+    assert len({before.target_width(target_context(last, 0, seed)) for seed in range(20)}) == 1
+
+
+def test_what_is_not_kept_makes_m_follow_how_much_p_and_q_agree() -> None:
+    """With surplus="keep" and refill="full" each count speaks for itself; elsewhere P(K_w >= M) counts too."""
+    context = draft_context(config=CONFIG.with_changes(exact=True))
     agree = dataclasses.replace(target_context(context, 6), target=context.joint)  # P = Q: every draft is accepted
     moved = np.where(
         np.arange(10) % 2 == 0, context.joint.tokens, context.joint.tokens + 100
     )  # half of Q is impossible
     apart = dataclasses.replace(agree, target=dataclasses.replace(context.joint, tokens=moved))
     for mode in ("after", "both"):
-        learned = policy(mode=mode, width_value=0.3, accept=0.6, survivors="asked")  # kept beams cost no asking
+        learned = policy(mode=mode, width_value=1.0, accept=0.6)
         learned.draft_width(context)
         assert learned.target_width(agree) > learned.target_width(apart)
-        assert mode == "both" or learned.target_width(agree) == CONFIG.target_width
+        alone = policy(mode=mode, width_value=1.0, accept=0.6)
+        same = draft_context()
+        alone.draft_width(same)
+        asked = {alone.target_width(dataclasses.replace(c, draft=same)) for c in (agree, apart)}  # P's shape is one
+        assert len(asked) == 1
 
 
-def test_width_value_widens_every_layer() -> None:
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_width_value_widens_every_layer(quality: str) -> None:
     for seed in range(5):
         context, final = draft_context(seed), draft_context(seed, layer=2, drafted=False)
         asked, last = [], []
-        for value in (0.0, 0.5, 2.0, 20.0):
-            learned = policy(width_value=value)
-            asked.append(learned.target_width(target_context(context, learned.draft_width(context))))
+        for value in (0.0, 0.5, 2.0, 20.0, 1e6):
+            learned = policy(width_value=value, quality=quality)
+            learned.draft_width(context)
+            asked.append(learned.target_width(target_context(context, 6)))
             last.append(learned.target_width(target_context(final, 0)))
         assert asked == sorted(asked) and last == sorted(last)
         assert asked[0] == 1 and last[0] == 1 and asked[-1] == CONFIG.target_width and last[-1] == CONFIG.target_width
 
 
-@pytest.mark.parametrize("mode", ["before", "after", "both"])
-def test_what_is_shown_of_deeper_layers_does_not_move_m(mode: str) -> None:
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_shown_of_deeper_layers_does_not_move_m(mode: str, quality: str, rule: dict[str, str]) -> None:
     """They are drafted before this layer is verified, from its own drafts (design 5.4)."""
-    first = draft_context(0)
-    asked = set()
+    config = CONFIG.with_changes(**rule)
+    first, asked = draft_context(0, config=config), set()
+    second = dataclasses.replace(draft_context(1, layer=2, config=config), widths=(3,))
     for seed in range(12):
-        learned = policy(mode=mode, width_value=3.0)
-        w = learned.draft_width(first)
+        learned = policy(mode=mode, width_value=3.0, quality=quality)
+        learned.draft_further(first.root, 1, ())
+        w, shallow = learned.draft_width(first), None
         for layer in range(2, 2 + seed % 3):
-            below = dataclasses.replace(draft_context(seed, layer=layer), widths=(w,) * (layer - 1))
-            if learned.draft_further(below.root, layer, below.widths):
-                learned.draft_width(below)
-        asked.add(learned.target_width(target_context(first, w)))
-    assert len(asked) == 1
+            below = dataclasses.replace(draft_context(seed, layer=layer, config=config), widths=(w,) * (layer - 1))
+            if layer == 2 and seed % 2:
+                below = shallow = second  # one that all of these runs share
+            learned.draft_further(below.root, layer, below.widths)
+            learned.draft_width(below)
+        ms = [learned.target_width(target_context(first, w))]
+        if shallow is not None:
+            ms.append(learned.target_width(target_context(shallow, 4)))
+        asked.add((len(ms), tuple(ms), learned.target_width(target_context(draft_context(2, 4, drafted=False), 0))))
+    assert len(asked) == len({count for count, *_ in asked}) == 2
 
 
 def depth(learned: LearnedWidth, config: DecodingConfig = CONFIG) -> int:
@@ -147,71 +231,112 @@ def test_cheaper_drafts_never_give_fewer_layers() -> None:
 
 
 def test_a_first_layer_that_did_not_pay_is_tried_again() -> None:
-    learned = policy(latency=dataclasses.replace(TABLE, draft=(0.012, 0.013, 0.02)))
+    learned = policy(latency=dataclasses.replace(TABLE, draft=(0.010, 0.011, 0.02)))
     assert learned.throughput is not None
     tried = []
     for _ in range(60):
         learned.throughput.reward, learned.throughput.seconds = 1.0, 0.0145
         tried.append(learned.draft_further(draft_context().root, 1, ()))
         if not tried[-1]:  # an iteration that drafted nothing
-            learned.observe(IterationRecord((LayerRecord(1, 0, 2, 0, True),), 1, 0.0145))
+            m = learned.target_width(target_context(draft_context(drafted=False), 0))
+            learned.observe(IterationRecord((LayerRecord(1, 0, m, 0, True),), 1, 0.0145))
     assert not tried[0] and any(tried)
 
 
-def test_support_that_gave_fewer_drafts_than_planned() -> None:
-    learned, context = policy(width_value=50.0), draft_context()
+@pytest.mark.parametrize("mode", MODES)
+def test_support_that_gave_fewer_drafts_than_planned(mode: str) -> None:
+    learned, context = policy(width_value=500.0, mode=mode), draft_context()
     learned.draft_width(context)
-    assert learned.target_width(target_context(context, 2)) == 2
+    assert learned.target_width(target_context(context, 2)) == CONFIG.target_width  # it had better fail
+
+
+def an_iteration(learned: LearnedWidth, seed: int = 0, accepted: int = 3, seconds: float = 0.1) -> list[int]:
+    """Draft as deep as the policy likes, ask for M of the first layer, and tell it what became of it; its widths."""
+    widths: tuple[int, ...] = ()
+    contexts = []
+    for layer in range(1, CONFIG.draft_depth + 1):
+        context = dataclasses.replace(draft_context(seed + layer, layer=layer), widths=widths)
+        if not learned.draft_further(context.root, layer, widths):
+            break
+        widths = (*widths, learned.draft_width(context))
+        contexts.append(context)
+    if widths:
+        m = learned.target_width(target_context(contexts[0], widths[0], seed))
+        accepted = min(accepted, widths[0])
+        record = LayerRecord(1, widths[0], m, accepted, accepted >= m)
+    else:
+        m = learned.target_width(target_context(draft_context(seed, drafted=False), 0, seed))
+        record = LayerRecord(1, 0, m, 0, True)
+    learned.observe(IterationRecord((record,), 1, seconds))
+    return [*widths, m]
 
 
 def test_equal_seeds_give_equal_widths_without_a_wall_clock() -> None:
-    def run(seconds: float, **options: Any) -> tuple[float, str]:
+    def run(seconds: float, **options: Any) -> tuple[list[list[int]], float, str]:
         learned = policy(**options)
-        for _ in range(5):
-            depth(learned)
-            learned.observe(IterationRecord((LayerRecord(1, 6, 2, 3, True),), 3, seconds))
+        widths = [an_iteration(learned, seed, seed % 5, seconds) for seed in range(20)]
         assert learned.throughput is not None
-        return learned.throughput.rate, learned.describe()["clock"]
+        return widths, learned.throughput.rate, learned.describe()["clock"]
 
-    assert run(0.1) == run(0.2) and run(0.1)[1] == "table"
+    assert run(0.1) == run(0.2) and run(0.1)[-1] == "table"
     assert run(0.1, latency=TABLE, clock="table") == run(0.2, latency=TABLE, clock="table")
-    assert run(0.1, latency=TABLE)[0] > run(0.2, latency=TABLE)[0] and run(0.1, latency=TABLE)[1] == "wall"
+    assert run(0.1, latency=TABLE)[1] > run(0.2, latency=TABLE)[1] and run(0.1, latency=TABLE)[-1] == "wall"
 
 
-def test_forks_share_the_network_and_nothing_of_a_prompt() -> None:
-    """By the table a fork starts from what is expected, whatever its neighbours saw; by the wall clock all tell one."""
-    record = IterationRecord((LayerRecord(1, 6, 2, 3, True),), 3, 0.1)
-    for options, shared in (({}, False), ({"latency": TABLE}, True)):
-        learned = LearnedWidth(network(), provenance(), **options)
+def state(learned: LearnedWidth) -> tuple[float, ...]:
+    """What was learned on line."""
+    assert learned.throughput is not None
+    outlook = learned.outlook
+    return (learned.throughput.rate, outlook.earned, outlook.left, outlook.corrected(0.5), outlook.passing(1))
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("options", [{}, {"latency": TABLE}], ids=["table", "wall"])
+def test_prompts_learn_together_or_alone(share: bool, options: dict[str, Any]) -> None:
+    learned = LearnedWidth(network(), provenance(), share=share, **options)
+    learned.check(CONFIG)
+
+    def fork(seed: int) -> LearnedWidth:
+        forked = learned.fork(seed)
+        forked.reset(CONFIG)
+        return forked
+
+    first, second = fork(1), fork(2)
+    assert first.net is second.net is learned.net
+    start = state(second)
+    for seed in range(5):
+        an_iteration(first, seed)
+    assert state(first) != start
+    for other in (second, fork(3)):
+        assert (state(other) == state(first)) == share and (state(other) == start) != share
+    assert learned.fork(4).describe()["share"] == share
+    learned.use_latency(TABLE)  # afresh
+    assert state(fork(5))[1:] == start[1:]
+
+
+def test_prompts_that_learn_alone_do_not_depend_on_the_order_of_their_turns() -> None:
+    """Forks share a host network that remembers a layer; whose turn it is must not matter."""
+
+    def forks() -> list[LearnedWidth]:
+        learned = LearnedWidth(network(), provenance(), share=False)
         learned.check(CONFIG)
-        first, second = learned.fork(1), learned.fork(2)
-        assert first.net is second.net is learned.net
-        for fork in (first, second):
+        found = [learned.fork(seed) for seed in range(3)]
+        for fork in found:
             fork.reset(CONFIG)
-        assert first.throughput is not None and second.throughput is not None
-        before = second.throughput.rate
-        depth(first)
-        first.observe(record)
-        assert (first.throughput is second.throughput) == shared
-        assert (second.throughput.rate != before) == shared
-        third = learned.fork(3)
-        third.reset(CONFIG)
-        assert third.throughput is not None
-        assert (third.throughput.rate != before) == shared
-        context = draft_context()
-        alone = LearnedWidth(network(), provenance(), **options).fork(9)
-        alone.reset(CONFIG)
-        first.predict(draft_context(1))
-        if not shared:
-            assert second.draft_width(context) == alone.draft_width(context)
+        return found
+
+    alone = [[an_iteration(fork, 10 * i + turn) for turn in range(8)] for i, fork in enumerate(forks())]
+    together = forks()
+    rounds = [[an_iteration(fork, 10 * i + turn) for i, fork in enumerate(together)] for turn in range(8)]
+    assert alone == [list(turns) for turns in zip(*rounds, strict=True)]
 
 
 def test_latency_from_a_dict_and_a_file(tmp_path: Path) -> None:
     (tmp_path / "latency.json").write_text(json.dumps(TABLE.to_dict()))
     for latency in (TABLE, TABLE.to_dict(), tmp_path / "latency.json"):
         assert policy(latency=latency).planner.costs == TABLE
-    for bad in (tmp_path / "absent.json", {"nodes": [1]}):
-        with pytest.raises(UserError, match="latency table cannot be read"):
+    for bad, message in ((tmp_path / "absent.json", "cannot be read"), ({"nodes": [1]}, "target is missing")):
+        with pytest.raises(UserError, match=f"latency table .*{message}"):
             policy(latency=bad)
 
 
@@ -234,16 +359,24 @@ def test_refusals() -> None:
         ({"mode": "never"}, "choose one of 'before', 'after', 'both'"),
         ({"clock": "sun"}, "clock is 'sun'"),
         ({"clock": "wall"}, "needs a latency table"),
-        ({"survivors": "some"}, "survivors is 'some'"),
+        ({"quality": "some"}, "quality is 'some'; choose one of 'regret', 'survivors'"),
     ):
         with pytest.raises(UserError, match=message):
             policy(**options)
-    names = ContextFeatures().names
-    other = ["depth" if name == "layer" else name for name in names]
-    with pytest.raises(UserError, match=r"trained with other features .* without layer and with the unknown depth"):
-        LearnedWidth(network(), provenance(features={"version": 1, "names": other}))
+    for name, message in (
+        ("joint_max", "without joint_max and with the unknown depth"),
+        ("target_prob_1", "without target_prob_1 and with the unknown depth"),
+    ):
+        about = provenance()["features"]
+        for key in ("names", "target_names"):
+            about[key] = ["depth" if known == name else known for known in about[key]]
+        with pytest.raises(UserError, match=f"trained with other features .* ({message})"):
+            LearnedWidth(network(), provenance(features=about))
+    without = {"version": 2, "names": ContextFeatures().names}
+    with pytest.raises(UserError, match=r"trained with other features .* without log_target_support"):
+        LearnedWidth(network(), provenance(features=without))
     with pytest.raises(UserError, match="version 0 of the features"):
-        LearnedWidth(network(), provenance(features={"version": 0, "names": names}))
+        LearnedWidth(network(), provenance(features=provenance()["features"] | {"version": 0}))
     with pytest.raises(UserError, match=r"draft_width is 8; the controller was trained for at most 6"):
         policy().check(CONFIG.with_changes(draft_width=8))
     with pytest.warns(UserWarning, match="top_k=10"):

@@ -121,7 +121,11 @@ def test_traces_and_a_controller_of_every_kind(draft: str, tmp_path: Path) -> No
     features = ContextFeatures()
     provenance = {
         "pair": pair.describe(),
-        "features": {"version": features.version, "names": features.names},
+        "features": {
+            "version": features.version,
+            "names": features.names,
+            "target_names": features.target_names,
+        },
         "decoding": {},
     }
     learned = LearnedWidth(WidthNet(**sizes), provenance, latency=LatencyTable.measure(pair, 8, repeats=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,23 +15,29 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, UserError
+from decoding.acceptance import joint_keys
 from decoding.collect import ensure_traces
+from decoding.forest import TokenForest
 from decoding.results import LayerEvent
 from decoding.tasks.base import Prompt
-from decoding.traces import MANIFEST, TraceRecorder, load_traces
-from decoding.widths import DraftContext
+from decoding.traces import MANIFEST, TraceRecorder, deficits, load_traces
+from decoding.widths import DraftContext, TargetContext
 
 CONFIG = DecodingConfig(target_width=3, draft_width=5, draft_depth=2, max_new_tokens=10, top_k=8, eos_token_id=-1)
 
 
 class SimpleFeatures:
-    """Two numbers of a context."""
+    """Two numbers of a context, and one of P."""
 
     names = ("layer", "top_prob")
+    target_names = ("top_target_prob",)
     version = 1
 
     def __call__(self, context: DraftContext) -> np.ndarray:
         return np.array([context.layer, context.joint.probs.max()], dtype=np.float32)
+
+    def of_target(self, context: TargetContext) -> np.ndarray:
+        return np.array([context.target.probs.max()], dtype=np.float32)
 
 
 def small_llama(layers: int, seed: int) -> LlamaForCausalLM:
@@ -91,10 +98,17 @@ class Spy(TraceRecorder):
 
     events: list[LayerEvent] = field(default_factory=list)
     path: list[int] = field(default_factory=list)
+    forest: TokenForest = field(default_factory=TokenForest)
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(SimpleFeatures(), (16, 16), shadow_seed=seed)
         self.events, self.path = [], []
+
+    def drafted(
+        self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
+    ) -> None:
+        self.forest = forest
+        super().drafted(forest, beams, layers)
 
     def layer(self, event: LayerEvent) -> None:
         self.events.append(event)
@@ -105,10 +119,12 @@ class Spy(TraceRecorder):
         super().end(best_path)
 
 
-def recorded(policy: RandomWidth | FixedWidth, seed: int = 0) -> tuple[Spy, list[dict]]:
+def recorded(
+    policy: RandomWidth | FixedWidth, seed: int = 0, config: DecodingConfig = CONFIG
+) -> tuple[Spy, list[dict[str, Any]]]:
     spy = Spy()
     spy.start("p", "train")
-    DSBDDecoder(make_pair(), CONFIG, policy).generate([[1, 2, 3]], torch.Generator().manual_seed(seed), spy)
+    DSBDDecoder(make_pair(), config, policy).generate([[1, 2, 3]], torch.Generator().manual_seed(seed), spy)
     return spy, spy.take_rows()
 
 
@@ -130,6 +146,7 @@ def test_rows_say_what_the_decoder_did():
     features = SimpleFeatures()
     for row, event in zip(rows, spy.events, strict=True):
         np.testing.assert_array_equal(row["features"], features(event.context.draft))
+        np.testing.assert_array_equal(row["target_features"], features.of_target(event.context))
         assert (row["layer"], row["target_width"]) == (event.record.layer, event.record.target_width)
         assert len(row["accept_bits"]) == len(row["accept_probs"]) == row["draft_width"]
         assert len(row["count_probs"]) == (row["draft_width"] + 1 if row["drafted"] else 0)
@@ -147,6 +164,131 @@ def test_survivor_rank_is_the_rank_of_the_best_hypothesis():
         weights = [weight for _, weight in event.kept]
         assert weights == sorted(weights, reverse=True)
     assert rows[-1]["survivor_rank"] == 1  # the best hypothesis is the best beam of the last layer
+
+
+RECORDED = [
+    {},
+    {"exact": True},
+    {"replacement": True},
+    {"eos_token_id": [3, 4, 5]},
+    {"eos_token_id": [3, 4, 5], "length_penalty": 2.0, "early_stopping": "never"},
+    {"one_beam_cache": True},
+    {"target_width": 1},
+]
+
+
+@pytest.mark.parametrize("changes", RECORDED, ids=str)
+def test_slots_are_in_the_order_of_the_verdict_and_name_the_same_survivor(changes: dict[str, Any]) -> None:
+    """Slots read from the verdict itself, by (parent, token); ranks from the weights; both point at one node."""
+    config, survivors = CONFIG.with_changes(**changes), 0
+    for seed in range(8):
+        spy, rows = recorded(RandomWidth(seed=seed), seed, config)
+        assert len(rows) == len(spy.events)
+        for depth, (row, event) in enumerate(zip(rows, spy.events, strict=True)):
+            if event.verdict is not None:
+                keys = np.unique(
+                    np.concatenate([joint_keys(event.context.target), joint_keys(event.context.draft.joint)])
+                )
+                chosen = list(dict.fromkeys(keys[event.verdict.slots].tolist()))
+                assert chosen == [spy.forest.parents[n] * 2**32 + spy.forest.tokens[n] for n in event.slots]
+            ranked = [node for node, _ in event.kept]
+            assert sorted(ranked) == sorted(event.slots) and len(row["slot_deficits"]) == row["kept_width"]
+            best = spy.path[depth] if depth < len(spy.path) else None
+            assert (row["survivor_rank"] == 0) == (row["survivor_slot"] == 0) == (best is None)
+            if best is not None:
+                survivors += 1
+                assert ranked[row["survivor_rank"] - 1] == event.slots[row["survivor_slot"] - 1] == best
+                assert row["slot_deficits"][row["survivor_slot"] - 1] == 0.0
+            assert min(row["slot_deficits"]) == 0.0
+        kept = [event.kept for event in spy.events]
+        for row, event, expected in zip(
+            rows, spy.events, slow_deficits(kept, spy.forest.parents, spy.path), strict=True
+        ):
+            assert row["slot_deficits"] == pytest.approx([expected[node] for node in event.slots])
+    assert survivors > 8
+
+
+def slow_deficits(
+    layers: list[list[tuple[int, float]]], parents: list[int], best_path: list[int]
+) -> list[dict[int, float]]:
+    """The definition, beam by beam: all its descendants, the last layer that has some, the heaviest of them."""
+
+    def descends(node: int, steps: int, ancestor: int) -> bool:
+        for _ in range(steps):
+            node = parents[node]
+        return node == ancestor
+
+    found: list[dict[int, float]] = []
+    for depth, layer in enumerate(layers):
+        found.append({})
+        for beam, _ in layer:
+            if depth < len(best_path) and best_path[depth] == beam:
+                found[-1][beam] = 0.0
+                continue
+            for last in reversed(range(depth, len(layers))):
+                line = [weight for node, weight in layers[last] if descends(node, last - depth, beam)]
+                if line:
+                    found[-1][beam] = max(weight for _, weight in layers[last]) - max(line)
+                    break
+    return found
+
+
+def test_deficits_by_hand() -> None:
+    """Nodes 1 and 2 under the root; 3, 4 under 1, 5 under 2; 6, 7 under 3: the lines of 2, 4 and 5 end at layer 2."""
+    parents = [-1, 0, 0, 1, 1, 2, 3, 3]
+    layers = [[(1, -1.0), (2, -1.5)], [(5, -1.75), (3, -2.0), (4, -3.0)], [(6, -2.5), (7, -4.0)]]
+    assert deficits(layers, parents, [1, 3, 6]) == [{1: 0.0, 2: 0.0}, {5: 0.0, 3: 0.0, 4: 1.25}, {6: 0.0, 7: 1.5}]
+    # Node 2's line led when it ended; were 5 lighter, 0.25 nats would be lost with it alone.
+    layers[1][0] = (5, -2.25)
+    assert deficits(layers, parents, [1, 3, 6])[:2] == [{1: 0.0, 2: 0.25}, {5: 0.25, 3: 0.0, 4: 1.0}]
+    # The best hypothesis ended at layer 2, by its score: its beams have no deficit, and later layers are as they are.
+    assert deficits(layers, parents, [2, 5]) == [{1: 0.0, 2: 0.0}, {5: 0.0, 3: 0.0, 4: 1.0}, {6: 0.0, 7: 1.5}]
+    assert deficits(layers[:1], parents, [2]) == [{1: 0.0, 2: 0.0}]
+    assert deficits([], parents, []) == []
+
+
+def random_tree(rng: np.random.Generator) -> tuple[list[list[tuple[int, float]]], list[int]]:
+    """Layers of beams, best first, each a child of one of the layer above; some nodes never were beams."""
+    parents, layers, above = [-1], [], [0]
+    for _ in range(int(rng.integers(1, 7))):
+        beams = []
+        for _ in range(int(rng.integers(1, 6))):
+            parents += [above[int(rng.integers(len(above)))] for _ in range(int(rng.integers(1, 3)))]
+            beams.append((len(parents) - 1, float(rng.normal())))
+        layers.append(sorted(beams, key=lambda beam: -beam[1]))
+        above = [node for node, _ in beams]
+        above = above[: int(rng.integers(1, len(above) + 1))]  # the others ended, or were let go
+    return layers, parents
+
+
+def ancestors(node: int, parents: list[int]) -> list[int]:
+    path = []
+    while node > 0:
+        path.append(node)
+        node = parents[node]
+    return path[::-1]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_deficits_equal_their_definition_on_random_trees(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    layers, parents = random_tree(rng)
+    heaviest = ancestors(layers[-1][0][0], parents)
+    last = int(rng.integers(len(layers)))
+    ended = ancestors(layers[last][int(rng.integers(len(layers[last])))][0], parents)
+    for best_path in (heaviest, ended):
+        found = deficits(layers, parents, best_path)
+        assert found == slow_deficits(layers, parents, best_path)
+        for depth, (of_layer, layer) in enumerate(zip(found, layers, strict=True)):
+            assert set(of_layer) == {node for node, _ in layer}
+            assert min(of_layer.values()) == 0.0  # the heaviest beam of the last layer has an ancestor everywhere
+            slots = [node for node, _ in layer]
+            rng.shuffle(slots)
+            nothing_lost = {node for node in slots if of_layer[node] == 0.0}
+            assert {path[depth] for path in (heaviest, best_path) if depth < len(path)} <= nothing_lost
+            for k in range(1, len(slots) + 1):
+                regret = min(of_layer[node] for node in slots[:k])
+                assert (regret == 0.0) == bool(nothing_lost & set(slots[:k]))
 
 
 def test_every_draft_has_a_bit_and_its_probability_is_right():
@@ -180,6 +322,11 @@ def test_traces_come_back_as_written(tmp_path: Path):
     dataset, manifest = load_traces(ensure_traces(collect_config(tmp_path)))
     assert len(dataset) == manifest["rows"] == 6 * CONFIG.max_new_tokens
     assert manifest["features"]["names"] == list(SimpleFeatures.names)
+    assert manifest["features"]["target_names"] == list(SimpleFeatures.target_names)
+    for row in dataset:
+        assert len(row["target_features"]) == 1
+        assert len(row["slot_deficits"]) == row["kept_width"] >= row["survivor_slot"]
+        assert row["survivor_slot"] == 0 or row["slot_deficits"][row["survivor_slot"] - 1] == 0
     assert set(dataset["split"]) == {"train", "val"}
     assert manifest["pair"]["fingerprint"] == make_pair().fingerprint
 
