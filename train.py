@@ -3,13 +3,17 @@
 python train.py
 python train.py pair=llama3_8b trainer=gpu logger=wandb controller.hidden=256 seed=1
 python train.py -m controller.lr=1e-3,3e-4
+python train.py rounds=2
 python train.py ckpt_path=outputs/train/.../checkpoints/last.ckpt
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import hashlib
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,12 @@ import torch
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, WandbLogger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
-from controller.calibration import Reliability, calibrate, inputs, reliability, width_events
-from controller.counts import count_table, tails
+from controller.calibration import BINS, Curve, Reliability, calibrate, reliability_curves, reliability_from_sums
 from controller.data import TraceDataModule
 from controller.module import ControllerModule
-from controller.network import WidthNet, save_controller
+from controller.network import WEIGHTS, save_controller
 from controller.tracking import tracked
 from decoding.collect import ensure_traces
 from decoding.config import DecodingConfig
@@ -38,31 +41,78 @@ _AGAIN = "Give a checkpoint that train.py wrote with these settings, or leave ck
 @entry_point(config_name="train")
 def main(cfg: DictConfig) -> float:
     """Train the controller that the config describes; returns the best `val/loss`, for sweeps."""
+    check_rounds(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = read_checkpoint(cfg.ckpt_path)
-    directory = ensure_traces(cfg)
+    directories = [ensure_traces(cfg)]
+    for number in range(1, cfg.rounds):
+        part = copy.deepcopy(cfg)
+        part.output_dir = f"{cfg.output_dir}/round-{number}"
+        fit(part, directories, checkpoint)
+        directories.append(ensure_traces(under_learned(cfg, Path(part.output_dir) / "controller")))
+        seed_everything(cfg.seed, workers=True, verbose=False)
+    return fit(cfg, directories, checkpoint)
+
+
+def fit(cfg: DictConfig, directories: list[Path], checkpoint: dict[str, Any] | None) -> float:
+    """Train on the traces of some directories, calibrate, save to `output_dir`; returns the best `val/loss`."""
     features = instantiate(cfg.features)
     names = [*features.names, *features.target_names]
-    data = TraceDataModule(
-        directory, names, cfg.controller.get("batch_size", 256), cfg.controller.get("use_hidden", True)
-    )
+    sizes = cfg.controller.get("batch_size", 512), cfg.controller.get("use_hidden", True), cfg.max_train_rows
+    data = TraceDataModule(directories, names, *sizes)
     module: ControllerModule = instantiate(cfg.controller, **data.sizes)
     check_checkpoint(checkpoint, module, cfg)
     with tracked(cfg) as run:  # a crash closes it too
         loggers = build_loggers(cfg, run)
         trainer: Trainer = instantiate(cfg.trainer, callbacks=build_all(cfg.callbacks), logger=loggers or False)
+        started = time.perf_counter()
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        seconds = time.perf_counter() - started
         load_best(trainer, module)
         loss = module.evaluate(data.rows["val"].columns)["val/loss"]
         calibrate(module.net, data.rows["val"].columns, module.soft_labels)
-        metrics = final_metrics(module, data)
-        bins = width_reliability(module.net, data)
-        saved = save_controller(
-            module.net, Path(cfg.output_dir) / "controller", describe(cfg, data, features, metrics, bins)
-        )
-        log_results(loggers, run, data, metrics, bins)
+        held_out = "test" if len(data.rows["test"]) else "val"
+        curves = reliability_curves(module.net, data.rows[held_out].columns)
+        metrics = final_metrics(module, data) | curve_metrics(curves, held_out)
+        about = describe(cfg, data, features, metrics, seconds) | {"reliability": describe_curves(curves, held_out)}
+        saved = save_controller(module.net, Path(cfg.output_dir) / "controller", about)
+        log_results(loggers, run, data, metrics, curves)
         print_results(saved, metrics)
     return loss
+
+
+def check_rounds(cfg: DictConfig) -> None:
+    """Refuse rounds that cannot be."""
+    if not isinstance(cfg.rounds, int) or isinstance(cfg.rounds, bool) or cfg.rounds < 1:
+        raise UserError(
+            f"rounds is {cfg.rounds}; give a whole number of at least 1: 1 trains on the traces that the config "
+            "describes, 2 again with those of the controller it gave."
+        )
+    if cfg.rounds > 1 and cfg.ckpt_path is not None:
+        raise UserError(
+            f"ckpt_path resumes one fit, and rounds is {cfg.rounds}. Give rounds=1, or leave ckpt_path out: traces "
+            "that are there already are used again."
+        )
+
+
+def under_learned(cfg: DictConfig, controller: Path) -> DictConfig:
+    """The config that logs traces of the train and validation prompts under a controller.
+
+    Prompts do not learn from each other, so that the rows depend neither on their order nor on an interruption.
+    """
+    weights = hashlib.sha256((controller / WEIGHTS).read_bytes()).hexdigest()
+    policy = {
+        "_target_": "controller.LearnedWidth.load",
+        "path": str(controller),
+        "revision": weights[:12],  # not read with a directory: a controller of other weights has traces of its own
+        "width_value": float(cfg.round_width_value),
+        "share": False,
+    }
+    changed: DictConfig = copy.deepcopy(cfg)
+    with open_dict(changed):
+        changed.policy = policy
+        changed.collect.test_prompts = 0
+    return changed
 
 
 def read_checkpoint(path: str | None) -> dict[str, Any] | None:
@@ -131,16 +181,25 @@ def final_metrics(module: ControllerModule, data: TraceDataModule) -> dict[str, 
     return metrics
 
 
-@torch.no_grad()
-def width_reliability(net: WidthNet, data: TraceDataModule) -> Reliability:
-    """Reliability bins of P(K_w >= M) on the validation rows."""
-    rows = data.rows["val"].columns
-    at_least = tails(count_table(net(*inputs(rows)).accept.sigmoid()))
-    return reliability(*width_events(at_least, rows["bits"], rows["draft_width"]))
+def curve_metrics(curves: dict[str, Curve], split: str) -> dict[str, float]:
+    """Calibration error and score of every curve, as metrics."""
+    errors = {f"{split}/{name}_ece": curve.bins.error for name, curve in curves.items()}
+    return errors | {f"{split}/{name}_rps": curve.score for name, curve in curves.items()}
+
+
+def describe_curves(curves: dict[str, Curve], split: str) -> dict[str, Any]:
+    """JSON-able: the bins of P(K_w >= M) (predicted, observed, rows), the split, and all curves by name."""
+    pooled = curves.get(
+        "count", Curve(reliability_from_sums(torch.zeros(3, BINS)), float("nan"))
+    )  # empty: nothing drafted
+    described = {
+        name: _bins(curve.bins) | {"error": curve.bins.error, "score": curve.score} for name, curve in curves.items()
+    }
+    return _bins(pooled.bins) | {"split": split, "curves": described}
 
 
 def describe(
-    cfg: DictConfig, data: TraceDataModule, features: Any, metrics: dict[str, float], bins: Reliability
+    cfg: DictConfig, data: TraceDataModule, features: Any, metrics: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     """Where a controller came from and how good it is; JSON-able, saved in its config.json."""
     known = {field.name for field in dataclasses.fields(DecodingConfig)}
@@ -154,19 +213,24 @@ def describe(
             "names": list(features.names),
             "target_names": list(features.target_names),
         },
-        "traces": {
-            name: data.manifest.get(name) for name in ("trace_key", "rows", "prompts", "policy", "task", "seed")
+        "traces": [
+            {name: manifest.get(name) for name in ("trace_key", "rows", "prompts", "policy", "task", "seed")}
+            for manifest in data.manifests
+        ],
+        "training": {
+            "controller": to_plain(cfg.controller),
+            "seed": cfg.seed,
+            "rows": len(data.rows["train"]),
+            "seconds": round(seconds, 1),
         },
-        "training": {"controller": to_plain(cfg.controller), "seed": cfg.seed},
         "metrics": metrics,
-        "reliability": {name: _without_nan(values) for name, values in bins._asdict().items()},
     }
 
 
 def log_results(
-    loggers: list[Logger], run: Any | None, data: TraceDataModule, metrics: dict[str, float], bins: Reliability
+    loggers: list[Logger], run: Any | None, data: TraceDataModule, metrics: dict[str, float], curves: dict[str, Curve]
 ) -> None:
-    """Final metrics to every logger; histograms of the traces and the calibration table to Weights & Biases."""
+    """Final metrics to every logger; histograms of the traces and the calibration tables to Weights & Biases."""
     for logger in loggers:
         logger.log_metrics({f"calibrated/{name}": value for name, value in metrics.items()})
         logger.save()
@@ -182,8 +246,13 @@ def log_results(
         "target_width": rows["target_width"],
     }
     histograms = {f"traces/{name}": wandb.Histogram(values.tolist()) for name, values in counts.items()}
-    table = wandb.Table(columns=list(Reliability._fields), data=np.stack(bins, axis=1).tolist())
-    run.log({**histograms, "calibration": table})
+    tables = {
+        f"calibration/{name}": wandb.Table(
+            columns=list(Reliability._fields), data=np.stack(curve.bins, axis=1).tolist()
+        )
+        for name, curve in curves.items()
+    }
+    run.log(histograms | tables)
 
 
 def print_results(directory: Path, metrics: dict[str, float]) -> None:
@@ -191,6 +260,10 @@ def print_results(directory: Path, metrics: dict[str, float]) -> None:
     for name, value in sorted(metrics.items()):
         print(f"{name:32s} {value:.4f}")
     print(f"controller saved in {directory}")
+
+
+def _bins(bins: Reliability) -> dict[str, list[float | None]]:
+    return {name: _without_nan(values) for name, values in bins._asdict().items()}
 
 
 def _without_nan(values: np.ndarray) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""Calibration: temperatures fitted on held-out rows, reliability bins, ranked probability score."""
+"""Calibration: temperatures fitted on held-out rows, reliability bins of every head, ranked probability score."""
 
 from __future__ import annotations
 
@@ -10,12 +10,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from controller.counts import bit_logits, censored, knows_survivor, regret_steps, survivor_nll
+from controller.counts import (
+    bit_logits,
+    censored,
+    count_table,
+    knows_survivor,
+    passes,
+    regret_steps,
+    survivor_nll,
+    tails,
+)
 from controller.data import Batch
-from controller.network import WidthNet
+from controller.network import WidthLogits, WidthNet
 
 BINS = 15
+PASS_DRAWS = 4  # of bearable loss and draft width, for each row
+_BEARABLE = (-4.0, 2.0)  # of log c, that the pass head is trained for
 FloatArray = NDArray[np.float64]
+_MANY = 1 << 30
+_WIDTH_GROUPS = (("1_2", 1, 2), ("3_5", 3, 5), ("6_up", 6, _MANY))
+_LAYER_GROUPS = (("1", 1, 1), ("2", 2, 2), ("3_up", 3, _MANY))
 
 
 class Reliability(NamedTuple):
@@ -29,6 +43,13 @@ class Reliability(NamedTuple):
     def error(self) -> float:
         """Expected calibration error: |predicted - observed|, weighted by rows."""
         return expected_calibration_error(self)
+
+
+class Curve(NamedTuple):
+    """How far the probabilities of one event can be trusted."""
+
+    bins: Reliability
+    score: float  # mean squared error: of the ordered events of a count or a slot, their ranked probability score
 
 
 def bin_sums(probabilities: Tensor, outcomes: Tensor, bins: int = BINS) -> Tensor:
@@ -93,6 +114,63 @@ def survivor_events(survivor_logits: Tensor, slot: Tensor, kept_width: Tensor) -
     widths = torch.arange(1, survivor_logits.shape[1] + 1, device=slot.device)
     inside = (widths < kept_width[:, None]) & knows_survivor(slot, kept_width)[:, None]
     return among[inside].clamp(0, 1), (slot[:, None] <= widths)[inside].to(among.dtype)
+
+
+def pass_events(
+    net: WidthNet, rows: Batch, logits: WidthLogits, seed: int | None = None, draws: int = PASS_DRAWS
+) -> tuple[Tensor, Tensor]:
+    """The event "the layer passes" and what that brings, of the drafted rows, at random bearable losses and widths.
+
+    Args:
+        net: of these logits.
+        rows: N of them, D drafted.
+        logits: of `rows`.
+        seed: of the draws; None: torch's global generator, as in training.
+        draws: for each row.
+
+    Returns:
+        Logits and labels, [draws * D, 2] each; see `counts.passes`.
+    """
+    drafted = torch.nonzero(rows["draft_width"] > 0).squeeze(-1).repeat(draws)
+    stream = None if seed is None else torch.Generator(drafted.device).manual_seed(seed)
+    unit = torch.rand(2, len(drafted), generator=stream, device=drafted.device)
+    bearable = (_BEARABLE[0] + unit[0] * (_BEARABLE[1] - _BEARABLE[0])).exp()
+    width = (unit[1] * rows["draft_width"][drafted]).long() + 1
+    labels = passes(logits.late_regret.detach()[drafted], rows["bits"][drafted], bearable, width)
+    return net.passing(logits.top[drafted], bearable, width), torch.stack(labels, -1)
+
+
+@torch.no_grad()
+def reliability_curves(net: WidthNet, rows: Batch) -> dict[str, Curve]:
+    """How far each head can be trusted on held-out rows; an event that never arises has no curve.
+
+    Args:
+        net: in eval mode, calibrated.
+        rows: all rows of a split that it was not trained on.
+
+    Returns:
+        By name: "count" P(K_w >= M); the same of draft widths ("count_w1_2", "count_w3_5", "count_w6_up") and of
+        layers ("count_layer1", "count_layer2", "count_layer3_up"); "survivor" and "late_survivor" P(slot <= k), before
+        P is known and after; "pass", of a layer, at random bearable losses.
+    """
+    logits = net(*inputs(rows))
+    at_least, width, layer = tails(count_table(logits.accept.sigmoid())), rows["draft_width"], rows["layer"]
+    groups = {"count": width > 0}
+    groups |= {f"count_w{name}": (width >= low) & (width <= high) for name, low, high in _WIDTH_GROUPS}
+    groups |= {f"count_layer{name}": (layer >= low) & (layer <= high) for name, low, high in _LAYER_GROUPS}
+    events = {
+        name: width_events(at_least[chosen], rows["bits"][chosen], width[chosen]) for name, chosen in groups.items()
+    }
+    slot, kept = rows["survivor_slot"], rows["kept_width"]
+    events["survivor"] = survivor_events(logits.survivor, slot, kept)
+    events["late_survivor"] = survivor_events(logits.late_survivor, slot, kept)
+    passing, labels = pass_events(net, rows, logits, seed=0)
+    events["pass"] = passing[:, 0].sigmoid(), labels[:, 0]
+    return {
+        name: Curve(reliability(predicted, happened), float((predicted - happened).square().mean()))
+        for name, (predicted, happened) in events.items()
+        if len(predicted)
+    }
 
 
 def ranked_probability_score(at_least: Tensor, bits: Tensor, draft_width: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,8 @@ class TraceRows(Dataset[Batch]):
     """Rows of one split as tensors of equal length; indexed with a list it gives a batch.
 
     Columns: features [N, F], draft_hidden [N, H_q], target_hidden [N, H_p] float32; bits [N, W] bool;
-    target_features [N, G], accept_probs [N, W], slot_deficits [N, R] float32; draft_width, target_width, kept_width,
-    accepted, survivor_slot [N] int64. W pads to the widest draft width, R to the widest target width.
+    target_features [N, G], accept_probs [N, W], slot_deficits [N, R] float32; layer, draft_width, target_width,
+    kept_width, accepted, survivor_slot [N] int64. W pads to the widest draft width, R to the widest target width.
     """
 
     def __init__(self, columns: Batch) -> None:
@@ -39,35 +42,51 @@ class TraceRows(Dataset[Batch]):
 
 
 class TraceDataModule(LightningDataModule):
-    """The traces of one directory.
+    """The traces of one directory, or of several together.
 
     Args:
-        directory: with Parquet shards and manifest.json.
+        directories: each with Parquet shards and manifest.json; all of one pair, with the same decoding and features.
         feature_names: what the network will be given when it decides; traces with others are refused. None: no check.
         batch_size: rows per batch.
         use_hidden: load the hidden vectors; without them their sizes are 0.
+        max_train_rows: train on the first prompts only, as many as have at most so many rows together. None: on all.
 
     Raises:
-        UserError: no rows, other features, values that are not finite, or a prompt in two splits.
+        UserError: no rows, other features, directories that differ, values that are not finite, or a prompt in two
+            splits.
     """
 
     def __init__(
         self,
-        directory: str | Path,
+        directories: str | Path | Sequence[str | Path],
         feature_names: list[str] | None = None,
-        batch_size: int = 256,
+        batch_size: int = 512,
         use_hidden: bool = True,
+        max_train_rows: int | None = None,
     ) -> None:
         super().__init__()
-        self.directory, self.batch_size = Path(directory), batch_size
-        rows, self.manifest = load_traces(directory)
-        if feature_names is not None:
-            features, what = self.manifest["features"], f"The traces in {directory} have"
-            check_features([*features["names"], *features.get("target_names", [])], feature_names, what)
-        table: pa.Table = rows.with_format("arrow")[:]
-        split = np.asarray(table["split"].to_pylist())
-        _check_splits(table["prompt_id"].to_pylist(), split, self.directory)
-        columns = _columns(table, self.manifest, use_hidden, self.directory)
+        if max_train_rows is not None and max_train_rows < 1:
+            raise UserError(
+                f"max_train_rows is {max_train_rows}; give a whole number of at least 1, or null to train on all."
+            )
+        paths = [Path(directories)] if isinstance(directories, str | Path) else [Path(path) for path in directories]
+        where = ", ".join(map(str, paths))  # in messages
+        loaded = [load_traces(path) for path in paths]
+        self.batch_size, self.manifests = batch_size, [manifest for _, manifest in loaded]
+        self.manifest = self.manifests[0]  # what they have in common
+        for path, manifest in zip(paths, self.manifests, strict=True):
+            if feature_names is not None:
+                features, what = manifest["features"], f"The traces in {path} have"
+                check_features([*features["names"], *features.get("target_names", [])], feature_names, what)
+            _check_alike(paths[0], self.manifest, path, manifest)
+        table: pa.Table = pa.concat_tables(
+            [rows.with_format("arrow")[:].replace_schema_metadata(None) for rows, _ in loaded]
+        )
+        prompts, split = table["prompt_id"].to_pylist(), np.asarray(table["split"].to_pylist())
+        _check_splits(prompts, split, where)
+        if max_train_rows is not None:
+            split[_beyond(prompts, split == "train", max_train_rows)] = "unused"
+        columns = _columns(table, self.manifest, use_hidden, where)
         self.rows = {
             name: TraceRows({key: column[torch.from_numpy(split == name)] for key, column in columns.items()})
             for name in SPLITS
@@ -75,7 +94,7 @@ class TraceDataModule(LightningDataModule):
         for name in ("train", "val"):
             if not len(self.rows[name]):
                 raise UserError(
-                    f"The traces in {directory} have no rows in split {name!r}; a controller needs both train and val. "
+                    f"The traces in {where} have no rows in split {name!r}; a controller needs both train and val. "
                     f"Raise collect.{name}_prompts and collect again."
                 )
 
@@ -108,7 +127,30 @@ class TraceDataModule(LightningDataModule):
         return DataLoader(rows, sampler=batches, batch_size=None)  # no collating: an index list is a batch
 
 
-def _check_splits(prompts: list[str], split: np.ndarray, directory: Path) -> None:
+def _check_alike(first: Path, manifest: dict[str, Any], other: Path, others: dict[str, Any]) -> None:
+    """Refuse to train on traces of two directories that mean different things."""
+    pairs, features = ([about[key] for about in (manifest, others)] for key in ("pair", "features"))
+    decoding = [about.get("decoding", {}) for about in (manifest, others)]
+    names = {name for name in decoding[0].keys() | decoding[1].keys() if decoding[0].get(name) != decoding[1].get(name)}
+    differs = [f"decoding.{name}" for name in sorted(names)]
+    differs += ["the pair"] * (pairs[0].get("fingerprint") != pairs[1].get("fingerprint"))
+    differs += ["the features"] * (features[0] != features[1])
+    if differs:
+        raise UserError(
+            f"The traces in {first} and {other} differ in {', '.join(differs)}; one controller learns from traces of "
+            "one pair, with the same decoding and features. Train on one of them, or collect the other again."
+        )
+
+
+def _beyond(prompts: list[str], train: np.ndarray, limit: int) -> np.ndarray:
+    """Train rows [N] of the prompts after the first ones that have at most `limit` rows; the first is kept."""
+    rows = Counter(prompt for prompt, used in zip(prompts, train.tolist(), strict=True) if used)  # in order
+    kept = {prompt for prompt, total in zip(rows, accumulate(rows.values()), strict=True) if total <= limit}
+    kept |= {*list(rows)[:1]}
+    return train & np.asarray([prompt not in kept for prompt in prompts])
+
+
+def _check_splits(prompts: list[str], split: np.ndarray, directory: str) -> None:
     home: dict[str, str] = {}
     for prompt, name in zip(prompts, split.tolist(), strict=True):
         if name not in SPLITS:
@@ -120,12 +162,12 @@ def _check_splits(prompts: list[str], split: np.ndarray, directory: Path) -> Non
             )
 
 
-def _columns(table: pa.Table, manifest: dict[str, Any], use_hidden: bool, directory: Path) -> Batch:
+def _columns(table: pa.Table, manifest: dict[str, Any], use_hidden: bool, directory: str) -> Batch:
     """All rows as tensors."""
     decoding = manifest.get("decoding", {})
     counts = {
         name: torch.from_numpy(table[name].to_numpy().astype(np.int64))
-        for name in ("draft_width", "target_width", "kept_width", "accepted", "survivor_slot")
+        for name in ("layer", "draft_width", "target_width", "kept_width", "accepted", "survivor_slot")
     }
     widest = max(int(decoding.get("target_width", 1)), int(counts["kept_width"].max()))  # R
     width = max(int(decoding.get("draft_width", 1)), int(counts["draft_width"].max()))  # W
@@ -141,7 +183,7 @@ def _columns(table: pa.Table, manifest: dict[str, Any], use_hidden: bool, direct
     return columns
 
 
-def _matrix(table: pa.Table, name: str, directory: Path) -> Tensor:
+def _matrix(table: pa.Table, name: str, directory: str) -> Tensor:
     """A column of equally long lists; [N, length] float32."""
     flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     if len(flat) % len(table) or not np.isfinite(flat).all():
@@ -152,7 +194,7 @@ def _matrix(table: pa.Table, name: str, directory: Path) -> Tensor:
     return torch.from_numpy(flat.reshape(len(table), -1))
 
 
-def _padded(table: pa.Table, name: str, lengths: Tensor, width: int, directory: Path) -> Tensor:
+def _padded(table: pa.Table, name: str, lengths: Tensor, width: int, directory: str) -> Tensor:
     """A column of lists of the given lengths, padded with zeros; [N, width] float32."""
     flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     inside = torch.arange(width) < lengths[:, None]  # [N, width]

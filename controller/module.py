@@ -15,6 +15,7 @@ from controller.calibration import (
     bin_sums,
     expected_calibration_error,
     inputs,
+    pass_events,
     reliability_from_sums,
     survivor_events,
     width_events,
@@ -25,7 +26,6 @@ from controller.counts import (
     count_nll,
     count_table,
     knows_survivor,
-    passes,
     regret_nll,
     regret_steps,
     survivor_nll,
@@ -55,7 +55,6 @@ _MEANS = (
     "late_regret_nll",
     "pass_nll",  # of whether a layer passes, at random bearable losses and draft widths
 )
-_BEARABLE = (-4.0, 2.0)  # of log c, that the pass head is trained for
 _CURVES = ("count", "survivor", "late_survivor")  # of which reliability is measured
 
 
@@ -173,22 +172,24 @@ class ControllerModule(LightningModule):
         target_features: int = 0,
         hidden: int = 128,
         layers: int = 2,
-        dropout: float = 0.1,
+        dropout: float = 0.2,
         late_hidden: int = 48,
-        lr: float = 1e-3,
+        projected: int = 8,
+        pass_hidden: int = 64,
+        lr: float = 3e-3,
         weight_decay: float = 1e-2,
-        survivor_weight: float = 0.5,
-        regret_weight: float = 0.5,
-        pass_weight: float = 0.5,
+        survivor_weight: float = 0.25,
+        regret_weight: float = 0.25,
+        pass_weight: float = 1.0,
         soft_labels: bool = True,
         use_hidden: bool = True,
-        batch_size: int = 256,
+        batch_size: int = 512,
     ) -> None:
         super().__init__()
         if not use_hidden:
             draft_hidden = target_hidden = 0
         sizes = (features, draft_width, target_width, draft_hidden, target_hidden, target_features)
-        self.net = WidthNet(*sizes, hidden, layers, dropout, late_hidden)
+        self.net = WidthNet(*sizes, hidden, layers, dropout, late_hidden, projected, pass_hidden)
         self.lr, self.weight_decay = lr, weight_decay
         self.survivor_weight, self.regret_weight, self.pass_weight = survivor_weight, regret_weight, pass_weight
         self.soft_labels, self.batch_size = soft_labels, batch_size
@@ -222,7 +223,8 @@ class ControllerModule(LightningModule):
         for survivor, regret in ((logits.survivor, logits.regret), (logits.late_survivor, logits.late_regret)):
             loss = loss + self.survivor_weight * _mean(survivor_nll(survivor, slot, kept), known)
             loss = loss + self.regret_weight * _mean(regret_nll(regret, steps), seen)
-        loss = loss + self.pass_weight * _pass_nll(self.net, batch, logits).mean()
+        passing = _pass_nll(self.net, batch, logits)
+        loss = loss + self.pass_weight * passing.sum() / max(passing.numel(), 1)
         if not torch.isfinite(loss):
             raise UserError(
                 f"The training loss is {loss.item()} at step {self.global_step}. Lower controller.lr ({self.lr:g}), or "
@@ -330,19 +332,9 @@ def regret_rates(rows: Batch) -> Tensor:
 
 
 def _pass_nll(net: WidthNet, batch: Batch, logits: WidthLogits, seed: int | None = None) -> Tensor:
-    """Loss of the pass head, [N, 2] of the drafted rows, for random draft widths and bearable losses.
-
-    Args:
-        seed: of these; None: torch's global generator, as in training.
-    """
-    drafted = batch["draft_width"] > 0
-    stream = None if seed is None else torch.Generator(drafted.device).manual_seed(seed)
-    unit = torch.rand(2, int(drafted.sum()), generator=stream, device=drafted.device)
-    bearable = (_BEARABLE[0] + unit[0] * (_BEARABLE[1] - _BEARABLE[0])).exp()
-    width = (unit[1] * batch["draft_width"][drafted]).long() + 1
-    passed, brought = passes(logits.late_regret.detach()[drafted], batch["bits"][drafted], bearable, width)
-    predicted = net.passing(logits.top[drafted], bearable, width)
-    return F.binary_cross_entropy_with_logits(predicted, torch.stack([passed, brought], -1), reduction="none")
+    """Loss of the pass head, [E, 2]; see `calibration.pass_events`."""
+    predicted, labels = pass_events(net, batch, logits, seed)
+    return F.binary_cross_entropy_with_logits(predicted, labels, reduction="none")
 
 
 def _drafted(rows: Batch) -> Tensor:

@@ -27,7 +27,7 @@ FORMAT = "dsbd-controller"  # what config.json says it is
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _SIZES = ("features", "draft_width", "target_width", "draft_hidden", "target_hidden", "target_features")
 _ARGUMENTS = (*_SIZES, "hidden", "layers", "dropout", "late_hidden")
-_PASS_HIDDEN = 32
+_LATER_ARGUMENTS = ("projected", "pass_hidden")  # older controllers do not name them: they have the defaults
 _PRICES = (0.01, 30.0)  # losses that the pass head tells apart, in nats
 _CALIBRATED = (
     "accept_temperature",
@@ -67,6 +67,8 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         target_features: G, scalars from `ContextFeatures.of_target`.
         hidden, layers, dropout: of the first MLP.
         late_hidden: width of the second, which has two layers.
+        projected: what each hidden vector is projected to, at most.
+        pass_hidden: width of the pass head.
     """
 
     feature_mean: Tensor
@@ -91,15 +93,18 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         layers: int = 2,
         dropout: float = 0.0,
         late_hidden: int = 48,
+        projected: int = 32,
+        pass_hidden: int = 32,
     ) -> None:
         super().__init__()
         sizes = (features, draft_width, target_width, draft_hidden, target_hidden, target_features)
         self.sizes: dict[str, int] = dict(zip(_SIZES, sizes, strict=True))
         sized = {"hidden": hidden, "layers": layers, "dropout": dropout, "late_hidden": late_hidden}
-        self.arguments = {**self.sizes, **sized}
-        self.draft_projection = _projection(draft_hidden)
-        self.target_projection = _projection(target_hidden)
-        inputs = features + _projected(draft_hidden) + _projected(target_hidden)
+        self.arguments = {**self.sizes, **sized, "projected": projected, "pass_hidden": pass_hidden}
+        self.draft_projection = _projection(draft_hidden, projected)
+        self.target_projection = _projection(target_hidden, projected)
+        self.projection_dropout = nn.Dropout(dropout)
+        inputs = features + _projected(draft_hidden, projected) + _projected(target_hidden, projected)
         widths = [inputs, *[hidden] * layers]
         blocks = ((nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout)) for a, b in pairwise(widths))
         self.trunk = nn.Sequential(*chain.from_iterable(blocks))
@@ -111,9 +116,9 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         self.late_trunk = nn.Sequential(
             nn.Linear(target_features, late_hidden), nn.ReLU(), nn.Linear(late_hidden, late_hidden), nn.ReLU()
         )
-        self.pass_in, self.pass_out = nn.Linear(top, _PASS_HIDDEN), nn.Linear(_PASS_HIDDEN, 2)
-        self.pass_price = nn.Parameter(torch.randn(_PASS_HIDDEN) * 0.1)
-        self.pass_width = nn.Parameter(torch.randn(draft_width, _PASS_HIDDEN) * 0.1)
+        self.pass_in, self.pass_out = nn.Linear(top, pass_hidden), nn.Linear(pass_hidden, 2)
+        self.pass_price = nn.Parameter(torch.randn(pass_hidden) * 0.1)
+        self.pass_width = nn.Parameter(torch.randn(draft_width, pass_hidden) * 0.1)
         self.late_survivor_head = nn.Linear(late_hidden, target_width)
         self.late_regret_head = nn.Linear(late_hidden, target_width - 1)
         quality = (self.survivor_head, self.regret_head, self.late_survivor_head, self.late_regret_head)
@@ -138,7 +143,7 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         for projection, vector in ((self.draft_projection, draft_hidden), (self.target_projection, target_hidden)):
             if projection is not None:
                 assert vector is not None, "this network was built with hidden vectors"
-                inputs.append(projection(F.layer_norm(vector, vector.shape[-1:])))
+                inputs.append(self.projection_dropout(projection(F.layer_norm(vector, vector.shape[-1:]))))
         top = self.trunk(torch.cat(inputs, -1))
         accept = (self.accept_head(top) @ self.accept_basis).unflatten(-1, self.accept_bias.shape) + self.accept_bias
         if target_features is None:
@@ -341,7 +346,7 @@ def load_controller(path: str | Path, revision: str | None = None) -> tuple[Widt
         raise UserError(
             f"{directory / CONFIG} does not describe a width controller; give a directory that train.py wrote."
         )
-    net = WidthNet(**{name: config[name] for name in _ARGUMENTS})
+    net = WidthNet(**{name: config[name] for name in (*_ARGUMENTS, *_LATER_ARGUMENTS) if name in config})
     try:
         net.load_state_dict(load_file(directory / WEIGHTS))
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -366,10 +371,10 @@ def _locate(path: str | Path, revision: str | None) -> Path:
         raise UserError(f"{missing}; as a Hugging Face hub id it cannot be read either ({reason}).") from error
 
 
-def _projected(size: int) -> int:
-    """Width of a hidden vector's projection."""
-    return max(4, min(32, _HIDDEN_BUDGET // size)) if size else 0
+def _projected(size: int, most: int) -> int:
+    """Width of a hidden vector's projection: `most`, less where that would cost too many parameters."""
+    return min(most, max(4, _HIDDEN_BUDGET // size)) if size else 0
 
 
-def _projection(size: int) -> nn.Linear | None:
-    return nn.Linear(size, _projected(size), bias=False) if size else None
+def _projection(size: int, most: int) -> nn.Linear | None:
+    return nn.Linear(size, _projected(size, most), bias=False) if size else None

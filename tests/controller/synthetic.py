@@ -68,7 +68,7 @@ def write_traces(
 
     A fifth of the prompts is validation. Feature U of a row is u ~ U(0, 1): a draft is accepted with probability
     0.1 + 0.8 u - 0.05 k. Target feature V is v ~ U(0, 1): slots survive with `survivor_shares(v)`, and each slot
-    before the survivor is one nat worse than the next. Feature BLURRED is v half of the time: what of it can be known
+    before the survivor is one nat worse than the next. Feature BLURRED is v and noise: what can be known of it
     before P is.
     """
     rng = np.random.default_rng(seed)
@@ -96,7 +96,7 @@ def write_traces(
 
 def survivor_shares(v: float, kept: int) -> FloatArray:
     """Of slots 1..kept, where so many were kept; [kept]."""
-    shares = np.exp(-4.0 * v * np.arange(1, kept + 1))
+    shares = np.exp(-3.0 * v * np.arange(1, kept + 1))
     return shares / shares.sum()
 
 
@@ -107,7 +107,7 @@ def _row(rng: np.random.Generator, prompt: int, iteration: int, features: int, t
     of_target = rng.normal(size=len(ContextFeatures().target_names)).astype(np.float32)
     u, v = rng.random(2)
     values[U], of_target[V] = u, v
-    values[BLURRED] = v if rng.random() < 0.5 else rng.random()
+    values[BLURRED] = v + rng.normal(scale=0.2)
     bits, probs = accept_bits(rng, width, u)
     kept = int(rng.integers(1, target_width + 1))
     slot = int(rng.choice(kept, p=survivor_shares(v, kept))) + 1

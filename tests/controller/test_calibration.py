@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,12 +11,16 @@ from controller.calibration import (
     calibrate,
     expected_calibration_error,
     fit_temperature,
+    inputs,
     ranked_probability_score,
     reliability,
+    survivor_events,
     width_events,
 )
-from controller.data import TraceDataModule
+from controller.counts import regret_steps
+from controller.data import Batch, TraceDataModule
 from controller.module import ControllerModule
+from controller.network import WidthNet
 from tests.controller.synthetic import write_traces
 
 
@@ -52,6 +54,25 @@ def test_width_events_and_ranked_probability_score_by_hand() -> None:
     assert score.item() == pytest.approx((0.04 + 0.09 + 0.01 + 0.25 + 0.04) / 5)
 
 
+def test_survivor_events_by_hand() -> None:
+    """Given that the survivor is among the c slots kept, whether it is among the first k, k = 1..c - 1."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().repeat(4, 1)
+    slot, kept = torch.tensor([2, 1, 1, 0]), torch.tensor([4, 2, 1, 4])  # the last two say nothing
+    predicted, happened = survivor_events(logits, slot, kept)
+    torch.testing.assert_close(predicted, torch.tensor([0.4, 0.7, 0.9, 0.4 / 0.7]))
+    assert happened.tolist() == [0, 1, 1, 1]
+
+
+def test_survivor_events_of_the_truth_are_calibrated_though_censored() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(30_000, 4, generator=generator)
+    kept = torch.randint(1, 5, (30_000,), generator=generator)
+    shares = logits.exp() * (torch.arange(1, 5) <= kept[:, None])
+    slot = torch.multinomial(shares, 1, generator=generator)[:, 0] + 1
+    assert reliability(*survivor_events(logits, slot, kept)).error < 0.01  # 45,000 events in 15 bins
+    assert reliability(*survivor_events(3 * logits, slot, kept)).error > 0.05
+
+
 def test_temperature_is_found_again() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(50_000, dtype=torch.float64, generator=generator)
@@ -61,20 +82,58 @@ def test_temperature_is_found_again() -> None:
     assert fit_temperature(lambda t: t * float("nan")) == 1.0
 
 
-@pytest.mark.parametrize("soft", [True, False])
-def test_calibration_improves_held_out_likelihood(tmp_path: Path, soft: bool) -> None:
-    data = TraceDataModule(write_traces(tmp_path, prompts=40))
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TraceDataModule:
+    return TraceDataModule(write_traces(tmp_path_factory.mktemp("traces"), prompts=40))
+
+
+def overconfident(data: TraceDataModule) -> ControllerModule:
+    """At the constants, with survivor and accept logits five times too large and regrets off by known factors."""
     module = ControllerModule(**data.sizes)
     module.start_from(data.rows["train"].columns)
-    with torch.no_grad():  # over-confident heads
-        module.net.accept_bias.mul_(5)
-        module.net.survivor_head.bias.mul_(5)
-    rows = data.rows["val"].columns
+    with torch.no_grad():
+        for bias in (module.net.accept_bias, module.net.survivor_head.bias, module.net.late_survivor_head.bias):
+            bias.mul_(5)
+        module.net.regret_head.bias.add_(2.0)
+        module.net.late_regret_head.bias.sub_(1.0)
+        torch.nn.init.normal_(module.net.late_regret_head.weight, std=0.1)
+    return module
+
+
+def mean_regrets(net: WidthNet, rows: Batch) -> tuple[list[float], float]:
+    """What both heads say on average of the steps that were seen, and what these were."""
+    steps, seen = regret_steps(rows["slot_deficits"], rows["survivor_slot"], rows["kept_width"])
+    with torch.no_grad():
+        logits = net(*inputs(rows))
+    return [float(head.exp()[seen].mean()) for head in (logits.regret, logits.late_regret)], float(steps[seen].mean())
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_calibration_improves_held_out_likelihood(data: TraceDataModule, soft: bool) -> None:
+    module, rows = overconfident(data), data.rows["val"].columns
     before = module.evaluate(rows)
-    temperatures = calibrate(module.net, rows, soft)
+    said, seen = mean_regrets(module.net, rows)
+    assert said[0] > 3 * seen and said[1] < 0.7 * seen
+    fitted = calibrate(module.net, rows, soft)
     after = module.evaluate(rows)
-    assert temperatures["accept"] > 1.5 and temperatures["survivor"] > 1.5
-    assert after["val/count_nll"] < before["val/count_nll"] - 0.05
-    assert after["val/survivor_nll"] < before["val/survivor_nll"] - 0.01
+    assert fitted == {name: pytest.approx(float(module.net.get_buffer(name))) for name in fitted}
+    for name in ("accept", "survivor", "late_survivor"):
+        assert fitted[f"{name}_temperature"] > 1.5
+    assert fitted["regret_shift"] == pytest.approx(-2.0, abs=0.3)  # the validation rows' mean is not the training rows'
+    assert fitted["late_regret_shift"] > 0.5
+    said, seen = mean_regrets(module.net, rows)
+    assert said == pytest.approx([seen, seen], rel=1e-4)
+    for name, least in (("count", 0.05), ("survivor", 0.01), ("late_survivor", 0.01), ("regret", 0.1)):
+        assert after[f"val/{name}_nll"] < before[f"val/{name}_nll"] - least, name
+    assert after["val/late_regret_nll"] < before["val/late_regret_nll"]
     assert after["val/count_ece"] < before["val/count_ece"]
-    assert calibrate(module.net, rows, soft) == pytest.approx(temperatures)  # not compounded
+    assert calibrate(module.net, rows, soft) == pytest.approx(fitted)  # not compounded
+
+
+def test_calibration_without_anything_to_learn_from_leaves_the_network_as_it_is(data: TraceDataModule) -> None:
+    module, rows = overconfident(data), data.rows["val"].columns
+    nothing = rows | {name: torch.zeros_like(rows[name]) for name in ("survivor_slot", "draft_width", "slot_deficits")}
+    fitted = calibrate(module.net, nothing)
+    assert {name: 0.0 if name.endswith("shift") else 1.0 for name in fitted} == fitted
+    sure = rows | {"slot_deficits": torch.zeros_like(rows["slot_deficits"])}  # no slot ever added anything
+    assert np.isfinite(list(calibrate(module.net, sure).values())).all()

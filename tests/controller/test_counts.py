@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from controller.counts import bernoulli_nll, count_nll, count_table, knows_survivor, survivor_nll, tails
-from controller.module import survivor_rates
+from controller.counts import (
+    bernoulli_nll,
+    censored,
+    count_nll,
+    count_table,
+    knows_survivor,
+    passes,
+    regret_nll,
+    regret_steps,
+    survivor_nll,
+    tails,
+)
+from controller.module import regret_rates, survivor_rates
 from decoding.acceptance import accepted_count_table
 
 WIDTH = 5
@@ -101,10 +112,10 @@ def test_soft_labels_have_the_same_expectation_and_less_variance() -> None:
     assert soft_nll.var() < hard_nll.var()
 
 
-def test_survivor_likelihood_ignores_ranks_that_were_not_kept() -> None:
-    logits, rank, kept = torch.tensor([[1.0, 0.5, -2.0, 3.0]]), torch.tensor([2]), torch.tensor([2])
+def test_survivor_likelihood_ignores_slots_that_were_not_kept() -> None:
+    logits, slot, kept = torch.tensor([[1.0, 0.5, -2.0, 3.0]]), torch.tensor([2]), torch.tensor([2])
     expected = -torch.tensor([1.0, 0.5]).log_softmax(-1)[1]
-    assert survivor_nll(logits, rank, kept).item() == pytest.approx(expected.item())
+    assert survivor_nll(logits, slot, kept).item() == pytest.approx(expected.item())
     assert survivor_nll(logits, torch.tensor([1]), torch.tensor([1])).item() == 0.0
     known = knows_survivor(torch.tensor([0, 1, 2, 1]), torch.tensor([4, 1, 4, 2]))
     assert known.tolist() == [False, False, True, True]
@@ -115,17 +126,17 @@ def test_censoring_does_not_bias_the_survivor_rates() -> None:
     generator, rows = torch.Generator().manual_seed(0), 40_000
     kept = torch.randint(1, 5, (rows,), generator=generator)
     shares = truth * (torch.arange(1, 5) <= kept[:, None])  # what is not kept cannot survive
-    rank = torch.multinomial(shares, 1, generator=generator)[:, 0] + 1
-    fitted = survivor_rates({"survivor_rank": rank, "kept_width": kept}, 4)
-    torch.testing.assert_close(fitted, truth, atol=0.015, rtol=0)  # five standard errors of the least seen rank
-    naive = torch.bincount(rank, minlength=5)[1:] / rows
+    slot = torch.multinomial(shares, 1, generator=generator)[:, 0] + 1
+    fitted = survivor_rates({"survivor_slot": slot, "kept_width": kept}, 4)
+    torch.testing.assert_close(fitted, truth, atol=0.015, rtol=0)  # five standard errors of the least seen slot
+    naive = torch.bincount(slot, minlength=5)[1:] / rows
     assert (naive - truth).abs().max() > 0.1  # leaving the censoring out is caught by the same comparison
     logits = torch.zeros(4, requires_grad=True)
     optimiser = torch.optim.LBFGS([logits], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
-        loss = survivor_nll(logits.expand(rows, -1), rank, kept).mean()
+        loss = survivor_nll(logits.expand(rows, -1), slot, kept).mean()
         loss.backward()
         return loss
 
@@ -135,3 +146,85 @@ def test_censoring_does_not_bias_the_survivor_rates() -> None:
 
 def test_bernoulli_nll_survives_rounding() -> None:
     assert torch.isfinite(bernoulli_nll(torch.tensor([0.0, 1.0, 1.0000001]), torch.tensor([True, False, True]))).all()
+
+
+def test_censored_shares_are_those_of_the_slots_that_were_kept() -> None:
+    logits = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
+    kept = torch.arange(50) % 5 + 1
+    shares = censored(logits, kept).exp()
+    for row, c in enumerate(kept.tolist()):
+        expected = logits[row, :c].softmax(-1)
+        torch.testing.assert_close(shares[row], torch.cat([expected, torch.zeros(5 - c)]))
+
+
+def test_regret_steps_by_hand() -> None:
+    """Slot 3 is the best: with the first slot 2 nats are lost, with two 0.5; what lies past c is not read."""
+    deficits = torch.tensor([[2.0, 0.5, 0.0, 1.0], [2.0, 0.5, 0.0, -9.0], [0.0, 3.0, 1.0, 2.0], [1.0, 0.0, 0.0, 0.0]])
+    slot, kept = torch.tensor([3, 3, 1, 0]), torch.tensor([4, 3, 2, 4])
+    steps, seen = regret_steps(deficits, slot, kept)
+    assert steps.tolist() == [[1.5, 0.5, 0.0], [1.5, 0.5, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert seen.tolist() == [[True] * 3, [True, True, False], [True, False, False], [False] * 3]
+
+
+def test_regret_steps_add_up_to_what_is_lost_with_the_other_slots() -> None:
+    rng = np.random.default_rng(0)
+    for width in (1, 2, 5):
+        kept = rng.integers(1, width + 1, 200)
+        deficits = rng.exponential(size=(200, width))
+        slot = np.array([int(rng.integers(1, c + 1)) for c in kept])
+        deficits[np.arange(200), slot - 1] = 0.0
+        steps, seen = regret_steps(*(torch.from_numpy(values) for values in (deficits, slot, kept)))
+        assert steps.shape == seen.shape == (200, width - 1) and (steps >= 0).all()
+        assert seen.sum(-1).tolist() == (kept - 1).tolist()
+        for row, c in enumerate(kept):
+            for k in range(1, c + 1):
+                lost = min(deficits[row, :k]) - min(deficits[row, :c])
+                assert steps[row, k - 1 :].sum().item() == pytest.approx(lost)
+                assert (lost == 0) == (slot[row] <= k)
+
+
+def test_regret_likelihood_is_least_at_the_mean() -> None:
+    """Poisson deviance is proper for the mean whatever the law, here one that is nothing like Poisson's."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.rand(5000, dtype=torch.float64, generator=generator) ** 8 * 30
+    steps[torch.rand(5000, generator=generator) < 0.7] = 0.0
+    logs = torch.linspace(-4, 4, 2001, dtype=torch.float64)
+    best = logs[torch.stack([regret_nll(o, steps).mean() for o in logs]).argmin()]
+    assert best.exp().item() == pytest.approx(steps.mean().item(), rel=5e-3)  # the grid's step is 4e-3
+    free = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    regret_nll(steps.mean().log() + free, steps).mean().backward()
+    assert free.grad is not None and abs(free.grad) < 1e-12
+
+
+def test_regret_rates_are_means_over_the_rows_that_saw_a_step() -> None:
+    deficits = torch.tensor([[1.0, 0.0, 0.0], [3.0, 0.0, 7.0], [9.0, 2.0, 0.0]]).repeat(1000, 1)
+    slot, kept = torch.tensor([2, 2, 3]).repeat(1000), torch.tensor([2, 2, 3]).repeat(1000)
+    rates = regret_rates({"slot_deficits": deficits, "survivor_slot": slot, "kept_width": kept})
+    assert rates.tolist() == pytest.approx([(1 + 3 + 7) / 3, 2.0], rel=2e-3)  # a row of 0.1 is added to each
+
+
+def one_pass(steps: list[float], bits: list[bool], bearable: float, draft_width: int) -> tuple[float, float]:
+    """`passes` of one row, as a policy would go about it."""
+    loss = [sum(steps[k - 1 :]) for k in range(1, len(steps) + 2)]  # of k = 1..R
+    asked = next(k for k, lost in enumerate(loss, start=1) if lost <= bearable)
+    accepted = sum(bits[:draft_width])
+    if accepted < asked:
+        return 0.0, 0.0
+    return 1.0, 1.0 - loss[min(accepted, len(loss)) - 1] / bearable
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 7])
+def test_passes_equal_plain_python(ranks: int) -> None:
+    generator = torch.Generator().manual_seed(ranks)
+    rows = 400
+    log_steps = torch.randn(rows, ranks - 1, dtype=torch.float64, generator=generator) * 2 - 1
+    bits = torch.rand(rows, WIDTH, generator=generator) < 0.6
+    bearable = (torch.rand(rows, dtype=torch.float64, generator=generator) * 6 - 4).exp()
+    draft_width = torch.randint(1, WIDTH + 1, (rows,), generator=generator)
+    passed, brought = passes(log_steps, bits, bearable, draft_width)
+    for row in range(rows):
+        expected = one_pass(
+            log_steps[row].exp().tolist(), bits[row].tolist(), bearable[row].item(), int(draft_width[row])
+        )
+        assert (passed[row].item(), brought[row].item()) == pytest.approx(expected)
+    assert 0 < passed.mean() < 1 and (brought <= passed).all() and (brought >= 0).all()

@@ -78,8 +78,8 @@ def test_refusals(tmp_path: Path) -> None:
     other = {"version": 2, "names": names, "target_names": target_names[:-1]}
     with pytest.raises(UserError, match=f"without {target_names[-1]}"):
         TraceDataModule(write_traces(tmp_path / "g", prompts=5, features=other), NAMES)
-    with pytest.raises(UserError, match="without drafted, layer"):  # traces of an older version have none
-        TraceDataModule(write_traces(tmp_path / "h", prompts=5, features={"version": 1, "names": []}), NAMES)
+    with pytest.raises(UserError, match=r"without log_target_support, target_prob_1, .*"):  # as an older version logged
+        TraceDataModule(write_traces(tmp_path / "h", prompts=5, features={"version": 1, "names": names}), NAMES)
     rewrite(write_traces(tmp_path / "c", prompts=5), prompt_id=["prompt-1"])
     with pytest.raises(UserError, match="'prompt-1' is in the splits"):
         TraceDataModule(tmp_path / "c")
@@ -87,13 +87,13 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not finite"):
         TraceDataModule(tmp_path / "d")
     rewrite(write_traces(tmp_path / "e", prompts=5), accept_bits=[[True] * 9])
-    with pytest.raises(UserError, match="accept_bits .* does not match its widths"):
+    with pytest.raises(UserError, match=r"accept_bits .* does not match its widths"):
         TraceDataModule(tmp_path / "e")
     rewrite(write_traces(tmp_path / "i", prompts=5), slot_deficits=[[0.0] * 9])
-    with pytest.raises(UserError, match="slot_deficits .* does not match its widths"):
+    with pytest.raises(UserError, match=r"slot_deficits .* does not match its widths"):
         TraceDataModule(tmp_path / "i")
     rewrite(write_traces(tmp_path / "j", prompts=5), target_features=[[float("inf")] * len(target_names)])
-    with pytest.raises(UserError, match="target_features .* not finite"):
+    with pytest.raises(UserError, match=r"target_features .* not finite"):
         TraceDataModule(tmp_path / "j")
     rewrite(write_traces(tmp_path / "f", prompts=5), split=["dev"])
     with pytest.raises(UserError, match="a split 'dev'"):

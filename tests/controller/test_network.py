@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from controller.network import CONFIG, WEIGHTS, HostNet, WidthNet, load_controller, save_controller
+from controller.network import _CALIBRATED, CONFIG, WEIGHTS, HostNet, WidthNet, load_controller, save_controller
 from decoding.errors import UserError
 
-PROVENANCE = {"features": {"version": 1, "names": ["a", "b", "c"]}, "pair": {"name": "x"}, "decoding": {}}
+PROVENANCE = {"features": {"version": 2, "names": ["a", "b", "c"]}, "pair": {"name": "x"}, "decoding": {}}
+SIZES = {
+    "features": 3,
+    "draft_width": 6,
+    "target_width": 4,
+    "draft_hidden": 5,
+    "target_hidden": 7,
+    "target_features": 8,
+}
 
 
 def net(**changes: int) -> WidthNet:
     torch.manual_seed(0)
-    made = WidthNet(
-        **{"features": 3, "draft_width": 6, "target_width": 4, "draft_hidden": 5, "target_hidden": 7} | changes
-    )
+    made = WidthNet(**SIZES | changes)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return made.eval()
@@ -26,43 +33,111 @@ def net(**changes: int) -> WidthNet:
 
 @pytest.mark.parametrize(("draft_hidden", "target_hidden"), [(0, 0), (128, 256), (2048, 8192)])
 def test_small_whatever_the_pair(draft_hidden: int, target_hidden: int) -> None:
-    made = WidthNet(24, 32, 16, draft_hidden, target_hidden)
+    made = WidthNet(24, 32, 16, draft_hidden, target_hidden, 36)
     assert made.parameter_count() <= 300_000
 
 
+def odd_start(made: WidthNet) -> None:
+    """Constants and calibration that no two outputs share."""
+    features, late = made.sizes["features"], made.sizes["target_features"]
+    width, ranks = made.sizes["draft_width"], made.sizes["target_width"]
+    made.start_from(
+        (torch.randn(features), torch.rand(features) + 0.5),
+        (torch.randn(late), torch.rand(late) + 0.5),
+        torch.rand(width, width),
+        torch.rand(ranks),
+        torch.rand(ranks - 1),
+    )
+    for name, value in zip(_CALIBRATED, (1.7, 0.6, 2.3, -0.4, 0.9), strict=True):
+        made.get_buffer(name).fill_(value)
+
+
+def rows_of(made: WidthNet, count: int = 5) -> list[torch.Tensor]:
+    names = ("features", "draft_hidden", "target_hidden", "target_features")
+    return [scale * torch.randn(count, made.sizes[name]) for scale, name in zip((4, 10, 1, 4), names, strict=True)]
+
+
 def test_starts_at_the_constants() -> None:
-    made = WidthNet(3, 4, 3)
-    rate, ranks = torch.rand(4, 4) * 0.8 + 0.1, torch.tensor([0.6, 0.3, 0.1])
-    made.start_from(torch.zeros(3), torch.ones(3), rate, ranks)
-    logits = made.eval()(torch.randn(5, 3))
-    torch.testing.assert_close(logits.accept.sigmoid(), rate.expand(5, -1, -1))
-    torch.testing.assert_close(logits.survivor.softmax(-1), ranks.expand(5, -1))
+    made = WidthNet(3, 4, 3, target_features=5)
+    rate, shares, regret = torch.rand(4, 4) * 0.8 + 0.1, torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.5, 0.02])
+    standard = [(torch.randn(size), torch.rand(size)) for size in (3, 5)]
+    made.start_from(*standard, rate, shares, regret)
+    for known in (torch.randn(5, 5), None):  # with P and without
+        logits = made.eval()(torch.randn(5, 3), target_features=known)
+        torch.testing.assert_close(logits.accept.sigmoid(), rate.expand(5, -1, -1))
+        for survivor in (logits.survivor, logits.late_survivor):
+            torch.testing.assert_close(survivor.softmax(-1), shares.expand(5, -1))
+        for log_steps in (logits.regret, logits.late_regret):
+            torch.testing.assert_close(log_steps.exp(), regret.expand(5, -1))
 
 
-@pytest.mark.parametrize("sizes", [{}, {"draft_hidden": 0, "target_hidden": 0}, {"draft_hidden": 0}])
+def test_early_heads_do_not_see_p_and_late_ones_see_nothing_else() -> None:
+    made = net()
+    rows = rows_of(made)
+    before, after = made(*rows), made(*rows[:3], rows_of(made)[3])
+    for name in ("accept", "survivor", "regret", "top"):
+        assert torch.equal(getattr(before, name), getattr(after, name)), name
+    after = made(*rows_of(made)[:3], rows[3])
+    for name in ("late_survivor", "late_regret"):
+        assert torch.equal(getattr(before, name), getattr(after, name)), name
+    assert not torch.equal(before.accept, after.accept)
+    unknown, mean = made(*rows[:3]), made(*rows[:3], made.late_mean.expand(5, -1))
+    assert torch.equal(unknown.late_regret, mean.late_regret)
+
+
+HIDDEN = [{}, {"draft_hidden": 0, "target_hidden": 0}, {"draft_hidden": 0}]
+
+
+@pytest.mark.parametrize("sizes", [*HIDDEN, {"target_width": 2}, {"draft_width": 1}], ids=str)
 def test_one_row_on_the_host_is_the_same_network(sizes: dict[str, int]) -> None:
     made = net(**sizes)
-    made.start_from(torch.randn(3), torch.rand(3) + 0.5, torch.rand(6, 6), torch.rand(4))
-    made.accept_temperature.fill_(1.7)
-    made.survivor_temperature.fill_(0.6)
-    rows = [torch.randn(5, 3) * 4, torch.randn(5, 5) * 10, torch.randn(5, 7)]
+    odd_start(made)
+    rows = rows_of(made)
     rows[2][0] = 0  # unknown hidden state
     logits, host = made(*rows), HostNet(made)
+    drafts = torch.arange(1, made.sizes["draft_width"] + 1)
     for i in range(5):
-        accept, survivor = host(*(row[i].numpy() for row in rows))
-        torch.testing.assert_close(torch.from_numpy(accept), logits.accept[i].detach(), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(torch.from_numpy(survivor), logits.survivor[i].detach(), atol=1e-4, rtol=1e-4)
+        host.look(*(row[i].numpy() for row in rows[:3]))
+        ours = [*host.early()]
+        passing = {price: host.passing(price) for price in (1e-9, 0.01, 0.7, 30.0, 1e12)}
+        ours += host.late(rows[3][i].numpy())
+        theirs = [logits.accept, logits.survivor, logits.regret, logits.late_survivor, logits.late_regret]
+        for our, their in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(torch.from_numpy(our), their[i].detach(), atol=1e-4, rtol=1e-4)
+        for price, found in passing.items():
+            top = logits.top[i].expand(len(drafts), -1)
+            expected = made.passing(top, torch.full((len(drafts),), price), drafts).sigmoid()
+            assert found.shape == (len(drafts), 2)
+            np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-4)
+
+
+def test_the_host_keeps_a_copy_and_answers_for_the_layer_last_looked_at() -> None:
+    made = net()
+    host, rows = HostNet(made), rows_of(made)
+
+    def answers(row: int) -> list[np.ndarray]:
+        host.look(*(column[row].numpy() for column in rows[:3]))
+        return [*host.early(), host.passing(0.5), *host.late(rows[3][0].numpy())]
+
+    before, other = answers(0), answers(1)
+    assert not any(np.allclose(a, b) for a, b in zip(before[:4], other[:4], strict=True))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.zero_()
+    for ours, theirs in zip(before, answers(0), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_save_and_load_are_bit_equal(tmp_path: Path) -> None:
     made = net()
-    made.accept_temperature.fill_(1.3)
+    odd_start(made)
     save_controller(made, tmp_path / "controller", PROVENANCE)
     loaded, provenance = load_controller(tmp_path / "controller")
-    assert provenance["pair"] == {"name": "x"} and provenance["temperatures"]["accept"] == pytest.approx(1.3)
+    assert provenance["pair"] == {"name": "x"} and set(provenance["calibration"]) == set(_CALIBRATED)
+    assert provenance["calibration"]["late_regret_shift"] == pytest.approx(0.9)
     for (name, ours), theirs in zip(made.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
-    rows = torch.randn(4, 3), torch.randn(4, 5), torch.randn(4, 7)
+    rows = rows_of(made)
     for ours, theirs in zip(made(*rows), loaded(*rows), strict=True):
         assert torch.equal(ours, theirs)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["controller"]  # nothing half-written beside it

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 import train
 from controller import LearnedWidth
+from controller.features import ContextFeatures
 from controller.network import load_controller
 from decoding import UserError
 from decoding.entry import CONF_DIR
@@ -38,16 +39,19 @@ def test_trains_calibrates_saves_and_returns_the_loss(tmp_path: Path, capsys: py
     assert f"controller saved in {tmp_path / 'controller'}" in capsys.readouterr().out
     net, about = load_controller(tmp_path / "controller")
     assert about["pair"] == PAIR and about["decoding"]["draft_width"] == CONFIG.draft_width
-    assert {"argv", "git_sha", "versions", "traces", "training", "metrics", "reliability", "temperatures"} <= set(about)
+    assert {"argv", "git_sha", "versions", "traces", "training", "metrics", "reliability", "calibration"} <= set(about)
     assert about["metrics"]["val/loss"] <= loss + 1e-6  # calibrated on the same rows
-    assert about["temperatures"]["accept"] == pytest.approx(float(net.accept_temperature))
+    assert about["features"]["target_names"] == ContextFeatures().target_names
+    for name, value in about["calibration"].items():
+        assert value == pytest.approx(float(net.get_buffer(name)))
     learned = LearnedWidth.load(tmp_path / "controller", pair=PAIR)
     learned.check(CONFIG)
     learned.reset(CONFIG)
     context = draft_context()
     assert 1 <= learned.target_width(target_context(context, learned.draft_width(context))) <= CONFIG.target_width
     metrics = (tmp_path / "csv" / "metrics.csv").read_text()
-    for name in ("train/loss", "val/count_nll_floor", "val/count_ece", "val/survivor_nll", "calibrated/val/count_nll"):
+    names = ["train/loss", "val/count_nll_floor", "val/count_ece", "val/survivor_nll", "val/late_survivor_nll"]
+    for name in (*names, "val/late_regret_nll", "val/pass_nll", "calibrated/val/count_nll"):
         assert name in metrics
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
 
