@@ -223,6 +223,21 @@ def write_report(
     return {name: write_whole(directory / name, content) for name, content in files.items()}
 
 
+_CURVES = {
+    "count": "P(K_w >= M)",
+    "count_w1_2": "P(K_w >= M), w 1-2",
+    "count_w3_5": "P(K_w >= M), w 3-5",
+    "count_w6_up": "P(K_w >= M), w 6 and up",
+    "count_layer1": "P(K_w >= M), layer 1",
+    "count_layer2": "P(K_w >= M), layer 2",
+    "count_layer3_up": "P(K_w >= M), layer 3 and up",
+    "survivor": "best among k slots",
+    "late_survivor": "the same, P known",
+    "pass": "the layer passes",
+}
+_CURVES_IN_A_ROW = 5
+
+
 def frontiers(results: Mapping[str, Any]) -> dict[str, str]:
     """The plots of quality against speed that results call for: the metric of speed by file name."""
     source = results["provenance"]
@@ -233,10 +248,13 @@ def frontiers(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def calibration_curves(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The reliability bins that a controller was saved with, by name; empty where it has none."""
+    """The reliability bins that a controller was saved with, by title; empty where it has none."""
     bins = provenance.get("reliability")
     known = isinstance(bins, Mapping) and {"predicted", "observed", "rows"} <= set(bins)
-    return {"P(K_w >= M)": bins} if known else {}
+    if not known or bins is None:
+        return {}
+    curves = bins.get("curves", {"count": bins})
+    return {title: curves[name] for name, title in _CURVES.items() if name in curves}
 
 
 # --------------------------------------------------------------------------------------------- tables
@@ -444,10 +462,13 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], speed: str = "tokens_per_se
 
 def plot_calibration(calibration: Mapping[str, Any]) -> Figure:
     """Reliability of each predicted probability: observed share against prediction, dots by how many there are."""
-    figure = Figure(figsize=(4.2 * len(calibration), 4.4), layout="constrained")
-    for axes, (name, curve) in zip(
-        figure.subplots(1, len(calibration), squeeze=False)[0], calibration.items(), strict=True
-    ):
+    across = min(len(calibration), _CURVES_IN_A_ROW)
+    down = -(-len(calibration) // across)
+    figure = Figure(figsize=(4.2 * across, 4.4 * down), layout="constrained")
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in places[len(calibration) :]:
+        axes.set_axis_off()
+    for axes, (name, curve) in zip(places, calibration.items(), strict=False):
         predicted = np.array(curve["predicted"], dtype=np.float64)
         observed = np.array(curve["observed"], dtype=np.float64)
         count = np.array(curve["rows"], dtype=np.float64)

@@ -63,8 +63,9 @@ class DSBDDecoder:
     ) -> list[DecodeResult]:
         """Continue each prompt.
 
-        A prompt's result depends on its own random stream alone, not on its neighbours: every prompt has its own
-        forest and its own copy of the policy (`WidthPolicy.fork`).
+        A prompt's result depends on its own random stream alone, not on its neighbours, unless its policy learns from
+        them (LearnedWidth and BanditWidth do, where `share` is left on): every prompt has its own forest and its own
+        copy of the policy (`WidthPolicy.fork`).
 
         Args:
             prompts: lists of token ids or 1-D tensors, or one 2-D tensor.

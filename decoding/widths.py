@@ -82,10 +82,10 @@ class IterationRecord:
 class WidthPolicy:
     """Decides w, M and whether to draft a further layer; the base class asks for the config's widest.
 
-    The decoder decodes each prompt with a `fork` of its own, after a `reset`, so that a prompt's widths do not depend
-    on its neighbours. A policy that keeps state must not let `target_width` of a layer depend on what it was shown of
-    deeper layers (they are drafted before this one is verified): contexts hold nothing of them, but memory could. That
-    would bias the output.
+    The decoder decodes each prompt with a `fork` of its own, after a `reset`, so that a prompt's widths need not depend
+    on its neighbours; forks of policies that learn on line may share what they learn. A policy that keeps state must
+    not let `target_width` of a layer depend on what it was shown of deeper layers (they are drafted before this one is
+    verified): contexts hold nothing of them, but memory could. That would bias the output.
     """
 
     name = "fixed"
