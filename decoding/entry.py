@@ -247,6 +247,16 @@ def _one_sentence(config_name: str, tracebacks: bool) -> Iterator[None]:
         _discard_empty_output()
         print(f"error: {_sentence(error, config_name)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except ValueError as error:
+        if "Config group override" not in str(error):  # of Hydra: a group's choice is a name
+            raise
+        empty = " ".join(argument for argument in sys.argv[1:] if argument.endswith("=null"))
+        print(
+            f"error: {empty} gives a group no choice, which Hydra cannot read; choose one of its names, or leave the "
+            "group out with ~ before its name.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
 
 
 @contextmanager

@@ -72,6 +72,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ("seed=[", "The argument 'seed=[' cannot be read"),
         ("policy._target_=decoding.Nope", "policy._target_ is 'decoding.Nope', which cannot be used"),
         ("seed=${nothing}", "nothing"),
+        ("policy=null", "policy=null gives a group no choice"),
     ],
 )
 def test_mistakes_are_one_sentence(cli: Cli, tmp_path: Path, argument: str, expected: str) -> None:
