@@ -369,7 +369,8 @@ def comparison_lines(results: Mapping[str, Any]) -> list[str]:
         lines += [
             "Speeds at a quality lie on each family's undominated settings, linear in between; where a family does not "
             "reach the quality, its best setting counts. hand-set: the fastest of fixed, threshold and mass among "
-            "these rows, which were tuned only if tune.grids says so. oracle depth, not achievable: the best row had no layer been drafted that then failed.",
+            "these rows, which were tuned only if tune.grids says so. oracle depth, not achievable: the best row "
+            "had no layer been drafted that then failed.",
             "",
         ]
     return lines
