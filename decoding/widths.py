@@ -8,6 +8,7 @@ coins of that layer. Contexts are built by the decoder from arrays that hold not
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -275,7 +276,12 @@ def _check_final(width: int | None, config: DecodingConfig) -> None:
 
 @dataclass
 class RandomWidth(WidthPolicy):
-    """Widths and depth drawn uniformly: exploration while traces are logged.
+    """Widths and depth drawn at random: exploration while traces are logged.
+
+    Most prompts have a limit on M of their own, small ones as often as large ones (log-uniform), and M is uniform below
+    it: with M uniform over its whole range forests would seldom get past their first layer, and a controller goes
+    deeper. Half of the iterations draft as deep as they may, half of the layers as wide as they may, and the layer that
+    ends an iteration is as wide as it may be three times out of four; all else is uniform.
 
     Args:
         seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the prompt's seed.
@@ -283,12 +289,12 @@ class RandomWidth(WidthPolicy):
     """
 
     seed: int = 0
-    full_share: float = 0.25
+    full_share: float = 0.1
     name: str = field(default="random", init=False)
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(self.seed)
-        self._full = False
+        self._full, self._most, self._depth = False, 1, 0  # of the prompt, of the iteration
 
     def fork(self, seed: int) -> RandomWidth:
         forked = copy.copy(self)
@@ -296,23 +302,30 @@ class RandomWidth(WidthPolicy):
         return forked
 
     def reset(self, config: DecodingConfig) -> None:
-        self._full = bool(self._random.random() < self.full_share)
+        self._full = self._chance(self.full_share)
+        least, most = config.min_width, config.target_width
+        self._most = min(most, int(least * math.exp(self._random.random() * math.log((most + 1) / least))))
         self._depth = config.draft_depth
 
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
         if layer == 1:
-            self._depth = int(self._random.integers(1, context.config.draft_depth + 1))
+            deepest = context.config.draft_depth
+            self._depth = deepest if self._chance(0.5) else int(self._random.integers(1, deepest + 1))
         return layer <= self._depth
 
     def draft_width(self, context: DraftContext) -> int:
         config = context.root.config
-        return config.draft_width if self._full else int(self._random.integers(1, config.draft_width + 1))
+        wide = self._full or self._chance(0.5)
+        return config.draft_width if wide else int(self._random.integers(1, config.draft_width + 1))
 
     def target_width(self, context: TargetContext) -> int:
         config = context.draft.root.config
-        if self._full:
+        if self._full or (context.draft_width == 0 and self._chance(0.75)):
             return config.target_width
-        return int(self._random.integers(config.min_width, config.target_width + 1))
+        return int(self._random.integers(config.min_width, self._most + 1))
+
+    def _chance(self, share: float) -> bool:
+        return bool(self._random.random() < share)
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "seed": self.seed, "full_share": self.full_share}

@@ -113,13 +113,33 @@ def test_threshold_refuses_what_is_no_probability(threshold: float) -> None:
 def test_random_covers_its_range_and_is_reproducible() -> None:
     policy, twin = RandomWidth(seed=1, full_share=0.0), RandomWidth(seed=1, full_share=0.0)
     config = CONFIG.with_changes(min_width=2)
-    for each in (policy, twin):
-        each.reset(config)
     wide = context(FLAT, FLAT, config=config)
-    drawn = [(policy.draft_width(wide.draft), policy.target_width(wide)) for _ in range(200)]
-    assert drawn == [(twin.draft_width(wide.draft), twin.target_width(wide)) for _ in range(200)]
-    assert {w for w, _ in drawn} == set(range(1, 7))
-    assert {m for _, m in drawn} == {2, 3, 4}
+
+    def prompts(policy: RandomWidth) -> list[list[tuple[int, int]]]:
+        drawn = []
+        for _ in range(40):
+            policy.reset(config)
+            drawn.append([(policy.draft_width(wide.draft), policy.target_width(wide)) for _ in range(20)])
+        return drawn
+
+    drawn = prompts(policy)
+    assert drawn == prompts(twin)
+    assert {w for prompt in drawn for w, _ in prompt} == set(range(1, 7))
+    assert {m for prompt in drawn for _, m in prompt} == {2, 3, 4}
+    narrow = sum(all(m == 2 for _, m in prompt) for prompt in drawn)
+    assert 5 <= narrow <= 30  # log(3/2) / log(5/2) of the prompts ask for no more than the least: 44%
+
+
+def test_random_drafts_deep_half_of_the_time() -> None:
+    policy, depths = RandomWidth(seed=1, full_share=0.0), []
+    for _ in range(400):
+        policy.reset(CONFIG)
+        root, depth = context(FLAT, FLAT).draft.root, 0
+        while depth < CONFIG.draft_depth and policy.draft_further(root, depth + 1, (1,) * depth):
+            depth += 1
+        depths.append(depth)
+    assert set(depths) == set(range(1, CONFIG.draft_depth + 1))
+    assert abs(depths.count(CONFIG.draft_depth) / 400 - (0.5 + 0.5 / CONFIG.draft_depth)) < 0.1
 
 
 def test_random_forks_follow_their_own_seeds() -> None:
