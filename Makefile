@@ -21,7 +21,7 @@ help: ## list the targets
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; install one, or give it: make PYTHON=/path/to/python3" >&2; exit 2; }
 	@$(PYTHON) $(IS_NEW_ENOUGH) || { echo "error: $(PYTHON) is older than Python 3.11; give a newer one: make PYTHON=/path/to/python3" >&2; exit 2; }
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; rm -rf .venv; exit 2; }
-	$(RUN) -m pip install --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
+	$(RUN) -m pip install --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev,fast]'
 	@touch $@
 
 demo: .venv/.installed ## log traces, train a controller, evaluate it; about 4 minutes on 2 cores, offline after the install

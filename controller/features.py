@@ -5,15 +5,15 @@ Everything comes from a `DraftContext`, so nothing here can see the drafts or th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from controller.kernels import TOP, describe_context, describe_target
 from decoding.errors import UserError
-from decoding.sampling import Distribution
-from decoding.widths import DraftContext, TargetContext
+from decoding.sampling import Distribution, FloatArray, IntArray
+from decoding.widths import DraftContext, LayerRecord, TargetContext
 
 FloatVector = NDArray[np.float32]
 
@@ -22,7 +22,7 @@ NAMES = (
     "layer",
     "log_remaining",  # tokens that the beams may still grow by
     "parents",
-    "weight_gap_second",  # best minus second best parent, in nats; _GAP_LIMIT with one parent
+    "weight_gap_second",  # best minus second best parent, in nats; GAP_LIMIT with one parent
     "weight_gap_last",
     "weights_entropy",  # of softmax(weights), in nats
     "joint_entropy",
@@ -40,7 +40,6 @@ NAMES = (
     "previous_accepted_share",  # of its drafts
     "previous_passed",  # every layer passed
 )
-_TOP = 10  # likeliest continuations of P that are looked at once it is known
 TARGET_NAMES = (
     "drafted",
     "layer",
@@ -49,18 +48,15 @@ TARGET_NAMES = (
     "weight_gap_second",
     "weight_gap_last",
     "log_target_support",
-    *(f"target_prob_{i}" for i in range(1, _TOP + 1)),
-    *(f"log_target_prob_{i}" for i in range(1, _TOP + 1)),
-    *(f"target_sibling_{i}" for i in range(2, _TOP + 1)),  # 1 where it has the parent of the likeliest one
+    *(f"target_prob_{i}" for i in range(1, TOP + 1)),
+    *(f"log_target_prob_{i}" for i in range(1, TOP + 1)),
+    *(f"target_sibling_{i}" for i in range(2, TOP + 1)),  # 1 where it has the parent of the likeliest one
 )
-_GAP_LIMIT = 20.0
-_LEAST_LOG = -12.0  # log-probability of a continuation that is not there
-_FIRST = TARGET_NAMES.index("target_prob_1")
 _HEAD = 64  # entries that are looked at one by one; the tail of a wide support enters as if it were uniform
 
 
 class ContextFeatures:
-    """Call it with a `DraftContext` to get its scalars, float32 [F], in the order of `names`; some 15 microseconds.
+    """Call it with a `DraftContext` to get its scalars, float32 [F], in the order of `names`.
 
     `of_target` gives those that are known once the layer's P is, float32 [G], in the order of `target_names`.
     """
@@ -70,50 +66,36 @@ class ContextFeatures:
     def __init__(self) -> None:
         self.names: list[str] = list(NAMES)
         self.target_names: list[str] = list(TARGET_NAMES)
+        self._history: tuple[LayerRecord, ...] = ()  # that `_before` is of: all layers of an iteration have the same
+        self._before = _previous(())
 
     def __call__(self, context: DraftContext) -> FloatVector:
-        root, widths, history = context.root, context.widths, context.root.history
-        drafts = sum(record.draft_width for record in history)
-        values = (
-            float(context.drafted),
+        root, widths = context.root, context.widths
+        if root.history is not self._history:
+            self._history, self._before = root.history, _previous(root.history)
+        above = widths[-1] if widths else 0
+        probs, parents, support = _head(context.joint)
+        layers, accepted, passed = self._before
+        return describe_context(
+            context.drafted,
             context.layer,
-            math.log1p(root.remaining),
-            *_weight_scalars(context.weights.tolist()),
-            *_joint_scalars(context.joint),
-            widths[-1] if widths else 0,
+            root.remaining,
+            context.weights,
+            probs,
+            parents,
+            support,
+            above,
             sum(widths),
-            len(history),
-            sum(record.accepted for record in history) / drafts if drafts else 0.0,
-            float(bool(history) and all(record.passed for record in history)),
+            layers,
+            accepted,
+            passed,
         )
-        return np.array(values, dtype=np.float32)
 
     def of_target(self, context: TargetContext) -> FloatVector:
         """What P says, beside what is known of its beams: neither the drafts nor the coins."""
-        draft, target = context.draft, context.target
-        weights = (draft.weights if context.weights is None else context.weights).tolist()
-        best, several = weights[0], len(weights) > 1
-        values = np.zeros(len(TARGET_NAMES), dtype=np.float32)
-        values[:_FIRST] = (
-            float(draft.drafted),
-            draft.layer,
-            math.log1p(draft.root.remaining),
-            len(weights),
-            min(best - weights[1], _GAP_LIMIT) if several else _GAP_LIMIT,
-            min(best - weights[-1], _GAP_LIMIT) if several else _GAP_LIMIT,
-            math.log(len(target)),
-        )
-        probs = target.probs
-        order = np.argpartition(probs, -_TOP)[-_TOP:] if len(probs) > _HEAD else np.arange(len(probs))
-        order = order[np.argsort(-probs[order], kind="stable")[:_TOP]]
-        top, parents = probs[order], target.parents[order]
-        count = len(top)
-        values[_FIRST : _FIRST + count] = top
-        logs = values[_FIRST + _TOP : _FIRST + 2 * _TOP]
-        logs.fill(_LEAST_LOG)
-        np.maximum(np.log(top), _LEAST_LOG, out=logs[:count], casting="same_kind")
-        values[_FIRST + 2 * _TOP : _FIRST + 2 * _TOP + count - 1] = parents[1:] == parents[0]
-        return values
+        draft = context.draft
+        weights = draft.weights if context.weights is None else context.weights
+        return describe_target(draft.drafted, draft.layer, draft.root.remaining, weights, *_head(context.target))
 
 
 def hidden_vectors(context: DraftContext, draft_size: int, target_size: int) -> tuple[FloatVector, FloatVector]:
@@ -149,41 +131,17 @@ def check_features(found: Iterable[str], expected: Iterable[str], what: str) -> 
     raise UserError(f"{what} other features than this code computes: {how}. Collect traces and train again.")
 
 
-def _weight_scalars(weights: list[float]) -> tuple[float, float, float, float]:
-    """Number, two gaps and entropy of B log-weights, best first; plain Python beats numpy at these sizes."""
-    best, count = weights[0], len(weights)
-    shares = [math.exp(weight - best) for weight in weights]
-    total = sum(shares)
-    entropy = math.log(total) - sum(s * (w - best) for s, w in zip(shares, weights, strict=True) if s > 0) / total
-    if count == 1:
-        return 1.0, _GAP_LIMIT, _GAP_LIMIT, 0.0
-    return float(count), min(best - weights[1], _GAP_LIMIT), min(best - weights[-1], _GAP_LIMIT), entropy
+def _previous(history: tuple[LayerRecord, ...]) -> tuple[int, float, bool]:
+    """How the iteration before went: layers, share of its drafts accepted, and whether all of them passed."""
+    drafts = sum(record.draft_width for record in history)
+    accepted = sum(record.accepted for record in history)
+    return len(history), accepted / drafts if drafts else 0.0, bool(history) and all(r.passed for r in history)
 
 
-def _joint_scalars(joint: Distribution) -> tuple[float, ...]:
-    """Shape of a joint distribution: entropy, head masses, support, and how its mass falls on the parents."""
+def _head(joint: Distribution) -> tuple[FloatArray, IntArray, int]:
+    """Probabilities and parents of the likeliest entries, in any order, and the number of all."""
     probs, support = joint.probs, len(joint.probs)
-    head = np.argpartition(probs, -_HEAD)[-_HEAD:] if support > _HEAD else np.arange(support)
-    order = head[np.argsort(-probs[head], kind="stable")]
-    top = probs[order]  # [min(S, _HEAD)] largest first
-    mass = np.cumsum(top)
-    entropy = -float(top @ np.log(top))
-    tail = 1.0 - float(mass[-1])
-    if support > _HEAD and tail > 0:
-        entropy -= tail * math.log(tail / (support - _HEAD))
-    parents = joint.parents[order].tolist()
-    shares: dict[int, float] = {}
-    for parent, share in zip(parents, top.tolist(), strict=True):
-        shares[parent] = shares.get(parent, 0.0) + share
-    last = len(mass) - 1
-    return (
-        entropy,
-        float(top[0]),
-        float(top[1]) if last else 0.0,
-        float(mass[min(1, last)]),
-        float(mass[min(3, last)]),
-        float(mass[min(7, last)]),
-        math.log(support),
-        max(shares.values()) / float(mass[-1]),
-        float(len(set(parents[:8]))),
-    )
+    if support <= _HEAD:
+        return probs, joint.parents, support
+    head = np.argpartition(probs, -_HEAD)[-_HEAD:]
+    return probs[head], joint.parents[head], support

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import tempfile
@@ -16,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from controller import kernels
+from controller.kernels import LIMIT, PRICES, EarlyWeights, FloatArray, FloatVector, LateWeights, PassWeights
 from decoding.errors import UserError
 
 FORMAT = "dsbd-controller"  # what config.json says it is
@@ -28,7 +28,6 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _SIZES = ("features", "draft_width", "target_width", "draft_hidden", "target_hidden", "target_features")
 _ARGUMENTS = (*_SIZES, "hidden", "layers", "dropout", "late_hidden")
 _LATER_ARGUMENTS = ("projected", "pass_hidden")  # older controllers do not name them: they have the defaults
-_PRICES = (0.01, 30.0)  # losses that the pass head tells apart, in nats
 _CALIBRATED = (
     "accept_temperature",
     "survivor_temperature",
@@ -38,7 +37,6 @@ _CALIBRATED = (
 )
 _BASES = 16  # patterns over (i, k) that a context can add to the accept logits
 _HIDDEN_BUDGET = 100_000  # parameters that one hidden vector's projection may cost
-FloatVector = NDArray[np.float32]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -139,7 +137,7 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         target_features: Tensor | None = None,  # [N, G] float32; None: as if nothing of P were known
     ) -> WidthLogits:
         """What all heads say; hidden vectors are needed where the sizes say so."""
-        inputs = [((features - self.feature_mean) / self.feature_std).clamp(-5, 5)]
+        inputs = [((features - self.feature_mean) / self.feature_std).clamp(-LIMIT, LIMIT)]
         for projection, vector in ((self.draft_projection, draft_hidden), (self.target_projection, target_hidden)):
             if projection is not None:
                 assert vector is not None, "this network was built with hidden vectors"
@@ -148,7 +146,7 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         accept = (self.accept_head(top) @ self.accept_basis).unflatten(-1, self.accept_bias.shape) + self.accept_bias
         if target_features is None:
             target_features = self.late_mean.expand(len(features), -1)
-        late = self.late_trunk(((target_features - self.late_mean) / self.late_std).clamp(-5, 5))
+        late = self.late_trunk(((target_features - self.late_mean) / self.late_std).clamp(-LIMIT, LIMIT))
         return WidthLogits(
             accept / self.accept_temperature,
             self.survivor_head(top) / self.survivor_temperature,
@@ -169,7 +167,7 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         Returns:
             [N, 2]: of passing, and of the mean of 1 - L(K) / c, taken as 0 where it fails.
         """
-        price = bearable.clamp(*_PRICES).log()[:, None] * self.pass_price
+        price = bearable.clamp(*PRICES).log()[:, None] * self.pass_price
         return self.pass_out(F.relu(self.pass_in(top) + price + self.pass_width[draft_width - 1]))
 
     @torch.no_grad()
@@ -197,7 +195,7 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
 
 
 class HostNet:
-    """A WidthNet for one row at a time, in numpy: the same numbers at a fraction of the call overhead.
+    """A WidthNet for one row at a time, in `controller.kernels`: the same numbers at a fraction of the call overhead.
 
     Args:
         net: its weights are copied; later changes to it are not seen.
@@ -205,90 +203,70 @@ class HostNet:
 
     def __init__(self, net: WidthNet) -> None:
         def host(tensor: Tensor) -> FloatVector:
-            return tensor.detach().float().cpu().numpy().copy()
+            return np.ascontiguousarray(tensor.detach().float().cpu().numpy()).copy()
 
-        self._mean, self._scale = host(net.feature_mean), 1.0 / host(net.feature_std)
-        projections = (net.draft_projection, net.target_projection)
-        self._projections = [None if p is None else host(p.weight.T) for p in projections]
-        linears = [module for module in net.trunk if isinstance(module, nn.Linear)]
-        self._layers = [(host(linear.weight.T), host(linear.bias)) for linear in linears]
+        def linears(trunk: nn.Sequential) -> list[tuple[FloatVector, FloatVector]]:
+            found = [module for module in trunk if isinstance(module, nn.Linear)]
+            return [(host(linear.weight.T), host(linear.bias)) for linear in found]
+
+        def projection(linear: nn.Linear | None) -> FloatVector:
+            return host(linear.weight.T) if linear is not None else np.zeros((0, 0), np.float32)
+
+        def quality(survivor: nn.Linear, temperature: Tensor, regret: nn.Linear, shift: Tensor) -> Any:
+            weight = torch.cat([survivor.weight / temperature, regret.weight])  # [2 R - 1, hidden]
+            return host(weight.T), host(torch.cat([survivor.bias / temperature, regret.bias + shift]))
+
+        self._early = EarlyWeights(
+            host(net.feature_mean),
+            host(1.0 / net.feature_std),
+            projection(net.draft_projection),
+            projection(net.target_projection),
+            tuple(linears(net.trunk)),
+        )
         # The accept head and its basis are two linear maps in a row, and temperatures only scale: one map each.
         accept = net.accept_basis.T / net.accept_temperature  # [W * W, bases]
         bias = accept @ net.accept_head.bias + net.accept_bias.flatten() / net.accept_temperature
         self._accept = host((accept @ net.accept_head.weight).T), host(bias)
-        self._pass_in = host(net.pass_in.weight.T)
-        self._pass_width = host(net.pass_width + net.pass_in.bias)  # [W, hidden]
-        self._pass_price = host(net.pass_price)
-        self._pass_out = host(net.pass_out.weight.T), host(net.pass_out.bias)
-        self._top: FloatVector = np.zeros(len(self._pass_in), np.float32)
-        self._ranks = net.sizes["target_width"]
-
-        def quality(survivor: nn.Linear, temperature: Tensor, regret: nn.Linear, shift: Tensor) -> tuple[Any, Any]:
-            weight = torch.cat([survivor.weight / temperature, regret.weight])  # [2 R - 1, hidden]
-            return host(weight.T), host(torch.cat([survivor.bias / temperature, regret.bias + shift]))
-
-        self._quality = quality(net.survivor_head, net.survivor_temperature, net.regret_head, net.regret_shift)
-        self._late_quality = quality(
-            net.late_survivor_head, net.late_survivor_temperature, net.late_regret_head, net.late_regret_shift
-        )
-        self._late_mean, self._late_scale = host(net.late_mean), 1.0 / host(net.late_std)
-        late = [module for module in net.late_trunk if isinstance(module, nn.Linear)]
-        self._late_layers = [(host(linear.weight.T), host(linear.bias)) for linear in late]
         self._shape = tuple(net.accept_bias.shape)
+        self._quality = quality(net.survivor_head, net.survivor_temperature, net.regret_head, net.regret_shift)
+        self.head = PassWeights(
+            host(net.pass_in.weight.T),
+            host(net.pass_price),
+            host(net.pass_width + net.pass_in.bias),
+            host(net.pass_out.weight.T),
+            host(net.pass_out.bias),
+        )
+        late = net.late_survivor_head, net.late_survivor_temperature, net.late_regret_head, net.late_regret_shift
+        layers = (*linears(net.late_trunk), quality(*late))
+        self._late = LateWeights(host(net.late_mean), host(1.0 / net.late_std), layers)
+        self.top: FloatVector = np.zeros(net.pass_in.in_features, np.float32)  # of the layer last looked at
 
     def look(
         self,
         features: FloatVector,  # [F]
-        draft_hidden: FloatVector,  # [H_q]; not read where the network does without
+        draft_hidden: FloatVector,  # [H_q]; empty where the network does without
         target_hidden: FloatVector,  # [H_p]
     ) -> None:
         """Take in a layer that `early` and `passing` will be asked about."""
-        scaled = (features - self._mean) * self._scale
-        inputs = [np.minimum(np.maximum(scaled, -5, out=scaled), 5, out=scaled)]
-        for projection, vector in zip(self._projections, (draft_hidden, target_hidden), strict=True):
-            if projection is not None:
-                inputs.append(_layer_norm(vector) @ projection)
-        top = np.concatenate(inputs)
-        for weight, bias in self._layers:
-            top = top @ weight
-            top += bias
-            np.maximum(top, 0, out=top)
-        self._top = top
+        self.top = kernels.look(features, draft_hidden, target_hidden, self._early)
 
-    def early(self) -> tuple[FloatVector, FloatVector, FloatVector]:
-        """Accept logits [W, W], survivor logits [R] and log regret steps [R - 1]."""
+    def early(self) -> tuple[FloatVector, FloatVector]:
+        """Accept logits [W, W]; survivor logits [R] and log regret steps [R - 1] as one vector."""
         accept, bias = self._accept
         weight, offset = self._quality
-        quality = self._top @ weight + offset
-        return (self._top @ accept + bias).reshape(self._shape), quality[: self._ranks], quality[self._ranks :]
+        return (self.top @ accept + bias).reshape(self._shape), self.top @ weight + offset
 
     def passing(self, bearable: float) -> FloatVector:
         """Probabilities of `WidthNet.passing` for the layer looked at, and every draft width; [W, 2]."""
-        price = math.log(min(max(bearable, _PRICES[0]), _PRICES[1])) * self._pass_price
-        inner = self._pass_width + (self._top @ self._pass_in + price)  # [W, hidden]
-        np.maximum(inner, 0, out=inner)
-        logits = inner @ self._pass_out[0]
-        logits += self._pass_out[1]
-        return 1.0 / (1.0 + np.exp(-logits))
+        return kernels.passing(self.top, bearable, self.head)
 
-    def late(self, target_features: FloatVector) -> tuple[FloatVector, FloatVector]:
-        """Survivor logits [R] and log regret steps [R - 1] once P is known; [G]."""
-        top = (target_features - self._late_mean) * self._late_scale
-        np.minimum(np.maximum(top, -5, out=top), 5, out=top)
-        for weight, bias in self._late_layers:
-            top = top @ weight
-            top += bias
-            np.maximum(top, 0, out=top)
-        weight, offset = self._late_quality
-        quality = top @ weight + offset
-        return quality[: self._ranks], quality[self._ranks :]
+    def late(self, target_features: FloatVector) -> FloatVector:
+        """Survivor logits [R] and log regret steps [R - 1] once P is known, as one vector; [G]."""
+        return kernels.late(target_features, self._late)
 
-
-def _layer_norm(vector: FloatVector) -> FloatVector:
-    """F.layer_norm without weights, [H]; two plain sums beat numpy's mean at these sizes."""
-    count = len(vector)
-    centred = vector - np.add.reduce(vector) / count
-    return centred * np.float32(1.0 / math.sqrt(float(centred @ centred) / count + 1e-5))
+    def late_loss(self, target_features: FloatVector, target_width: int, regret: bool) -> FloatArray:
+        """L(k) once P is known; [G] -> [R + 1]. See `kernels.expected_loss`."""
+        return kernels.late_loss(target_features, self._late, target_width, regret)
 
 
 def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, Any]) -> Path:

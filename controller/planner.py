@@ -1,4 +1,4 @@
-"""Planner: predictions and a latency table -> w, M and depth. Numpy only; design section 8.
+"""Planner: predictions and a latency table -> w, M and depth. Design section 8.
 
 The reward of a committed layer is `1 - width_value * L(k)`: a token, less the price of what is lost by keeping only its
 first k slots; L is in nats of the final best hypothesis, so that `width_value` is what a nat is worth in tokens. A
@@ -10,12 +10,14 @@ line.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from controller import kernels
+from controller.kernels import CostTable, Decision, FloatVector, PassWeights, Prospect
 from decoding.config import DecodingConfig
 from decoding.pricing import Costs, iteration_seconds
 from decoding.sampling import FloatArray, IntArray
@@ -52,16 +54,6 @@ class Prediction:
 
     at_least: FloatArray  # [W + 1, W + 1] P(K_w >= M) at [w, M]
     loss: FloatArray  # [R + 1] L(k), expected loss of keeping the first k slots; never increasing, 0 at target_width
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A layer's decision before its drafts are drawn."""
-
-    draft_width: int  # w
-    target_width: int  # M
-    passing: float  # P(K_w >= M)
-    further: float = 1.0  # reward that a pass brings: of the next layer, and of those planned below it
 
 
 class Throughput:
@@ -107,13 +99,18 @@ class Outlook:
     def __init__(self, passing: float = 0.6, memory: float = 50.0) -> None:
         self._earned = 1.0
         self.left = 1.0  # share of what a pass brings that is left after what it loses
-        self._passing: list[float] = []
+        self._passing = np.empty(0)
         self._start, self._keep = passing, float(np.exp(-1.0 / memory))
         self._passed, self._promised = passing, passing
 
     def passing(self, layer: int) -> float:
         """Probability that a layer, from 1, passes once it is reached."""
-        return self._passing[layer - 1] if layer <= len(self._passing) else self._start
+        return float(self._passing[layer - 1]) if layer <= len(self._passing) else self._start
+
+    @property
+    def prospect(self) -> Prospect:
+        """The same for the kernels; a view."""
+        return Prospect(self._passing, self._start, self.earned, self.left, self._passed / self._promised)
 
     def corrected(self, passing: float) -> float:
         """A predicted probability to pass, as experience corrects it: M may be set by more than was known then."""
@@ -121,8 +118,8 @@ class Outlook:
 
     def saw(self, layer: int, passed: float, predicted: float | None = None) -> None:
         """A layer was reached and passed, 1, or failed, 0."""
-        while len(self._passing) < layer:
-            self._passing.append(self._start)
+        if len(self._passing) < layer:
+            self._passing = np.append(self._passing, np.full(layer - len(self._passing), self._start))
         keep = self._keep
         self._passing[layer - 1] += (1 - keep) * (passed - self._passing[layer - 1])
         if predicted is not None:
@@ -158,10 +155,11 @@ class Planner:
     def __init__(self, costs: Costs, width_value: float) -> None:
         self.costs, self.width_value = costs, width_value
         nodes = range(_TABLE)
-        self._draft = [costs.draft_seconds(n) for n in nodes]
-        self._target = [costs.target_seconds(n) for n in nodes]
-        self._drafts, self._targets = np.array(self._draft), np.array(self._target)
-        self._layer = costs.host_seconds(1) - costs.host_seconds(0)
+        self._table = CostTable(
+            np.array([costs.draft_seconds(n) for n in nodes], dtype=float),
+            np.array([costs.target_seconds(n) for n in nodes], dtype=float),
+            float(costs.host_seconds(1) - costs.host_seconds(0)),
+        )
 
     def widths(
         self,
@@ -174,7 +172,7 @@ class Planner:
         deepest: int,
         nodes: int,
         support: int,
-    ) -> Plan:
+    ) -> Decision:
         """The best (w, M) of a layer.
 
         Args:
@@ -188,21 +186,28 @@ class Planner:
         least, most = config.min_width, max(config.min_width, min(config.draft_width, support))
         widths, asked, impossible = _choices(least, most, config.target_width)
         at_least = prediction.at_least[least : most + 1]  # [w, W + 1]
-        passing = at_least[:, np.minimum(asked, at_least.shape[1] - 1)]  # [w, M]
+        chances = at_least[:, np.minimum(asked, at_least.shape[1] - 1)]  # [w, M]
         lost = self.width_value * _expected_loss(prediction.loss, at_least, config)  # [w, M]
-        seconds = self._scored(nodes, widths) + (self._drafts[widths] - self._draft[1] if layer < deepest else 0.0)
-        gain = reach * (passing * outlook.earned - lost) - rate * seconds[:, None]
-        ahead = self._ahead(outlook, layer + 1, deepest, nodes + most, most)
-        net, gained = self._below(ahead, rate, reach * passing)
-        gain += net
+        draft, target = self._table.draft, self._table.target
+        seconds = target[np.minimum(nodes + widths, _TABLE - 1)] - target[min(nodes, _TABLE - 1)]
+        if layer < deepest:
+            seconds += draft[widths] - draft[1]
+        gain = reach * (chances * outlook.earned - lost) - rate * seconds[:, None]
+        gained, spent = kernels.ahead(outlook.prospect, self._table, layer + 1, deepest, nodes + most, most, most)
+        net = (reach * chances)[..., None] * gained - rate * spent  # [w, M, d] as deep as it pays
+        gain += net.max(-1)
         gain[impossible] = -np.inf
         row, column = divmod(int(gain.argmax()), len(asked))
         w, m = int(widths[row]), int(asked[column])
-        return Plan(w, m, float(prediction.at_least[w, m]), outlook.earned + float(gained[row, column]))
+        below, passing = gained[net[row, column].argmax()], float(prediction.at_least[w, m])
+        onward = reach * outlook.corrected(passing)
+        deeper = self.worth_drafting(outlook, rate, onward, layer + 1, deepest, parents=w, nodes=nodes + w, width=w)
+        return Decision(w, m, passing, outlook.earned + float(below), onward, deeper)
 
     def draft_width(
         self,
-        ask: Callable[[float], FloatArray],
+        top: FloatVector,
+        head: PassWeights,
         config: DecodingConfig,
         outlook: Outlook,
         rate: float,
@@ -211,24 +216,25 @@ class Planner:
         deepest: int,
         nodes: int,
         support: int,
-    ) -> Plan:
+    ) -> Decision:
         """The best w of a layer whose M will be set by the loss that a pass can bear; see `settles_alone`.
 
         Args:
-            ask: for a bearable loss, per draft width from 1, the probability to pass and the share of what a pass
-                brings that is left after the loss; [W, 2].
+            top, head: of a `HostNet` that has looked at the layer; its pass head is asked once, about that loss.
             others: as for `widths`.
         """
         least, most = config.min_width, max(config.min_width, min(config.draft_width, support))
-        widths = np.arange(least, most + 1)
-        ahead, likely = self._ahead(outlook, layer + 1, deepest, nodes + most, most), reach * outlook.passing(layer)
-        nets = [(likely * gained - rate * spent, gained) for gained, spent in ahead]
-        further = outlook.earned + max([(0.0, 0.0), *nets])[1]
-        passing, brought = ask(further / max(self.width_value, 1e-9))[least - 1 : most].T  # [w]
-        seconds = self._scored(nodes, widths) + (self._drafts[widths] - self._draft[1] if layer < deepest else 0.0)
-        net, _ = self._below(ahead, rate, reach * brought)
-        best = int((reach * brought * outlook.earned - rate * seconds + net).argmax())
-        return Plan(int(widths[best]), least, float(passing[best]), further)
+        place = rate, reach, layer, deepest, nodes, least, most
+        return kernels.plan_width(top, head, outlook.prospect, self._table, self.width_value, *place)
+
+    def seconds(self, widths: Sequence[int], roots: int) -> float:
+        """`pricing.iteration_seconds` from this planner's own tables."""
+        draft, target = self._table.draft, self._table.target
+        above, last, spent = roots, _TABLE - 1, self.costs.host_seconds(len(widths))
+        for width in widths:
+            spent += draft[min(above, last)]
+            above = width
+        return float(spent + target[min(roots + sum(widths), last)])
 
     def target_width(
         self,
@@ -249,8 +255,7 @@ class Planner:
         """
         least, end = config.min_width, config.target_width + 1
         if at_least is None:  # a pass with k beams is welcome where what comes further outweighs what is lost
-            welcome = self.width_value * (loss[least:end] - loss[config.target_width]) <= further
-            return least + int(welcome.argmax()) if welcome.any() else config.target_width
+            return kernels.least_bearable(loss, self.width_value, further, least, config.target_width)
         row = np.zeros((1, end + draft_width))
         row[0, : len(at_least)] = at_least
         lost = self.width_value * _expected_loss(loss, row, config)[0]
@@ -258,11 +263,8 @@ class Planner:
 
     def final_width(self, loss: FloatArray, config: DecodingConfig, rate: float) -> int:
         """M of the layer that the target draws: what is lost against carrying M beams into the next iteration."""
-        least, end = config.min_width, config.target_width + 1
-        price = self.width_value * loss[least:end] + rate * self._targets[least:end]
-        if config.draft_depth:
-            price += rate * self._drafts[least:end]
-        return least + int(price.argmin())
+        ends = config.min_width, config.target_width
+        return kernels.cheapest_width(loss, self.width_value, rate, self._table, config.draft_depth > 0, *ends)
 
     def worth_drafting(
         self,
@@ -282,49 +284,8 @@ class Planner:
             parents: nodes that the draft pass scores.
             width: likely draft width.
         """
-        ahead = self._ahead(outlook, layer, deepest, nodes, width, parents)
-        return any(reach * gained > rate * spent for gained, spent in ahead)
-
-    def _ahead(
-        self, outlook: Outlook, layer: int, deepest: int, nodes: int, width: int, parents: int | None = None
-    ) -> list[tuple[float, float]]:
-        """Drafting from `layer` down to each depth: A_d, the reward to be had once the layer above has passed, and
-        B_d, the seconds that it takes."""
-        found, gained, spent, passed = [], 0.0, 0.0, outlook.left * outlook.earned
-        draft, target = self._draft, self._target
-        scored = target[min(nodes, _TABLE - 1)]
-        pass_seconds = self._layer + draft[min(width if parents is None else parents, _TABLE - 1)]
-        for below in range(layer, deepest + 1):
-            passed *= outlook.passing(below)
-            gained += passed
-            nodes += width
-            after = target[min(nodes, _TABLE - 1)]
-            spent += pass_seconds + after - scored
-            found.append((gained, spent))
-            scored, pass_seconds = after, self._layer + draft[min(width, _TABLE - 1)]
-        return found
-
-    def _below(
-        self, ahead: Sequence[tuple[float, float]], rate: float, reach: FloatArray
-    ) -> tuple[FloatArray, FloatArray]:
-        """As deep as it pays: max over depths d of reach * A_d - B_d rate, 0 for not at all.
-
-        Returns:
-            That, and A_d; both in the shape of `reach`.
-        """
-        gained, spent = _columns([(0.0, 0.0), *ahead])
-        net = reach[..., None] * gained - rate * spent  # [..., d]
-        best = net.argmax(-1)
-        return net.max(-1), gained[best]
-
-    def _scored(self, nodes: int, widths: IntArray) -> FloatArray:
-        """Seconds that the target takes for w nodes more; [w] both ways."""
-        return self._targets[np.minimum(nodes + widths, _TABLE - 1)] - self._target[min(nodes, _TABLE - 1)]
-
-
-def _columns(pairs: Sequence[tuple[float, float]]) -> FloatArray:
-    """[2, d] of d pairs."""
-    return np.array(pairs).T
+        place = rate, reach, layer, deepest, parents, nodes, width
+        return kernels.worth_drafting(outlook.prospect, self._table, *place)
 
 
 def settles_alone(config: DecodingConfig) -> bool:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from controller.counts import count_table, tails
-from controller.features import ContextFeatures, FloatVector, check_features, hidden_vectors
+from controller.features import ContextFeatures, check_features, hidden_vectors
+from controller.kernels import Decision, expected_loss
 from controller.knob import choose_width_value
 from controller.network import HostNet, WidthNet, load_controller
 from controller.planner import (
     Outlook,
-    Plan,
     Planner,
     Prediction,
     Throughput,
@@ -29,13 +29,14 @@ from decoding.acceptance import accept_probabilities, accepted_count_table, alig
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.latency import LatencyTable
-from decoding.pricing import Costs, iteration_seconds
+from decoding.pricing import Costs
 from decoding.sampling import FloatArray
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
 
 MODES = ("before", "after", "both")
 CLOCKS = ("wall", "table")
 QUALITIES = ("regret", "survivors")
+_NO_HIDDEN = np.zeros(0, np.float32), np.zeros(0, np.float32)
 # Settings that shape P and Q: a controller trained under others is used out of its element.
 _TRAINED_UNDER = ("mode", "temperature", "top_k", "top_p", "warp", "replacement", "surplus", "refill")
 
@@ -45,7 +46,7 @@ class _Seen(NamedTuple):
 
     context: DraftContext
     prediction: Prediction | None  # None: only the chance to pass was asked for
-    plan: Plan
+    plan: Decision
 
 
 class LearnedWidth(WidthPolicy):
@@ -103,6 +104,7 @@ class LearnedWidth(WidthPolicy):
         self.needs_hidden = bool(net.sizes["draft_hidden"] or net.sizes["target_hidden"])
         self.use_latency(latency)
         self._checked: DecodingConfig | None = None
+        self._widths: tuple[int, ...]
         self._new_prompt()
 
     @classmethod
@@ -215,15 +217,16 @@ class LearnedWidth(WidthPolicy):
         self._new_prompt()
 
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
-        config, roots = context.config, len(context.weights)
         if layer == 1:
-            self._plans.clear()
-            self._roots = roots
-        self._widths = [*widths]
+            self._seen.clear()
+            self._roots = len(context.weights)
+        elif layer - 1 in self._seen:
+            return self._seen[layer - 1].plan.deeper
+        config, roots = context.config, len(context.weights)
         return self.planner.worth_drafting(
             self.outlook,
             self._rate(config),
-            self._reach(layer),
+            1.0,
             layer,
             _deepest(context),
             parents=widths[-1] if widths else roots,
@@ -232,14 +235,14 @@ class LearnedWidth(WidthPolicy):
         )
 
     def draft_width(self, context: DraftContext) -> int:
-        plan = self._see(context).plan
-        self._widths = [*context.widths, plan.draft_width]
-        return plan.draft_width
+        width = self._see(context).plan.draft_width
+        self._widths = (*context.widths, width)
+        return width
 
     def target_width(self, context: TargetContext) -> int:
         config, layer, width = context.draft.root.config, context.draft.layer, context.draft_width
-        self._roots = len(context.draft.root.weights)
         if width == 0:
+            self._roots = len(context.draft.root.weights)
             loss = self._seen_loss[layer] = self._early_loss(context) if self.mode == "before" else self.late(context)
             return self.planner.final_width(loss, config, self._rate(config))
         seen = self._see(context.draft)
@@ -258,32 +261,25 @@ class LearnedWidth(WidthPolicy):
 
     def observe(self, record: IterationRecord) -> None:
         """Learn from an iteration; only now, since what is shown of deeper layers may not move M (design 5.4)."""
-        if self.throughput is not None:
-            seconds = record.seconds
-            if not self._wall:
-                seconds = iteration_seconds(self.planner.costs, self._widths, self._roots)
-            earned = 0.0
-            for layer in record.layers:
-                loss = self._seen_loss[layer.layer]
-                kept = min(kept_width(layer, self._config), len(loss) - 1)
-                reward = 1.0 - self.width_value * float(loss[kept])
-                self.outlook.was_paid(reward)
-                earned += reward
-            self.throughput.update(earned, seconds)
+        outlook, earned = self.outlook, 0.0
         for layer in record.layers:
+            loss = self._seen_loss[layer.layer]
+            lost = self.width_value * float(loss[min(kept_width(layer, self._config), len(loss) - 1)])
+            earned += 1.0 - lost
+            outlook.was_paid(1.0 - lost)
             if layer.draft_width:
-                plan = self._plans[layer.layer]
-                self.outlook.saw(layer.layer, float(layer.passed), plan.passing)
+                plan = self._seen[layer.layer].plan
+                outlook.saw(layer.layer, float(layer.passed), plan.passing)
                 if layer.passed:
-                    loss = self._seen_loss[layer.layer]
-                    lost = float(loss[min(kept_width(layer, self._config), len(loss) - 1)])
-                    self.outlook.lost(self.width_value * lost / max(plan.further, 1e-9))
-        if not self._plans:
-            self.outlook.hope(1)
+                    outlook.lost(lost / max(plan.further, 1e-9))
+        if not self._seen:
+            outlook.hope(1)
+        if self.throughput is not None:
+            seconds = record.seconds if self._wall else self.planner.seconds(self._widths, self._roots)
+            self.throughput.update(earned, seconds)
         self._seen.clear()
         self._seen_loss.clear()
-        self._plans.clear()
-        self._widths = []
+        self._widths = ()
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -302,14 +298,16 @@ class LearnedWidth(WidthPolicy):
     def predict(self, context: DraftContext) -> Prediction:
         """Ask the network about one layer, before its drafts are drawn."""
         self._look(context)
-        accept_logits, *quality = self._host.early()
+        accept_logits, quality = self._host.early()
         accept = 1.0 / (1.0 + np.exp(-np.maximum(accept_logits, -30).astype(np.float64)))  # [W, W]
-        return Prediction(tails(count_table(accept)), self._loss(context.root.config, *quality))
+        loss = expected_loss(quality, context.root.config.target_width, self.quality == "regret")
+        return Prediction(tails(count_table(accept)), loss)
 
     def _look(self, context: DraftContext) -> None:
-        sizes = self.net.sizes
-        hidden = hidden_vectors(context, sizes["draft_hidden"], sizes["target_hidden"])
+        hidden = _NO_HIDDEN
         if self.needs_hidden:
+            sizes = self.net.sizes
+            hidden = hidden_vectors(context, sizes["draft_hidden"], sizes["target_hidden"])
             for name, vector in zip(("draft_hidden", "target_hidden"), hidden, strict=True):
                 if len(vector) != sizes[name]:
                     raise UserError(
@@ -320,27 +318,11 @@ class LearnedWidth(WidthPolicy):
 
     def late(self, context: TargetContext) -> FloatArray:
         """L(k) of a layer whose P is known; [R + 1]."""
-        return self._loss(context.draft.root.config, *self._host.late(self.features.of_target(context)))
+        width = context.draft.root.config.target_width
+        return self._host.late_loss(self.features.of_target(context), width, self.quality == "regret")
 
     def _early_loss(self, context: TargetContext) -> FloatArray:
         return self.predict(context.draft).loss
-
-    def _loss(self, config: DecodingConfig, survivor_logits: FloatVector, log_steps: FloatVector) -> FloatArray:
-        """L(0) = L(1), ..., L(target_width) = 0 from the outputs of a quality head; [R + 1].
-
-        Nothing is lost at target_width: what more slots would have held was never to be had.
-        """
-        loss = np.zeros(len(survivor_logits) + 1)
-        if self.quality == "regret":
-            np.cumsum(np.exp(log_steps)[::-1], out=loss[-2:0:-1])
-        else:
-            shares = np.exp(survivor_logits - survivor_logits.max())
-            np.cumsum(shares[:0:-1], out=loss[-2:0:-1])
-            loss /= shares.sum()
-        loss[0] = loss[1]
-        if config.target_width < len(loss) - 1:
-            loss = np.maximum(loss - loss[config.target_width], 0.0)
-        return loss
 
     def _see(self, context: DraftContext) -> _Seen:
         """The prediction and plan of a layer, made once."""
@@ -348,34 +330,31 @@ class LearnedWidth(WidthPolicy):
         if seen is None or seen.context is not context:
             # Where M will be set by the loss that a pass can bear, only the chance to pass is asked for.
             late = self.mode != "before" and self.quality == "regret" and settles_alone(context.root.config)
-            prediction = None if late else self.predict(context)
+            prediction = None
             if late:
                 self._look(context)
+            else:
+                prediction = self.predict(context)
             seen = _Seen(context, prediction, self._plan(context, prediction))
             self._seen[context.layer] = seen
         return seen
 
-    def _plan(self, context: DraftContext, prediction: Prediction | None) -> Plan:
+    def _plan(self, context: DraftContext, prediction: Prediction | None) -> Decision:
         config, root, layer = context.root.config, context.root, context.layer
-        decide: Any = self.planner.draft_width if prediction is None else self.planner.widths
-        plan: Plan = decide(
-            self._host.passing if prediction is None else prediction,
+        above = self._seen.get(layer - 1)
+        place = (
             config,
             self.outlook,
             self._rate(config),
-            self._reach(layer),
+            above.plan.onward if above is not None else 1.0,  # probability that all layers above pass
             layer,
             _deepest(root),
-            nodes=len(root.weights) + sum(context.widths),
-            support=config.draft_width if config.replacement else len(context.joint),
+            len(root.weights) + sum(context.widths),
+            config.draft_width if config.replacement else len(context.joint),
         )
-        self._plans[layer] = plan
-        return plan
-
-    def _reach(self, layer: int) -> float:
-        """Probability that all layers above pass."""
-        corrected = self.outlook.corrected
-        return math.prod(corrected(plan.passing) for above, plan in self._plans.items() if above < layer)
+        if prediction is None:
+            return self.planner.draft_width(self._host.top, self._host.head, *place)
+        return self.planner.widths(prediction, *place)
 
     def _rate(self, config: DecodingConfig) -> float:
         if self.throughput is None:
@@ -383,10 +362,9 @@ class LearnedWidth(WidthPolicy):
         return self.throughput.rate
 
     def _new_prompt(self) -> None:
-        self._seen: dict[int, _Seen] = {}
+        self._seen: dict[int, _Seen] = {}  # of this iteration's drafted layers
         self._seen_loss: dict[int, FloatArray] = {}  # L that M of a layer was set by
-        self._plans: dict[int, Plan] = {}  # of this iteration's drafted layers
-        self._widths = []  # drafted in this iteration
+        self._widths = ()  # drafted in this iteration
         self._roots = 1
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -20,7 +20,7 @@ from decoding.files import json_bytes, write_whole
 from decoding.latency import BUSY, UNITS, LatencyTable
 from decoding.pair import ModelPair
 
-Given = LatencyTable | Mapping[str, Any] | str | Path | Callable[[ModelPair], LatencyTable]
+Given: TypeAlias = LatencyTable | Mapping[str, Any] | str | Path | Callable[[ModelPair], LatencyTable]
 
 
 def cost_table(pair: ModelPair, latency: Given | None = None, objective: str | None = None) -> LatencyTable:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from controller import kernels
 from controller.counts import count_table, tails
+from controller.kernels import Decision, FloatVector, PassWeights
 from controller.planner import (
     Outlook,
-    Plan,
     Planner,
     Prediction,
     Throughput,
@@ -51,7 +52,7 @@ def prediction(accept: float = 0.6, survivors: tuple[float, ...] = (0.6, 0.2, 0.
     return Prediction(tails(table), losses(survivors))
 
 
-def plan(planner: Planner, predicted: Prediction, rate: float = 1.0, reach: float = 1.0, support: int = 10) -> Plan:
+def plan(planner: Planner, predicted: Prediction, rate: float = 1.0, reach: float = 1.0, support: int = 10) -> Decision:
     return planner.widths(predicted, CONFIG, Outlook(), rate, reach, 1, 3, nodes=8, support=support)
 
 
@@ -143,29 +144,29 @@ def test_chosen_pair_is_the_best_of_all_pairs(surplus: str, refill: str) -> None
     assert len(pairs) > 5
 
 
+def random_head(rng: np.random.Generator) -> tuple[FloatVector, PassWeights]:
+    """A layer as a network sees it, and a pass head whose answers depend on the loss and on the width."""
+    sizes = {"start": (5, 7), "price": (7,), "width": (6, 7), "end": (7, 2), "bias": (2,)}
+    drawn = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+    return rng.normal(size=5).astype(np.float32), PassWeights(**drawn)
+
+
 def test_chosen_draft_width_is_the_best_of_all() -> None:
-    """Whatever the chances to pass are, asked for once and at the loss that what comes further can bear."""
-    rng, costs, widths = np.random.default_rng(2), UnitCosts(), set()
-    for _ in range(200):
+    """With the chances to pass at the loss that what comes further can bear."""
+    rng, costs, widths, deepened = np.random.default_rng(2), UnitCosts(), set(), []
+    for _ in range(400):
         config = CONFIG.with_changes(min_width=int(rng.integers(1, 4)))
         outlook, rate, reach = some_outlook(rng), rng.uniform(0.1, 2.0), rng.uniform(0.3, 1.0)
         layer, value, support = int(rng.integers(1, 4)), float(rng.exponential()), int(rng.integers(1, 9))
-        passing = np.sort(rng.random(6))
-        brought = passing * rng.random(6)
-        asked: list[float] = []
-
-        def ask(bearable: float, asked: list[float] = asked, columns: Any = (passing, brought)) -> FloatArray:
-            asked.append(bearable)
-            return np.stack(columns, -1)
-
-        chosen = Planner(costs, value).draft_width(
-            ask, config, outlook, rate, reach, layer, 3, nodes=9, support=support
-        )
+        top, head = random_head(rng)
+        planner = Planner(costs, value)
+        chosen = planner.draft_width(top, head, config, outlook, rate, reach, layer, 3, nodes=9, support=support)
         most = max(config.min_width, min(6, support))
         deeper = range(layer + 1, 4)
         further = outlook.earned
         further += below(costs, outlook, rate, reach * outlook.passing(layer), deeper, 9 + most, most)[1]
-        assert asked == [pytest.approx(further / value)] and chosen.further == pytest.approx(further)
+        assert chosen.further == pytest.approx(further)
+        passing, brought = kernels.passing(top, further / value, head).T
 
         gains = {}
         for w in range(config.min_width, most + 1):
@@ -173,22 +174,21 @@ def test_chosen_draft_width_is_the_best_of_all() -> None:
             seconds += costs.draft_seconds(w) - costs.draft_seconds(1) if layer < 3 else 0.0
             more, _ = below(costs, outlook, rate, reach * brought[w - 1], deeper, 9 + most, most)
             gains[w] = reach * brought[w - 1] * outlook.earned - rate * seconds + more
-        assert gains[chosen.draft_width] == pytest.approx(max(gains.values()))
-        assert chosen.target_width == config.min_width and chosen.passing == passing[chosen.draft_width - 1]
-        widths.add(chosen.draft_width)
-    assert widths == set(range(1, 7))
+        w = chosen.draft_width
+        assert gains[w] == pytest.approx(max(gains.values()))
+        assert chosen.target_width == config.min_width and chosen.passing == pytest.approx(passing[w - 1], rel=1e-5)
+        assert chosen.onward == pytest.approx(reach * outlook.corrected(chosen.passing))
+        deepened.append(chosen.deeper)
+        assert chosen.deeper == planner.worth_drafting(outlook, rate, chosen.onward, layer + 1, 3, w, 9 + w, w)
+        widths.add(w)
+    assert widths == set(range(1, 7)) and {*deepened} == {False, True}
 
 
 def test_a_width_value_of_nothing_can_bear_any_loss() -> None:
-    asked: list[float] = []
-
-    def ask(bearable: float) -> FloatArray:
-        asked.append(bearable)
-        return np.full((6, 2), 0.5)
-
-    chosen = Planner(FREE, 0.0).draft_width(ask, CONFIG, Outlook(), 1.0, 1.0, 1, 3, nodes=4, support=10)
-    assert 1e8 < asked[0] < np.inf and 1 <= chosen.draft_width <= 6
-    assert Planner(FREE, 0.0).target_width(prediction().loss, None, CONFIG, 6, chosen.further) == 1
+    top, head = random_head(np.random.default_rng(0))
+    chosen = Planner(FREE, 0.0).draft_width(top, head, CONFIG, Outlook(), 1.0, 1.0, 1, 3, nodes=4, support=10)
+    chances = kernels.passing(top, 1e9, head)
+    assert chosen.passing == pytest.approx(chances[chosen.draft_width - 1, 0])
 
 
 @dataclass(frozen=True)

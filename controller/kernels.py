@@ -1,0 +1,405 @@
+"""What a policy computes at every layer: compiled where numba is installed, plain numpy where it is not, one source.
+
+A policy is asked for a few small numbers between passes of large models, when little of Python and numpy is left in a
+processor's caches: each call costs several times what it does in a loop. Compiled, a decision is a handful of calls.
+Both ways give the same numbers up to rounding. It comes with `pip install -e ".[fast]"`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+FloatVector = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+COMPILED = importlib.util.find_spec("numba") is not None and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
+TOP = 10  # likeliest continuations of P that are looked at once it is known
+GAP_LIMIT = 20.0  # nats that gaps between weights are cut at, and what they are with one beam
+LEAST_LOG = -12.0  # log-probability of a continuation that is not there, and the least of those that are
+LIMIT = 5.0  # standardised inputs are clipped here, as in WidthNet
+PRICES = (0.01, 30.0)  # losses that the pass head tells apart, in nats
+
+
+def compiled(function: Function) -> Function:
+    """The function as machine code, which is kept on disk for the next run; itself without numba."""
+    if not COMPILED:
+        return function
+    import numba
+
+    try:
+        return cast(Function, numba.njit(cache=True, error_model="numpy")(function))
+    except RuntimeError:  # no directory that it could be kept in
+        return cast(Function, numba.njit(error_model="numpy")(function))
+
+
+def _times(rows: FloatVector, matrix: FloatVector) -> FloatVector:
+    """[N, I] times [I, J]; numba's own product would need SciPy."""
+    out = np.zeros((rows.shape[0], matrix.shape[1]), np.float32)
+    for n in range(rows.shape[0]):
+        for i in range(matrix.shape[0]):
+            value = rows[n, i]
+            if value != 0:  # half of what a rectifier lets through
+                for j in range(matrix.shape[1]):
+                    out[n, j] += value * matrix[i, j]
+    return out
+
+
+times = compiled(_times) if COMPILED else np.dot
+
+
+# ------------------------------------------------------------------------------------------ features
+
+
+@compiled
+def _describe_weights(out: FloatVector, weights: FloatArray) -> None:
+    """Number of beams, and how far the second and the last are behind the best; [3], [B] best first."""
+    count = len(weights)
+    out[0] = count
+    out[1] = min(weights[0] - weights[1], GAP_LIMIT) if count > 1 else GAP_LIMIT
+    out[2] = min(weights[0] - weights[-1], GAP_LIMIT) if count > 1 else GAP_LIMIT
+
+
+@compiled
+def describe_context(
+    drafted: bool,
+    layer: int,
+    remaining: int,
+    weights: FloatArray,
+    probs: FloatArray,
+    parents: IntArray,
+    support: int,
+    above: int,
+    in_all: int,
+    layers: int,
+    accepted: float,
+    passed: bool,
+) -> FloatVector:
+    """A context in the order of `features.NAMES`, which says what each is; [F].
+
+    Args:
+        weights: [B] log-weights of the parents, best first.
+        probs, parents: likeliest entries of the joint, in any order.
+        support: entries that it has in all; the tail enters the entropy as if it were uniform.
+        above, in_all: draft width of the layer above, and of all above together.
+        layers, accepted, passed: of the iteration before.
+    """
+    out = np.empty(21, np.float32)
+    out[0], out[1], out[2] = drafted, layer, math.log1p(remaining)
+    _describe_weights(out[3:6], weights)
+    best, count = weights[0], len(weights)
+    total, mean = 0.0, 0.0
+    for weight in weights:
+        share = math.exp(weight - best)
+        total += share
+        if share > 0:
+            mean += share * (weight - best)
+    out[6] = math.log(total) - mean / total if count > 1 else 0.0
+    order = np.argsort(-probs, kind="mergesort")
+    entropy, mass = 0.0, 0.0
+    for place, entry in enumerate(order):
+        prob = probs[entry]
+        mass += prob
+        entropy -= prob * math.log(prob)
+        if place <= 1:
+            out[10] = mass
+        if place <= 3:
+            out[11] = mass
+        if place <= 7:
+            out[12] = mass
+    tail = 1.0 - mass
+    if support > len(probs) and tail > 0:
+        entropy -= tail * math.log(tail / (support - len(probs)))
+    out[7], out[8] = entropy, probs[order[0]]
+    out[9] = probs[order[1]] if len(order) > 1 else 0.0
+    out[13] = math.log(support)
+    heaviest, share, last = 0.0, 0.0, -1
+    for entry in np.argsort(parents, kind="mergesort"):
+        share = share + probs[entry] if parents[entry] == last else probs[entry]
+        last = parents[entry]
+        heaviest = max(heaviest, share)
+    out[14] = heaviest / mass
+    distinct = 0
+    head = parents[order[:8]]
+    for i in range(len(head)):
+        new = True
+        for j in range(i):
+            if head[j] == head[i]:
+                new = False
+        distinct += new
+    out[15], out[16], out[17] = distinct, above, in_all
+    out[18], out[19], out[20] = layers, accepted, passed
+    return out
+
+
+@compiled
+def describe_target(
+    drafted: bool,
+    layer: int,
+    remaining: int,
+    weights: FloatArray,
+    probs: FloatArray,
+    parents: IntArray,
+    support: int,
+) -> FloatVector:
+    """What is known with P, in the order of `features.TARGET_NAMES`; [G]. Arguments as for `describe_context`, of P."""
+    out = np.zeros(7 + 3 * TOP - 1, np.float32)
+    out[0], out[1], out[2] = drafted, layer, math.log1p(remaining)
+    _describe_weights(out[3:6], weights)
+    out[6] = math.log(support)
+    out[7 + TOP : 7 + 2 * TOP] = LEAST_LOG
+    order = np.argsort(-probs, kind="mergesort")[:TOP]
+    for place, entry in enumerate(order):
+        out[7 + place] = probs[entry]
+        out[7 + TOP + place] = max(math.log(probs[entry]), LEAST_LOG)
+        if place > 0:
+            out[6 + 2 * TOP + place] = parents[entry] == parents[order[0]]
+    return out
+
+
+# ------------------------------------------------------------------------------------------ network
+
+
+class EarlyWeights(NamedTuple):
+    """Of a WidthNet: what turns a context into what its heads start from. Matrices are [inputs, outputs]."""
+
+    mean: FloatVector  # [F]
+    scale: FloatVector  # [F]
+    draft_projection: FloatVector  # [H_q, p]; p is 0 where that hidden vector is not used
+    target_projection: FloatVector  # [H_p, p]
+    layers: tuple[tuple[FloatVector, FloatVector], ...]  # weight, bias
+
+
+class PassWeights(NamedTuple):
+    """Of its pass head."""
+
+    start: FloatVector  # [hidden, P]
+    price: FloatVector  # [P]
+    width: FloatVector  # [W, P]
+    end: FloatVector  # [P, 2]
+    bias: FloatVector  # [2]
+
+
+class LateWeights(NamedTuple):
+    """Of the network that has seen P: both heads as one map, survivor logits before log regret steps."""
+
+    mean: FloatVector  # [G]
+    scale: FloatVector  # [G]
+    layers: tuple[tuple[FloatVector, FloatVector], ...]
+
+
+@compiled
+def _standardised(features: FloatVector, mean: FloatVector, scale: FloatVector) -> FloatVector:
+    return np.minimum(np.maximum((features - mean) * scale, np.float32(-LIMIT)), np.float32(LIMIT))
+
+
+@compiled
+def _normalised(vector: FloatVector) -> FloatVector:
+    """F.layer_norm without weights, [H]."""
+    if len(vector) == 0:
+        return vector
+    centred = vector - vector.sum() / np.float32(len(vector))
+    return centred * np.float32(1.0 / math.sqrt((centred * centred).sum() / len(vector) + 1e-5))
+
+
+@compiled
+def look(
+    features: FloatVector, draft_hidden: FloatVector, target_hidden: FloatVector, weights: EarlyWeights
+) -> FloatVector:
+    """[F], [H_q], [H_p] -> [hidden], what the early heads start from."""
+    row = np.concatenate(
+        (
+            _standardised(features, weights.mean, weights.scale),
+            times(_normalised(draft_hidden).reshape(1, -1), weights.draft_projection)[0],
+            times(_normalised(target_hidden).reshape(1, -1), weights.target_projection)[0],
+        )
+    ).reshape(1, -1)
+    for weight, bias in weights.layers:
+        row = np.maximum(times(row, weight) + bias, np.float32(0))
+    return row[0]
+
+
+@compiled
+def passing(top: FloatVector, bearable: float, weights: PassWeights) -> FloatVector:
+    """Probabilities of `WidthNet.passing` at every draft width; [hidden] -> [W, 2]."""
+    price = np.float32(math.log(min(max(bearable, PRICES[0]), PRICES[1])))
+    base = times(top.reshape(1, -1), weights.start)[0] + price * weights.price
+    inner = np.maximum(weights.width + base, np.float32(0))  # [W, P]
+    return np.float32(1) / (np.float32(1) + np.exp(-(times(inner, weights.end) + weights.bias)))
+
+
+@compiled
+def late(features: FloatVector, weights: LateWeights) -> FloatVector:
+    """[G] -> [R + R - 1], survivor logits and log regret steps."""
+    row = _standardised(features, weights.mean, weights.scale).reshape(1, -1)
+    for weight, bias in weights.layers[:-1]:
+        row = np.maximum(times(row, weight) + bias, np.float32(0))
+    weight, bias = weights.layers[-1]
+    return times(row, weight)[0] + bias
+
+
+@compiled
+def expected_loss(quality: FloatVector, target_width: int, regret: bool) -> FloatArray:
+    """L(0) = L(1), ..., L(target_width) = 0 from a quality head; [2 R - 1] -> [R + 1].
+
+    Nothing is lost at target_width: what more slots would have held was never to be had.
+
+    Args:
+        quality: survivor logits [R], then log regret steps [R - 1].
+        target_width: of the config, at most R.
+        regret: in nats; else the probability that the survivor is beyond the first k slots.
+    """
+    ranks = (len(quality) + 1) // 2
+    loss = np.zeros(ranks + 1)
+    lost = 0.0
+    for k in range(ranks - 1, 0, -1):
+        lost += math.exp(quality[ranks + k - 1] if regret else quality[k])
+        loss[k] = lost
+    if not regret:
+        loss /= lost + math.exp(quality[0])
+    loss[0] = loss[1]
+    return np.maximum(loss - loss[target_width], 0.0)
+
+
+@compiled
+def late_loss(features: FloatVector, weights: LateWeights, target_width: int, regret: bool) -> FloatArray:
+    """[G] -> [R + 1] L(k); see `expected_loss`."""
+    return expected_loss(late(features, weights), target_width, regret)
+
+
+# ------------------------------------------------------------------------------------------ plan
+
+
+class CostTable(NamedTuple):
+    """Seconds by nodes, up to the longest forest; the last entry counts beyond."""
+
+    draft: FloatArray
+    target: FloatArray
+    layer: float  # the host's, of a drafted layer
+
+
+class Prospect(NamedTuple):
+    """What is known of layers that nobody has looked at."""
+
+    passing: FloatArray  # [layers] probability to pass once reached
+    start: float  # the same of layers beyond these
+    earned: float  # mean reward of a committed layer
+    left: float  # share of what a pass brings that is left after its loss
+    correction: float  # of promised probabilities to pass, by experience
+
+
+@compiled
+def ahead(
+    prospect: Prospect, costs: CostTable, layer: int, deepest: int, nodes: int, width: int, parents: int
+) -> tuple[FloatArray, FloatArray]:
+    """Drafting from `layer` down to each depth: A_d, the reward to be had once the layer above has passed, and B_d,
+    the seconds that it takes; the first entries are 0, for not at all."""
+    count, last = max(deepest - layer + 1, 0), len(costs.target) - 1
+    gained, spent = np.zeros(count + 1), np.zeros(count + 1)
+    passed = prospect.left * prospect.earned
+    scored = costs.target[min(nodes, last)]
+    seconds = costs.layer + costs.draft[min(parents, last)]
+    for d in range(count):
+        known = layer - 1 + d < len(prospect.passing)
+        passed *= prospect.passing[layer - 1 + d] if known else prospect.start
+        nodes += width
+        after = costs.target[min(nodes, last)]
+        gained[d + 1] = gained[d] + passed
+        spent[d + 1] = spent[d] + seconds + after - scored
+        scored, seconds = after, costs.layer + costs.draft[min(width, last)]
+    return gained, spent
+
+
+@compiled
+def worth_drafting(
+    prospect: Prospect,
+    costs: CostTable,
+    rate: float,
+    reach: float,
+    layer: int,
+    deepest: int,
+    parents: int,
+    nodes: int,
+    width: int,
+) -> bool:
+    """See `Planner.worth_drafting`."""
+    gained, spent = ahead(prospect, costs, layer, deepest, nodes, width, parents)
+    return bool((reach * gained - rate * spent).max() > 0)
+
+
+class Decision(NamedTuple):
+    """A layer's decision before its drafts are drawn."""
+
+    draft_width: int  # w
+    target_width: int  # M, where it is known by then; else the least
+    passing: float  # P(K_w >= M)
+    further: float  # reward that a pass brings: of the next layer, and of those planned below it
+    onward: float  # probability that this layer and all above it pass
+    deeper: bool  # whether the next layer is to be drafted too
+
+
+@compiled
+def plan_width(
+    top: FloatVector,
+    head: PassWeights,
+    prospect: Prospect,
+    costs: CostTable,
+    width_value: float,
+    rate: float,
+    reach: float,
+    layer: int,
+    deepest: int,
+    nodes: int,
+    least: int,
+    most: int,
+) -> Decision:
+    """See `Planner.draft_width`."""
+    last = len(costs.target) - 1
+    gained, spent = ahead(prospect, costs, layer + 1, deepest, nodes + most, most, most)
+    likely = reach * (prospect.passing[layer - 1] if layer <= len(prospect.passing) else prospect.start)
+    further = prospect.earned + gained[(likely * gained - rate * spent).argmax()]
+    chances = passing(top, further / max(width_value, 1e-9), head)
+    chosen, best = least, -math.inf
+    for width in range(least, most + 1):
+        seconds = costs.target[min(nodes + width, last)] - costs.target[min(nodes, last)]
+        if layer < deepest:
+            seconds += costs.draft[width] - costs.draft[1]
+        likely = reach * chances[width - 1, 1]
+        net = likely * prospect.earned - rate * seconds + (likely * gained - rate * spent).max()
+        if net > best:
+            chosen, best = width, net
+    promised = float(chances[chosen - 1, 0])
+    onward = reach * min(1.0, promised * prospect.correction)
+    deeper = worth_drafting(prospect, costs, rate, onward, layer + 1, deepest, chosen, nodes + chosen, chosen)
+    return Decision(chosen, least, promised, further, onward, deeper)
+
+
+@compiled
+def least_bearable(loss: FloatArray, width_value: float, brought: float, least: int, most: int) -> int:
+    """The smallest M whose loss a pass outweighs, `most` where none does; loss is [R + 1] L(k)."""
+    for width in range(least, most + 1):
+        if width_value * (loss[width] - loss[most]) <= brought:
+            return width
+    return most
+
+
+@compiled
+def cheapest_width(
+    loss: FloatArray, width_value: float, rate: float, costs: CostTable, drafts: bool, least: int, most: int
+) -> int:
+    """M of the layer that the target draws: what is lost, against carrying M beams into the next iteration."""
+    chosen, best = least, math.inf
+    for width in range(least, most + 1):
+        seconds = costs.target[width] + (costs.draft[width] if drafts else 0.0)
+        price = width_value * loss[width] + rate * seconds
+        if price < best:
+            chosen, best = width, price
+    return chosen
