@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.kernels import TOP, describe_context, describe_target
+from controller.kernels import TOP, Packed, describe_context, describe_target
 from decoding.errors import UserError
 from decoding.sampling import Distribution, FloatArray, IntArray
 from decoding.widths import DraftContext, LayerRecord, TargetContext
@@ -70,13 +70,20 @@ class ContextFeatures:
         self._before = _previous(())
 
     def __call__(self, context: DraftContext) -> FloatVector:
+        return describe_context(self.of_context(context))
+
+    def of_target(self, context: TargetContext) -> FloatVector:
+        """What P says, beside what is known of its beams: neither the drafts nor the coins."""
+        return describe_target(known(context))
+
+    def of_context(self, context: DraftContext) -> Packed:
+        """What the features of a layer are computed from: a `kernels.Context`."""
         root, widths = context.root, context.widths
         if root.history is not self._history:
             self._history, self._before = root.history, _previous(root.history)
-        above = widths[-1] if widths else 0
         probs, parents, support = _head(context.joint)
         layers, accepted, passed = self._before
-        return describe_context(
+        return (
             context.drafted,
             context.layer,
             root.remaining,
@@ -84,18 +91,19 @@ class ContextFeatures:
             probs,
             parents,
             support,
-            above,
+            widths[-1] if widths else 0,
             sum(widths),
             layers,
             accepted,
             passed,
         )
 
-    def of_target(self, context: TargetContext) -> FloatVector:
-        """What P says, beside what is known of its beams: neither the drafts nor the coins."""
-        draft = context.draft
-        weights = draft.weights if context.weights is None else context.weights
-        return describe_target(draft.drafted, draft.layer, draft.root.remaining, weights, *_head(context.target))
+
+def known(context: TargetContext) -> Packed:
+    """What the features of a layer are computed from once its P is known: a `kernels.Target`."""
+    draft = context.draft
+    weights = draft.weights if context.weights is None else context.weights
+    return draft.drafted, draft.layer, draft.root.remaining, weights, *_head(context.target)
 
 
 def hidden_vectors(context: DraftContext, draft_size: int, target_size: int) -> tuple[FloatVector, FloatVector]:

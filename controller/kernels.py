@@ -1,8 +1,10 @@
 """What a policy computes at every layer: compiled where numba is installed, plain numpy where it is not, one source.
 
 A policy is asked for a few small numbers between passes of large models, when little of Python and numpy is left in a
-processor's caches: each call costs several times what it does in a loop. Compiled, a decision is a handful of calls.
-Both ways give the same numbers up to rounding. It comes with `pip install -e ".[fast]"`.
+processor's caches: each call costs several times what it does in a loop. Compiled, a decision is one call. Records
+cross into compiled code as plain tuples, since numba works out the type of a named one anew each time, in Python.
+
+Both ways give the same numbers up to rounding. numba comes with `pip install -e ".[fast]"`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 FloatVector = NDArray[np.float32]
 IntArray = NDArray[np.int64]
+Packed = tuple[Any, ...]  # the fields of a record
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 COMPILED = importlib.util.find_spec("numba") is not None and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
@@ -68,32 +71,42 @@ def _describe_weights(out: FloatVector, weights: FloatArray) -> None:
     out[2] = min(weights[0] - weights[-1], GAP_LIMIT) if count > 1 else GAP_LIMIT
 
 
-@compiled
-def describe_context(
-    drafted: bool,
-    layer: int,
-    remaining: int,
-    weights: FloatArray,
-    probs: FloatArray,
-    parents: IntArray,
-    support: int,
-    above: int,
-    in_all: int,
-    layers: int,
-    accepted: float,
-    passed: bool,
-) -> FloatVector:
-    """A context in the order of `features.NAMES`, which says what each is; [F].
+class Target(NamedTuple):
+    """A layer once its P is known."""
 
-    Args:
-        weights: [B] log-weights of the parents, best first.
-        probs, parents: likeliest entries of the joint, in any order.
-        support: entries that it has in all; the tail enters the entropy as if it were uniform.
-        above, in_all: draft width of the layer above, and of all above together.
-        layers, accepted, passed: of the iteration before.
-    """
+    drafted: bool
+    layer: int
+    remaining: int  # tokens that the beams may still grow by
+    weights: FloatArray  # [B] log-weights of the beams, best first
+    probs: FloatArray  # [S] likeliest entries of P, in any order
+    parents: IntArray  # [S] the beams that they continue
+    support: int  # entries that P has in all
+
+
+class Context(NamedTuple):
+    """A layer before its drafts are drawn; the first seven as in `Target`, of the parents and of Q."""
+
+    drafted: bool
+    layer: int
+    remaining: int
+    weights: FloatArray
+    probs: FloatArray
+    parents: IntArray
+    support: int  # the tail enters the entropy as if it were uniform
+    above: int  # draft width of the layer above
+    widths: int  # of all layers above together
+    layers: int  # committed by the iteration before
+    accepted: float  # share of its drafts
+    passed: bool  # every layer of it
+
+
+@compiled
+def describe_context(packed: Packed) -> FloatVector:
+    """A `Context` in the order of `features.NAMES`, which says what each is; [F]."""
+    context = Context(*packed)
+    weights, probs, parents, support = context.weights, context.probs, context.parents, context.support
     out = np.empty(21, np.float32)
-    out[0], out[1], out[2] = drafted, layer, math.log1p(remaining)
+    out[0], out[1], out[2] = context.drafted, context.layer, math.log1p(context.remaining)
     _describe_weights(out[3:6], weights)
     best, count = weights[0], len(weights)
     total, mean = 0.0, 0.0
@@ -135,26 +148,20 @@ def describe_context(
             if head[j] == head[i]:
                 new = False
         distinct += new
-    out[15], out[16], out[17] = distinct, above, in_all
-    out[18], out[19], out[20] = layers, accepted, passed
+    out[15], out[16], out[17] = distinct, context.above, context.widths
+    out[18], out[19], out[20] = context.layers, context.accepted, context.passed
     return out
 
 
 @compiled
-def describe_target(
-    drafted: bool,
-    layer: int,
-    remaining: int,
-    weights: FloatArray,
-    probs: FloatArray,
-    parents: IntArray,
-    support: int,
-) -> FloatVector:
-    """What is known with P, in the order of `features.TARGET_NAMES`; [G]. Arguments as for `describe_context`, of P."""
+def describe_target(packed: Packed) -> FloatVector:
+    """A `Target` in the order of `features.TARGET_NAMES`; [G]."""
+    target = Target(*packed)
+    probs, parents = target.probs, target.parents
     out = np.zeros(7 + 3 * TOP - 1, np.float32)
-    out[0], out[1], out[2] = drafted, layer, math.log1p(remaining)
-    _describe_weights(out[3:6], weights)
-    out[6] = math.log(support)
+    out[0], out[1], out[2] = target.drafted, target.layer, math.log1p(target.remaining)
+    _describe_weights(out[3:6], target.weights)
+    out[6] = math.log(target.support)
     out[7 + TOP : 7 + 2 * TOP] = LEAST_LOG
     order = np.argsort(-probs, kind="mergesort")[:TOP]
     for place, entry in enumerate(order):
@@ -233,7 +240,8 @@ def passing(top: FloatVector, bearable: float, weights: PassWeights) -> FloatVec
     price = np.float32(math.log(min(max(bearable, PRICES[0]), PRICES[1])))
     base = times(top.reshape(1, -1), weights.start)[0] + price * weights.price
     inner = np.maximum(weights.width + base, np.float32(0))  # [W, P]
-    return np.float32(1) / (np.float32(1) + np.exp(-(times(inner, weights.end) + weights.bias)))
+    logits = np.maximum(times(inner, weights.end) + weights.bias, np.float32(-30))
+    return np.float32(1) / (np.float32(1) + np.exp(-logits))
 
 
 @compiled
@@ -261,10 +269,10 @@ def expected_loss(quality: FloatVector, target_width: int, regret: bool) -> Floa
     loss = np.zeros(ranks + 1)
     lost = 0.0
     for k in range(ranks - 1, 0, -1):
-        lost += math.exp(quality[ranks + k - 1] if regret else quality[k])
+        lost += math.exp(np.float64(quality[ranks + k - 1] if regret else quality[k]))
         loss[k] = lost
     if not regret:
-        loss /= lost + math.exp(quality[0])
+        loss /= lost + math.exp(np.float64(quality[0]))
     loss[0] = loss[1]
     return np.maximum(loss - loss[target_width], 0.0)
 
@@ -320,8 +328,8 @@ def ahead(
 
 @compiled
 def worth_drafting(
-    prospect: Prospect,
-    costs: CostTable,
+    prospect: Packed,
+    costs: Packed,
     rate: float,
     reach: float,
     layer: int,
@@ -330,8 +338,8 @@ def worth_drafting(
     nodes: int,
     width: int,
 ) -> bool:
-    """See `Planner.worth_drafting`."""
-    gained, spent = ahead(prospect, costs, layer, deepest, nodes, width, parents)
+    """See `Planner.worth_drafting`; of a `Prospect` and a `CostTable`."""
+    gained, spent = ahead(Prospect(*prospect), CostTable(*costs), layer, deepest, nodes, width, parents)
     return bool((reach * gained - rate * spent).max() > 0)
 
 
@@ -378,8 +386,33 @@ def plan_width(
             chosen, best = width, net
     promised = float(chances[chosen - 1, 0])
     onward = reach * min(1.0, promised * prospect.correction)
-    deeper = worth_drafting(prospect, costs, rate, onward, layer + 1, deepest, chosen, nodes + chosen, chosen)
+    gained, spent = ahead(prospect, costs, layer + 1, deepest, nodes + chosen, chosen, chosen)
+    deeper = bool((onward * gained - rate * spent).max() > 0)
     return Decision(chosen, least, promised, further, onward, deeper)
+
+
+@compiled
+def plan_context(
+    context: Packed,
+    draft_hidden: FloatVector,
+    target_hidden: FloatVector,
+    early: Packed,
+    head: Packed,
+    prospect: Packed,
+    costs: Packed,
+    width_value: float,
+    rate: float,
+    reach: float,
+    deepest: int,
+    nodes: int,
+    least: int,
+    most: int,
+) -> Decision:
+    """`plan_width` of a `Context`, in one call; of `EarlyWeights`, `PassWeights`, a `Prospect` and a `CostTable`."""
+    top = look(describe_context(context), draft_hidden, target_hidden, EarlyWeights(*early))
+    known = PassWeights(*head), Prospect(*prospect), CostTable(*costs)
+    layer = context[1]
+    return plan_width(top, *known, width_value, rate, reach, layer, deepest, nodes, least, most)
 
 
 @compiled
@@ -393,13 +426,25 @@ def least_bearable(loss: FloatArray, width_value: float, brought: float, least: 
 
 @compiled
 def cheapest_width(
-    loss: FloatArray, width_value: float, rate: float, costs: CostTable, drafts: bool, least: int, most: int
+    loss: FloatArray, width_value: float, rate: float, costs: Packed, drafts: bool, least: int, most: int
 ) -> int:
     """M of the layer that the target draws: what is lost, against carrying M beams into the next iteration."""
-    chosen, best = least, math.inf
+    chosen, best, table = least, math.inf, CostTable(*costs)
     for width in range(least, most + 1):
-        seconds = costs.target[width] + (costs.draft[width] if drafts else 0.0)
+        seconds = table.target[width] + (table.draft[width] if drafts else 0.0)
         price = width_value * loss[width] + rate * seconds
         if price < best:
             chosen, best = width, price
     return chosen
+
+
+@compiled
+def judge_target(
+    target: Packed, weights: Packed, width_value: float, further: float, least: int, most: int
+) -> tuple[int, FloatArray]:
+    """M of a layer that could pass, and the L(k) in nats that it was set by, in one call; see `least_bearable`.
+
+    Of a `Target` and `LateWeights`.
+    """
+    loss = late_loss(describe_target(target), LateWeights(*weights), most, True)
+    return least_bearable(loss, width_value, further, least, most), loss

@@ -216,7 +216,7 @@ class HostNet:
             weight = torch.cat([survivor.weight / temperature, regret.weight])  # [2 R - 1, hidden]
             return host(weight.T), host(torch.cat([survivor.bias / temperature, regret.bias + shift]))
 
-        self._early = EarlyWeights(
+        self.early_weights = EarlyWeights(
             host(net.feature_mean),
             host(1.0 / net.feature_std),
             projection(net.draft_projection),
@@ -238,7 +238,8 @@ class HostNet:
         )
         late = net.late_survivor_head, net.late_survivor_temperature, net.late_regret_head, net.late_regret_shift
         layers = (*linears(net.late_trunk), quality(*late))
-        self._late = LateWeights(host(net.late_mean), host(1.0 / net.late_std), layers)
+        self.late_weights = LateWeights(host(net.late_mean), host(1.0 / net.late_std), layers)
+        self.packed = tuple(self.early_weights), tuple(self.head), tuple(self.late_weights)
         self.top: FloatVector = np.zeros(net.pass_in.in_features, np.float32)  # of the layer last looked at
 
     def look(
@@ -248,7 +249,7 @@ class HostNet:
         target_hidden: FloatVector,  # [H_p]
     ) -> None:
         """Take in a layer that `early` and `passing` will be asked about."""
-        self.top = kernels.look(features, draft_hidden, target_hidden, self._early)
+        self.top = kernels.look(features, draft_hidden, target_hidden, self.early_weights)
 
     def early(self) -> tuple[FloatVector, FloatVector]:
         """Accept logits [W, W]; survivor logits [R] and log regret steps [R - 1] as one vector."""
@@ -262,11 +263,11 @@ class HostNet:
 
     def late(self, target_features: FloatVector) -> FloatVector:
         """Survivor logits [R] and log regret steps [R - 1] once P is known, as one vector; [G]."""
-        return kernels.late(target_features, self._late)
+        return kernels.late(target_features, self.late_weights)
 
     def late_loss(self, target_features: FloatVector, target_width: int, regret: bool) -> FloatArray:
         """L(k) once P is known; [G] -> [R + 1]. See `kernels.expected_loss`."""
-        return kernels.late_loss(target_features, self._late, target_width, regret)
+        return kernels.late_loss(target_features, self.late_weights, target_width, regret)
 
 
 def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, Any]) -> Path:

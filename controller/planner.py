@@ -17,13 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller import kernels
-from controller.kernels import CostTable, Decision, FloatVector, PassWeights, Prospect
+from controller.kernels import Context, CostTable, Decision, FloatVector, Packed, Prospect
+from controller.network import HostNet
 from decoding.config import DecodingConfig
 from decoding.pricing import Costs, iteration_seconds
 from decoding.sampling import FloatArray, IntArray
 from decoding.widths import LayerRecord
 
 _LEAST_REWARD = 0.05  # of an iteration, where ρ is concerned
+_SUPPORT = Context._fields.index("support")
 _TABLE = 512  # node counts whose seconds are looked up; larger forests count as this
 
 
@@ -108,9 +110,9 @@ class Outlook:
         return float(self._passing[layer - 1]) if layer <= len(self._passing) else self._start
 
     @property
-    def prospect(self) -> Prospect:
-        """The same for the kernels; a view."""
-        return Prospect(self._passing, self._start, self.earned, self.left, self._passed / self._promised)
+    def prospect(self) -> Packed:
+        """The same for the kernels: a `kernels.Prospect`."""
+        return self._passing, self._start, self.earned, self.left, self._passed / self._promised
 
     def corrected(self, passing: float) -> float:
         """A predicted probability to pass, as experience corrects it: M may be set by more than was known then."""
@@ -160,6 +162,7 @@ class Planner:
             np.array([costs.target_seconds(n) for n in nodes], dtype=float),
             float(costs.host_seconds(1) - costs.host_seconds(0)),
         )
+        self._packed = tuple(self._table)
 
     def widths(
         self,
@@ -193,7 +196,9 @@ class Planner:
         if layer < deepest:
             seconds += draft[widths] - draft[1]
         gain = reach * (chances * outlook.earned - lost) - rate * seconds[:, None]
-        gained, spent = kernels.ahead(outlook.prospect, self._table, layer + 1, deepest, nodes + most, most, most)
+        gained, spent = kernels.ahead(
+            Prospect(*outlook.prospect), self._table, layer + 1, deepest, nodes + most, most, most
+        )
         net = (reach * chances)[..., None] * gained - rate * spent  # [w, M, d] as deep as it pays
         gain += net.max(-1)
         gain[impossible] = -np.inf
@@ -206,26 +211,39 @@ class Planner:
 
     def draft_width(
         self,
-        top: FloatVector,
-        head: PassWeights,
+        host: HostNet,
+        context: Packed,
+        hidden: tuple[FloatVector, FloatVector],
         config: DecodingConfig,
         outlook: Outlook,
         rate: float,
         reach: float,
-        layer: int,
         deepest: int,
         nodes: int,
-        support: int,
     ) -> Decision:
         """The best w of a layer whose M will be set by the loss that a pass can bear; see `settles_alone`.
 
         Args:
-            top, head: of a `HostNet` that has looked at the layer; its pass head is asked once, about that loss.
+            host: its pass head is asked about that loss.
+            context, hidden: the layer; the draft's and the target's hidden vector, empty where not used.
             others: as for `widths`.
         """
+        support = config.draft_width if config.replacement else context[_SUPPORT]
         least, most = config.min_width, max(config.min_width, min(config.draft_width, support))
-        place = rate, reach, layer, deepest, nodes, least, most
-        return kernels.plan_width(top, head, outlook.prospect, self._table, self.width_value, *place)
+        return kernels.plan_context(
+            context,
+            *hidden,
+            *host.packed[:2],
+            outlook.prospect,
+            self._packed,
+            self.width_value,
+            rate,
+            reach,
+            deepest,
+            nodes,
+            least,
+            most,
+        )
 
     def seconds(self, widths: Sequence[int], roots: int) -> float:
         """`pricing.iteration_seconds` from this planner's own tables."""
@@ -261,10 +279,17 @@ class Planner:
         lost = self.width_value * _expected_loss(loss, row, config)[0]
         return least + int((row[0, least:end] * further - lost).argmax())
 
+    def bearable_width(
+        self, host: HostNet, target: Packed, config: DecodingConfig, further: float
+    ) -> tuple[int, FloatArray]:
+        """`target_width` where it settles alone, with the loss in nats that it is set by."""
+        ends = config.min_width, config.target_width
+        return kernels.judge_target(target, host.packed[2], self.width_value, further, *ends)
+
     def final_width(self, loss: FloatArray, config: DecodingConfig, rate: float) -> int:
         """M of the layer that the target draws: what is lost against carrying M beams into the next iteration."""
         ends = config.min_width, config.target_width
-        return kernels.cheapest_width(loss, self.width_value, rate, self._table, config.draft_depth > 0, *ends)
+        return kernels.cheapest_width(loss, self.width_value, rate, self._packed, config.draft_depth > 0, *ends)
 
     def worth_drafting(
         self,
@@ -285,7 +310,7 @@ class Planner:
             width: likely draft width.
         """
         place = rate, reach, layer, deepest, parents, nodes, width
-        return kernels.worth_drafting(outlook.prospect, self._table, *place)
+        return kernels.worth_drafting(outlook.prospect, self._packed, *place)
 
 
 def settles_alone(config: DecodingConfig) -> bool:

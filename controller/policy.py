@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from controller.counts import count_table, tails
-from controller.features import ContextFeatures, check_features, hidden_vectors
+from controller.features import ContextFeatures, FloatVector, check_features, hidden_vectors, known
 from controller.kernels import Decision, expected_loss
 from controller.knob import choose_width_value
 from controller.network import HostNet, WidthNet, load_controller
@@ -246,6 +246,11 @@ class LearnedWidth(WidthPolicy):
             loss = self._seen_loss[layer] = self._early_loss(context) if self.mode == "before" else self.late(context)
             return self.planner.final_width(loss, config, self._rate(config))
         seen = self._see(context.draft)
+        if seen.prediction is None:
+            asked, self._seen_loss[layer] = self.planner.bearable_width(
+                self._host, known(context), config, seen.plan.further
+            )
+            return asked
         before = seen.prediction if self.mode == "before" else None
         loss = self._seen_loss[layer] = self.late(context) if before is None else before.loss
         if self.mode == "before" and width == seen.plan.draft_width:
@@ -297,24 +302,25 @@ class LearnedWidth(WidthPolicy):
 
     def predict(self, context: DraftContext) -> Prediction:
         """Ask the network about one layer, before its drafts are drawn."""
-        self._look(context)
+        self._host.look(self.features(context), *self._hidden(context))
         accept_logits, quality = self._host.early()
         accept = 1.0 / (1.0 + np.exp(-np.maximum(accept_logits, -30).astype(np.float64)))  # [W, W]
         loss = expected_loss(quality, context.root.config.target_width, self.quality == "regret")
         return Prediction(tails(count_table(accept)), loss)
 
-    def _look(self, context: DraftContext) -> None:
-        hidden = _NO_HIDDEN
-        if self.needs_hidden:
-            sizes = self.net.sizes
-            hidden = hidden_vectors(context, sizes["draft_hidden"], sizes["target_hidden"])
-            for name, vector in zip(("draft_hidden", "target_hidden"), hidden, strict=True):
-                if len(vector) != sizes[name]:
-                    raise UserError(
-                        f"The controller expects {name} of size {sizes[name]}, the pair gives {len(vector)}: it was "
-                        "trained for another pair. Train one with python train.py pair=..."
-                    )
-        self._host.look(self.features(context), *hidden)
+    def _hidden(self, context: DraftContext) -> tuple[FloatVector, FloatVector]:
+        """The draft's and the target's hidden vectors, empty where the network does without."""
+        if not self.needs_hidden:
+            return _NO_HIDDEN
+        sizes = self.net.sizes
+        hidden = hidden_vectors(context, sizes["draft_hidden"], sizes["target_hidden"])
+        for name, vector in zip(("draft_hidden", "target_hidden"), hidden, strict=True):
+            if len(vector) != sizes[name]:
+                raise UserError(
+                    f"The controller expects {name} of size {sizes[name]}, the pair gives {len(vector)}: it was "
+                    "trained for another pair. Train one with python train.py pair=..."
+                )
+        return hidden
 
     def late(self, context: TargetContext) -> FloatArray:
         """L(k) of a layer whose P is known; [R + 1]."""
@@ -330,11 +336,7 @@ class LearnedWidth(WidthPolicy):
         if seen is None or seen.context is not context:
             # Where M will be set by the loss that a pass can bear, only the chance to pass is asked for.
             late = self.mode != "before" and self.quality == "regret" and settles_alone(context.root.config)
-            prediction = None
-            if late:
-                self._look(context)
-            else:
-                prediction = self.predict(context)
+            prediction = None if late else self.predict(context)
             seen = _Seen(context, prediction, self._plan(context, prediction))
             self._seen[context.layer] = seen
         return seen
@@ -342,19 +344,14 @@ class LearnedWidth(WidthPolicy):
     def _plan(self, context: DraftContext, prediction: Prediction | None) -> Decision:
         config, root, layer = context.root.config, context.root, context.layer
         above = self._seen.get(layer - 1)
-        place = (
-            config,
-            self.outlook,
-            self._rate(config),
-            above.plan.onward if above is not None else 1.0,  # probability that all layers above pass
-            layer,
-            _deepest(root),
-            len(root.weights) + sum(context.widths),
-            config.draft_width if config.replacement else len(context.joint),
-        )
+        reach = above.plan.onward if above is not None else 1.0  # probability that all layers above pass
+        state = config, self.outlook, self._rate(config), reach
+        deepest, nodes = _deepest(root), len(root.weights) + sum(context.widths)
         if prediction is None:
-            return self.planner.draft_width(self._host.top, self._host.head, *place)
-        return self.planner.widths(prediction, *place)
+            hidden, scene = self._hidden(context), self.features.of_context(context)
+            return self.planner.draft_width(self._host, scene, hidden, *state, deepest, nodes)
+        support = config.draft_width if config.replacement else len(context.joint)
+        return self.planner.widths(prediction, *state, layer, deepest, nodes, support)
 
     def _rate(self, config: DecodingConfig) -> float:
         if self.throughput is None:

@@ -12,7 +12,7 @@ import torch
 
 from controller import kernels
 from controller.counts import count_table, tails
-from controller.kernels import Decision, FloatVector, PassWeights
+from controller.kernels import Context, Decision, FloatVector, Packed
 from controller.planner import (
     Outlook,
     Planner,
@@ -144,11 +144,44 @@ def test_chosen_pair_is_the_best_of_all_pairs(surplus: str, refill: str) -> None
     assert len(pairs) > 5
 
 
-def random_head(rng: np.random.Generator) -> tuple[FloatVector, PassWeights]:
-    """A layer as a network sees it, and a pass head whose answers depend on the loss and on the width."""
-    sizes = {"start": (5, 7), "price": (7,), "width": (6, 7), "end": (7, 2), "bias": (2,)}
-    drawn = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
-    return rng.normal(size=5).astype(np.float32), PassWeights(**drawn)
+class Alike:
+    """A host network with random weights: its answers depend on the loss and on the width."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        def drawn(*shape: int) -> FloatVector:
+            return rng.normal(size=shape).astype(np.float32)
+
+        none = np.zeros((0, 0), np.float32)
+        layers = (drawn(21, 5), drawn(5)), (drawn(5, 5), drawn(5))
+        self.early = kernels.EarlyWeights(drawn(21), drawn(21), none, none, layers)
+        self.head = kernels.PassWeights(drawn(5, 7), drawn(7), drawn(6, 7), drawn(7, 2), drawn(2))
+        self.packed = tuple(self.early), tuple(self.head)
+
+    def passing(self, scene: Packed, bearable: float) -> FloatVector:
+        features = kernels.describe_context(scene)
+        return kernels.passing(kernels.look(features, NO_HIDDEN, NO_HIDDEN, self.early), bearable, self.head)
+
+
+NO_HIDDEN = np.zeros(0, np.float32)
+
+
+def scene_of(layer: int, support: int) -> Packed:
+    probs = np.full(support, 1.0 / support)
+    return tuple(
+        Context(True, layer, 30, np.zeros(1), probs, np.zeros(support, np.int64), support, 4, 4, 2, 0.5, False)
+    )
+
+
+def draft_width(
+    planner: Planner,
+    host: Any,
+    scene: Packed,
+    config: DecodingConfig,
+    outlook: Outlook,
+    rate: float,
+    reach: float,
+) -> Decision:
+    return planner.draft_width(host, scene, (NO_HIDDEN, NO_HIDDEN), config, outlook, rate, reach, deepest=3, nodes=9)
 
 
 def test_chosen_draft_width_is_the_best_of_all() -> None:
@@ -158,15 +191,14 @@ def test_chosen_draft_width_is_the_best_of_all() -> None:
         config = CONFIG.with_changes(min_width=int(rng.integers(1, 4)))
         outlook, rate, reach = some_outlook(rng), rng.uniform(0.1, 2.0), rng.uniform(0.3, 1.0)
         layer, value, support = int(rng.integers(1, 4)), float(rng.exponential()), int(rng.integers(1, 9))
-        top, head = random_head(rng)
-        planner = Planner(costs, value)
-        chosen = planner.draft_width(top, head, config, outlook, rate, reach, layer, 3, nodes=9, support=support)
+        host, scene, planner = Alike(rng), scene_of(layer, support), Planner(costs, value)
+        chosen = draft_width(planner, host, scene, config, outlook, rate, reach)
         most = max(config.min_width, min(6, support))
         deeper = range(layer + 1, 4)
         further = outlook.earned
         further += below(costs, outlook, rate, reach * outlook.passing(layer), deeper, 9 + most, most)[1]
         assert chosen.further == pytest.approx(further)
-        passing, brought = kernels.passing(top, further / value, head).T
+        passing, brought = host.passing(scene, further / value).T
 
         gains = {}
         for w in range(config.min_width, most + 1):
@@ -185,9 +217,9 @@ def test_chosen_draft_width_is_the_best_of_all() -> None:
 
 
 def test_a_width_value_of_nothing_can_bear_any_loss() -> None:
-    top, head = random_head(np.random.default_rng(0))
-    chosen = Planner(FREE, 0.0).draft_width(top, head, CONFIG, Outlook(), 1.0, 1.0, 1, 3, nodes=4, support=10)
-    chances = kernels.passing(top, 1e9, head)
+    host, scene = Alike(np.random.default_rng(0)), scene_of(1, 10)
+    chosen = draft_width(Planner(FREE, 0.0), host, scene, CONFIG, Outlook(), 1.0, 1.0)
+    chances = host.passing(scene, 1e9)
     assert chosen.passing == pytest.approx(chances[chosen.draft_width - 1, 0])
 
 

@@ -92,9 +92,8 @@ def test_widths_are_in_range_whatever_the_settings(mode: str, quality: str, rule
 def test_one_look_serves_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     learned, context = policy(), draft_context()
     calls: list[DraftContext] = []
-    features = learned.features
-    monkeypatch.setattr(learned, "features", lambda c: calls.append(c) or features(c))
-    monkeypatch.setattr(learned, "late", lambda c: np.array([0.5, 0.5, 0.2, 0.1, 0.0]))
+    features, of_context = learned.features, learned.features.of_context
+    monkeypatch.setattr(features, "of_context", lambda c: calls.append(c) or of_context(c))
     learned.target_width(target_context(context, learned.draft_width(context)))
     assert len(calls) == 1
     learned.draft_width(draft_context(1))
