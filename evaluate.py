@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from controller import LearnedWidth
-from controller.compare import undominated
+from controller.compare import family_of, undominated
 from controller.network import load_controller
 from controller.report import (
     SCHEMA_VERSION,
@@ -160,8 +160,9 @@ def tune(
             qualities.append(sum(m.log_prob for m in found) / sum(len(m.tokens) for m in found))
             progress.advance(bar)
     kept = set()
-    for name in dict.fromkeys(row.method for row in rows):
-        members = [i for i, row in enumerate(rows) if row.method == name]
+    families = [family_of(row.method, row.settings) for row in rows]
+    for name in dict.fromkeys(families):
+        members = [i for i, family in enumerate(families) if family == name]
         for speed in speeds.values():
             kept |= {members[j] for j in undominated([(speed[i], qualities[i]) for i in members], about.keep)}
     tried = [

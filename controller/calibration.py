@@ -100,6 +100,13 @@ def width_events(at_least: Tensor, bits: Tensor, draft_width: Tensor) -> tuple[T
     return row[inside], happened[inside].to(row.dtype)
 
 
+def _of_width(at_least: Tensor, bits: Tensor, draft_width: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`width_events` of the first `width` drafts of all rows that have as many: later drafts do not move them."""
+    chosen = draft_width >= width
+    first = bits[chosen] & (torch.arange(bits.shape[1], device=bits.device) < width)
+    return width_events(at_least[chosen], first, torch.full_like(draft_width[chosen], width))
+
+
 def survivor_events(survivor_logits: Tensor, slot: Tensor, kept_width: Tensor) -> tuple[Tensor, Tensor]:
     """Every event "the survivor is among the first k slots", k = 1..c - 1, of rows whose survivor is known.
 
@@ -156,11 +163,15 @@ def reliability_curves(net: WidthNet, rows: Batch) -> dict[str, Curve]:
     logits = net(*inputs(rows))
     at_least, width, layer = tails(count_table(logits.accept.sigmoid())), rows["draft_width"], rows["layer"]
     groups = {"count": width > 0}
-    groups |= {f"count_w{name}": (width >= low) & (width <= high) for name, low, high in _WIDTH_GROUPS}
     groups |= {f"count_layer{name}": (layer >= low) & (layer <= high) for name, low, high in _LAYER_GROUPS}
     events = {
         name: width_events(at_least[chosen], rows["bits"][chosen], width[chosen]) for name, chosen in groups.items()
     }
+    for name, low, high in _WIDTH_GROUPS:
+        most = min(high, rows["bits"].shape[1])
+        found = [_of_width(at_least, rows["bits"], width, w) for w in range(low, most + 1)]
+        if found:
+            events[f"count_w{name}"] = torch.cat([p for p, _ in found]), torch.cat([y for _, y in found])
     slot, kept = rows["survivor_slot"], rows["kept_width"]
     events["survivor"] = survivor_events(logits.survivor, slot, kept)
     events["late_survivor"] = survivor_events(logits.late_survivor, slot, kept)

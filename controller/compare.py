@@ -11,8 +11,15 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
-HAND_SET = ("fixed", "threshold", "mass")  # families whose settings someone would tune
+# Families whose settings someone would tune; beam sampling is a fixed width that drafts nothing.
+HAND_SET = ("beam_sample", "fixed", "threshold", "mass")
+LAST = "+last"  # of families that have a width of its own for the layer that ends an iteration
 OURS = "learned"
+
+
+def family_of(method: str, settings: Mapping[str, Any]) -> str:
+    """The family that a row is compared in."""
+    return method + LAST if settings.get("final_width") is not None else method
 
 
 def speed_at(speeds: FloatArray, qualities: FloatArray, quality: float) -> float:
@@ -41,7 +48,7 @@ def comparisons(
     """Learned widths against every other family, at the quality of each reference row.
 
     Args:
-        methods: of each row, [N].
+        methods: family of each row, [N].
         references: row index by the reference's name; its own quality is where speeds are compared.
         speeds, qualities: values [N], and the same under each resample of the prompts [N, B].
         hindsight: [N] speeds with layers that failed not drafted; the best of these at a quality is the oracle.
@@ -49,7 +56,8 @@ def comparisons(
 
     Returns:
         One entry per reference that the learned rows reach: its name, quality, the learned speed, and per family
-        ratio, low and high of learned over it (95% over resamples); "hand-set" is the fastest of HAND_SET. With
+        ratio, low and high of learned over it (95% over resamples); "hand-set" is the fastest of HAND_SET, and where
+        some of them have a last width, "hand-set, no last" the fastest of those without. With
         hindsight also the oracle's speed and the share of the way to it from the fastest hand-set one.
     """
     families = {name: [i for i, method in enumerate(methods) if method == name] for name in dict.fromkeys(methods)}
@@ -63,10 +71,12 @@ def comparisons(
             continue
         at = {family: _at(members, speeds, qualities, row) for family, members in families.items()}
         rivals = {family: value for family, value in at.items() if family != ours}
-        hand = [at[family] for family in HAND_SET if family in at]
+        hand = {family: value for family, value in at.items() if family.removesuffix(LAST) in HAND_SET}
+        plain = {family: value for family, value in hand.items() if not family.endswith(LAST)}
+        if len(hand) > len(plain) > 0:
+            rivals = {"hand-set, no last": _fastest(plain), **rivals}
         if hand:
-            best = max(value for value, _ in hand), np.max([draws for _, draws in hand], axis=0)
-            rivals = {"hand-set": best, **rivals}
+            rivals = {"hand-set": _fastest(hand), **rivals}
         speed, draws = at[ours]
         reached = qualities[1][row] <= qualities[1][mine].max(axis=0)  # [B]
         ratios = {}
@@ -82,6 +92,11 @@ def comparisons(
             entry |= {"oracle": oracle, "gap_closed": (speed - rivals["hand-set"][0]) / gap if gap > 0 else math.nan}
         found.append(entry | {"of": drawn})
     return found
+
+
+def _fastest(of: Mapping[str, tuple[float, FloatArray]]) -> tuple[float, FloatArray]:
+    """The fastest of several families, under each resample too."""
+    return max(value for value, _ in of.values()), np.max([draws for _, draws in of.values()], axis=0)
 
 
 def _at(

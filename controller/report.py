@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
-from controller.compare import OURS, comparisons
+from controller.compare import OURS, comparisons, family_of
 from decoding.config import DecodingConfig
 from decoding.files import json_bytes, write_whole
 from decoding.measure import REFERENCE_METHODS, Measurement, Row
@@ -131,7 +131,7 @@ def compare_rows(
     references = {row.name: i for i, row in enumerate(rows) if row.method == "beam_sample"}
     hindsight = None if costs is None else values(lambda row: _modelled(costs, row.config))[0]
     return comparisons(
-        [row.method for row in rows],
+        [family_of(row.method, row.settings) for row in rows],
         references,
         values(lambda row: speed),
         values(lambda row: _RATIOS["log_prob"]),
@@ -368,8 +368,8 @@ def comparison_lines(results: Mapping[str, Any]) -> list[str]:
     if lines:
         lines += [
             "Speeds at a quality lie on each family's undominated settings, linear in between; where a family does not "
-            "reach the quality, its best setting counts. hand-set: the fastest of fixed, threshold and mass among "
-            "these rows, which were tuned only if tune.grids says so. oracle depth, not achievable: the best row "
+            "reach the quality, its best setting counts. hand-set: the fastest of beam sampling, fixed, threshold "
+            "and mass among these rows, which were tuned only if tune.grids says so; +last: with a final_width. oracle depth, not achievable: the best row "
             "had no layer been drafted that then failed.",
             "",
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from controller.compare import comparisons, speed_at, undominated
+from controller.compare import comparisons, family_of, speed_at, undominated
 from decoding.sampling import FloatArray
 
 
@@ -47,6 +47,18 @@ def test_ratio_is_paired_and_the_hand_set_rival_is_the_fastest_family() -> None:
     assert over["fixed"]["ratio"] == pytest.approx(1.32) and over["beam_sample"]["ratio"] == pytest.approx(1.32)
     for ratio in over.values():  # all rows move together, so nothing is uncertain
         assert ratio["low"] == pytest.approx(ratio["ratio"]) == pytest.approx(ratio["high"])
+
+
+def test_families_with_a_last_width_are_told_apart() -> None:
+    assert family_of("fixed", {"final_width": 8}) == "fixed+last" and family_of("fixed", {}) == "fixed"
+    methods = ["beam_sample", "fixed", "fixed+last", "threshold", "learned"]
+    speeds = of([100.0, 110.0, 130.0, 105.0, 143.0])
+    (found,) = comparisons(methods, {"it": 0}, speeds, of([-0.4] * 5))
+    over = {name: round(ratio["ratio"], 3) for name, ratio in found["over"].items()}
+    assert over["hand-set"] == 1.1 and over["hand-set, no last"] == 1.3 == over["fixed"]
+    slow = of([150.0, 110.0, 130.0, 105.0, 143.0])  # drafting nothing is a setting too
+    (found,) = comparisons(methods, {"it": 0}, slow, of([-0.4] * 5))
+    assert found["over"]["hand-set"]["ratio"] == pytest.approx(143 / 150)
 
 
 def test_quality_that_learned_rows_do_not_reach_is_left_out() -> None:
