@@ -100,7 +100,7 @@ def width_events(at_least: Tensor, bits: Tensor, draft_width: Tensor) -> tuple[T
     return row[inside], happened[inside].to(row.dtype)
 
 
-def _of_width(at_least: Tensor, bits: Tensor, draft_width: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def prefix_events(at_least: Tensor, bits: Tensor, draft_width: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """`width_events` of the first `width` drafts of all rows that have as many: later drafts do not move them."""
     chosen = draft_width >= width
     first = bits[chosen] & (torch.arange(bits.shape[1], device=bits.device) < width)
@@ -169,7 +169,7 @@ def reliability_curves(net: WidthNet, rows: Batch) -> dict[str, Curve]:
     }
     for name, low, high in _WIDTH_GROUPS:
         most = min(high, rows["bits"].shape[1])
-        found = [_of_width(at_least, rows["bits"], width, w) for w in range(low, most + 1)]
+        found = [prefix_events(at_least, rows["bits"], width, w) for w in range(low, most + 1)]
         if found:
             events[f"count_w{name}"] = torch.cat([p for p, _ in found]), torch.cat([y for _, y in found])
     slot, kept = rows["survivor_slot"], rows["kept_width"]

@@ -12,6 +12,7 @@ from controller.calibration import (
     expected_calibration_error,
     fit_temperature,
     inputs,
+    prefix_events,
     ranked_probability_score,
     reliability,
     survivor_events,
@@ -52,6 +53,14 @@ def test_width_events_and_ranked_probability_score_by_hand() -> None:
     assert happened.tolist() == [1, 0, 1, 1, 0]
     score = ranked_probability_score(at_least, bits, torch.tensor([2, 3]))
     assert score.item() == pytest.approx((0.04 + 0.09 + 0.01 + 0.25 + 0.04) / 5)
+
+
+def test_events_of_a_width_are_those_of_every_row_with_as_many_drafts() -> None:
+    at_least = torch.rand(3, 4, 4)
+    bits = torch.tensor([[True, False, False], [False, True, True], [True, True, False]])
+    predicted, happened = prefix_events(at_least, bits, torch.tensor([1, 3, 2]), 2)  # the first row has one draft only
+    torch.testing.assert_close(predicted, torch.stack([*at_least[1, 2, 1:3], *at_least[2, 2, 1:3]]))
+    assert happened.tolist() == [1, 0, 1, 1]
 
 
 def test_survivor_events_by_hand() -> None:
