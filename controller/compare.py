@@ -56,8 +56,8 @@ def comparisons(
 
     Returns:
         One entry per reference that the learned rows reach: its name, quality, the learned speed, and per family
-        ratio, low and high of learned over it (95% over resamples); "hand-set" is the fastest of HAND_SET, and where
-        some of them have a last width, "hand-set, no last" the fastest of those without. With
+        ratio, low and high of learned over it (95% over resamples); "hand-set" is all of HAND_SET as one family, and
+        where some of them have a last width, "hand-set, no last" those without. With
         hindsight also the oracle's speed and the share of the way to it from the fastest hand-set one.
     """
     families = {name: [i for i, method in enumerate(methods) if method == name] for name in dict.fromkeys(methods)}
@@ -71,12 +71,12 @@ def comparisons(
             continue
         at = {family: _at(members, speeds, qualities, row) for family, members in families.items()}
         rivals = {family: value for family, value in at.items() if family != ours}
-        hand = {family: value for family, value in at.items() if family.removesuffix(LAST) in HAND_SET}
-        plain = {family: value for family, value in hand.items() if not family.endswith(LAST)}
-        if len(hand) > len(plain) > 0:
-            rivals = {"hand-set, no last": _fastest(plain), **rivals}
-        if hand:
-            rivals = {"hand-set": _fastest(hand), **rivals}
+        hand = [family for family in families if family.removesuffix(LAST) in HAND_SET]
+        plain = [family for family in hand if not family.endswith(LAST)]
+        for together, members in (("hand-set, no last", plain), ("hand-set", hand)):
+            if members and (members is hand or len(members) < len(hand)):
+                pooled = [i for family in members for i in families[family]]
+                rivals = {together: _at(pooled, speeds, qualities, row), **rivals}
         speed, draws = at[ours]
         reached = qualities[1][row] <= qualities[1][mine].max(axis=0)  # [B]
         ratios = {}
@@ -92,11 +92,6 @@ def comparisons(
             entry |= {"oracle": oracle, "gap_closed": (speed - rivals["hand-set"][0]) / gap if gap > 0 else math.nan}
         found.append(entry | {"of": drawn})
     return found
-
-
-def _fastest(of: Mapping[str, tuple[float, FloatArray]]) -> tuple[float, FloatArray]:
-    """The fastest of several families, under each resample too."""
-    return max(value for value, _ in of.values()), np.max([draws for _, draws in of.values()], axis=0)
 
 
 def _at(

@@ -61,6 +61,14 @@ def test_families_with_a_last_width_are_told_apart() -> None:
     assert found["over"]["hand-set"]["ratio"] == pytest.approx(143 / 150)
 
 
+def test_a_family_that_does_not_reach_the_quality_does_not_count_among_the_hand_set() -> None:
+    methods = ["beam_sample", "fixed", "mass", "learned"]
+    speeds, qualities = of([100.0, 110.0, 300.0, 121.0]), of([-0.4, -0.4, -0.9, -0.4])
+    (found,) = comparisons(methods, {"it": 0}, speeds, qualities)
+    over = {name: round(ratio["ratio"], 3) for name, ratio in found["over"].items()}
+    assert over["hand-set"] == 1.1 and over["mass"] == round(121 / 300, 3)
+
+
 def test_quality_that_learned_rows_do_not_reach_is_left_out() -> None:
     methods = ["beam_sample", "beam_sample", "fixed", "learned"]
     speeds, qualities = of([90.0, 200.0, 100.0, 120.0]), of([-0.2, -0.9, -0.5, -0.5])
