@@ -65,7 +65,7 @@ def training_table(trained: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def decision_table(evaluated: Mapping[str, Mapping[str, Any]], seed: int = 0) -> list[str]:
-    """Markdown: tokens per modelled second of learned widths at the log-probability of the widest beam sampling.
+    """Markdown: tokens per modelled second of learned widths at the log-probability of the narrowest beam sampling.
 
     Args:
         evaluated: what results.json holds, by name; of those that were decoded with the same prompts as the first. A
@@ -90,7 +90,8 @@ def decision_table(evaluated: Mapping[str, Mapping[str, Any]], seed: int = 0) ->
 def _speeds(results: Mapping[str, Any], draws: NDArray[np.int64]) -> FloatArray:
     """Speed of the learned rows at the reference's quality, on all prompts and under each resample; [B + 1]."""
     table = LatencyTable.from_dict(results["provenance"]["latency"])
-    reference = [row for row in results["rows"] if row["method"] == _REFERENCE][-1]
+    references = [row for row in results["rows"] if row["method"] == _REFERENCE]
+    reference = min(references, key=lambda row: row["config"]["target_width"])
     ours = [row for row in results["rows"] if row["method"] == _OURS]
     target = _quality(reference, draws)  # [B + 1]
     quality = np.stack([_quality(row, draws) for row in ours])  # [rows, B + 1]

@@ -263,16 +263,21 @@ TABLE = LatencyTable((1, 8, 32), (0.010, 0.012, 0.020), (0.002, 0.003, 0.006))
 
 
 def evaluation(depth: int, device: str = "some", prompts: int = 12) -> dict[str, Any]:
-    """As results.json: learned rows of three qualities draft `depth` layers of two nodes an iteration, all accepted."""
+    """As results.json: of three learned rows the one of the narrow beam sampling's quality drafts, `depth` layers of
+    two nodes an iteration, all accepted; the better one drafts nothing."""
 
-    def row(method: str, log_prob: float, forests: list[list[int]], **settings: float) -> dict[str, Any]:
+    def row(
+        method: str, log_prob: float, forests: list[list[int]], width: int = 8, **settings: float
+    ) -> dict[str, Any]:
         stats = {"roots": [2] * len(forests), "forests": forests, "new_tokens": 12}
         shared = {"log_prob": log_prob, "tokens": [0] * 12, "stats": stats}
-        return {"method": method, "settings": settings, "prompts": [{"prompt_id": i, **shared} for i in range(prompts)]}
+        found = [{"prompt_id": i, **shared} for i in range(prompts)]
+        return {"method": method, "settings": settings, "config": {"target_width": width}, "prompts": found}
 
     forests = [[2] * depth] * (12 // (depth + 1))
-    rows = [row("beam_sample", -6.0, [[]] * 12)]
-    rows += [row("learned", value - 8.0, forests, width_value=value) for value in (1.0, 2.0, 3.0)]
+    rows = [row("beam_sample", -6.0, [[]] * 12, width=4), row("beam_sample", -5.0, [[]] * 12)]
+    drafts = {1.0: forests, 2.0: forests, 3.0: [[]] * 12}
+    rows += [row("learned", value - 8.0, drafted, width_value=value) for value, drafted in drafts.items()]
     return {"provenance": {"latency": {**TABLE.to_dict(), "device": device}}, "rows": rows}
 
 
