@@ -352,7 +352,7 @@ def test_every_layer_is_a_step_of_the_width_that_the_rules_keep(
     """The search with these widths, written a second time, finds the same; and so do `accepted` and `passed`."""
     config = settings(4, 6, 3, 11, eos_token_id=ends, **RULES_OF_WIDTH[rule])
     pair = sharp_pair()
-    prompts = some_prompts(random.Random(11), 7, 4)
+    prompts = some_prompts(random.Random(11), 7, 9)
     recorders = [Layers() for _ in prompts]
     results = DSBDDecoder(pair, config, policy).generate(prompts, torch.Generator().manual_seed(0), recorders)
     surplus = failed = 0
