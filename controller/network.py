@@ -248,7 +248,7 @@ class HostNet:
         draft_hidden: FloatVector,  # [H_q]; empty where the network does without
         target_hidden: FloatVector,  # [H_p]
     ) -> None:
-        """Take in a layer that `early` and `passing` will be asked about."""
+        """Take in a layer that `early` will be asked about."""
         self.top = kernels.look(features, draft_hidden, target_hidden, self.early_weights)
 
     def early(self) -> tuple[FloatVector, FloatVector]:
@@ -256,14 +256,6 @@ class HostNet:
         accept, bias = self._accept
         weight, offset = self._quality
         return (self.top @ accept + bias).reshape(self._shape), self.top @ weight + offset
-
-    def passing(self, bearable: float) -> FloatVector:
-        """Probabilities of `WidthNet.passing` for the layer looked at, and every draft width; [W, 2]."""
-        return kernels.passing(self.top, bearable, self.head)
-
-    def late(self, target_features: FloatVector) -> FloatVector:
-        """Survivor logits [R] and log regret steps [R - 1] once P is known, as one vector; [G]."""
-        return kernels.late(target_features, self.late_weights)
 
     def late_loss(self, target_features: FloatVector, target_width: int, regret: bool) -> FloatArray:
         """L(k) once P is known; [G] -> [R + 1]. See `kernels.expected_loss`."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from controller import kernels
 from controller.network import _CALIBRATED, CONFIG, WEIGHTS, HostNet, WidthNet, load_controller, save_controller
 from decoding.errors import UserError
 
@@ -99,8 +100,8 @@ def test_one_row_on_the_host_is_the_same_network(sizes: dict[str, int]) -> None:
     for i in range(5):
         host.look(*(row[i].numpy() for row in rows[:3]))
         ours = [*host.early()]
-        passing = {price: host.passing(price) for price in (1e-9, 0.01, 0.7, 30.0, 1e12)}
-        ours += [host.late(rows[3][i].numpy())]
+        passing = {price: kernels.passing(host.top, price, host.head) for price in (1e-9, 0.01, 0.7, 30.0, 1e12)}
+        ours += [kernels.late(rows[3][i].numpy(), host.late_weights)]
         late = torch.cat([logits.late_survivor, logits.late_regret], -1)
         theirs = [logits.accept, torch.cat([logits.survivor, logits.regret], -1), late]
         for our, their in zip(ours, theirs, strict=True):
@@ -118,7 +119,11 @@ def test_the_host_keeps_a_copy_and_answers_for_the_layer_last_looked_at() -> Non
 
     def answers(row: int) -> list[np.ndarray]:
         host.look(*(column[row].numpy() for column in rows[:3]))
-        return [*host.early(), host.passing(0.5), host.late(rows[3][0].numpy())]
+        return [
+            *host.early(),
+            kernels.passing(host.top, 0.5, host.head),
+            kernels.late(rows[3][0].numpy(), host.late_weights),
+        ]
 
     before, other = answers(0), answers(1)
     assert not any(np.allclose(a, b) for a, b in zip(before[:3], other[:3], strict=True))
