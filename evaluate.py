@@ -15,7 +15,6 @@ import transformers
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from controller import LearnedWidth
 from controller.compare import family_of, undominated
@@ -38,6 +37,7 @@ from decoding.entry import entry_point
 from decoding.latency import LatencyTable
 from decoding.measure import Measurement, Row, make_rows, run_rows, score
 from decoding.oracles import modelled_seconds
+from decoding.progress import RunProgress
 from decoding.provenance import provenance, to_plain
 from decoding.tasks.base import Prompt, Task
 
@@ -144,11 +144,10 @@ def tune(
     for axes in to_plain(about)["grids"]:
         rows += make_rows(axes.pop("policies"), methods, config, axes, references=())
     prompts = task.prompts(about.split, about.prompts, pair.tokenizer)
-    columns = (TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     speeds: dict[str, list[float]] = {name: [] for name in costs}
     qualities: list[float] = []
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=len(rows))
+    with RunProgress() as progress:
+        bar = progress.add_task("tuning", total=len(rows))
         for row in rows:
             call = methods[row.method](pair, row.config, row.settings)
             (found,) = run_rows([row], [call], prompts, [], cfg.seed, pair.device, batch_size=about.batch_size)
@@ -230,8 +229,7 @@ def decode_and_score(
     """
     failed: dict[int, str] = {}
     transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with RunProgress() as progress:
         decoding = progress.add_task("decoding", total=len(rows) * (len(prompts) + len(warmup)))
         scoring = progress.add_task("scoring", total=len(rows) * len(prompts))
         measured = run_rows(

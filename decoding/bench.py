@@ -18,7 +18,6 @@ import transformers
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from decoding.baselines import METHODS
 from decoding.bench_report import SCHEMA_VERSION, headlines, summarise, tables
@@ -30,6 +29,7 @@ from decoding.interleave import BenchRow, Record, graph_counters, run_repeats, s
 from decoding.measure import OUT_OF_MEMORY, WIDTH_AXES, Row, log_probability
 from decoding.pair import ModelPair
 from decoding.profiling import profile_decoding
+from decoding.progress import RunProgress
 from decoding.provenance import provenance, to_plain
 from decoding.roofline import kv_bytes_per_slot, roofline
 from decoding.soak import soak
@@ -204,8 +204,7 @@ class Bench:
         """Warm up and decode all repeats, writing after each; whether Ctrl-C cut it short."""
         size = max(record.row.batch_size for record in self.records)
         turns = len(self.records) * (1 + self.cfg.repeats * math.ceil(len(self.prompts) / size))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        with RunProgress() as progress:
             bar = progress.add_task("turns", total=turns)
 
             def advance() -> None:

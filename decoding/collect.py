@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
 from decoding.entry import entry_point
 from decoding.errors import UserError
 from decoding.pair import ModelPair
+from decoding.progress import RunProgress
 from decoding.provenance import git_sha, library_versions, to_plain
 from decoding.tasks.base import Prompt
 from decoding.traces import SCHEMA_VERSION, TraceRecorder, read_manifest, write_manifest, write_shard
@@ -116,15 +116,8 @@ def _collect(cfg: DictConfig, pair: ModelPair, features: Any, directory: Path, m
     prompts = _prompts(cfg, pair)
     directory.mkdir(parents=True, exist_ok=True)
     todo = [p for p in prompts if p[1].id not in set(manifest["done"])]
-    columns = (
-        TextColumn("logging traces"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("prompts"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress, _kept(directory, manifest):
-        task = progress.add_task("", total=len(prompts), completed=len(prompts) - len(todo))
+    with RunProgress() as progress, _kept(directory, manifest):
+        task = progress.add_task("logging traces of prompts", total=len(prompts), completed=len(prompts) - len(todo))
         for first in range(0, len(todo), SHARD_PROMPTS):
             chunk = todo[first : first + SHARD_PROMPTS]
             rows = []
