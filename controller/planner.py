@@ -10,6 +10,7 @@ line.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ from decoding.widths import LayerRecord
 
 _LEAST_REWARD = 0.05  # of an iteration, where ρ is concerned
 _SUPPORT = Context._fields.index("support")
+_SPIKE = 2.0  # times what an iteration should take, beyond which the clock saw something else
+_STRANGEST = 5.0  # times the table's, as far as its seconds can be from the clock's
 _TABLE = 512  # node counts whose seconds are looked up; larger forests count as this
 
 
@@ -84,10 +87,54 @@ class Throughput:
         return max(self.reward, _LEAST_REWARD) / self.seconds
 
     def update(self, reward: float, seconds: float) -> None:
-        """An iteration ended."""
+        """An iteration ended; seconds in the units of the table."""
         if seconds > 0:
             self.reward = self._keep * self.reward + (1 - self._keep) * reward
             self.seconds = self._keep * self.seconds + (1 - self._keep) * seconds
+
+
+class Pace:
+    """How much dearer nodes and layers are here than the table says, against an iteration of one beam and no drafts.
+
+    A table is measured apart and on a quiet machine: wide passes suffer more than narrow ones from whoever else uses
+    the processor, and a policy takes time too. Wall seconds are fitted as
+
+        seconds = scale * (plain + added) + excess * added,
+
+    plain and added by the table: one beam without drafts, and what there was beyond it. Least squares of seconds /
+    plain, exponentially forgotten; a ridge holds `excess` at 0 until iterations of different sizes tell it.
+
+    Args:
+        memory: iterations after which a weight has fallen to 1/e.
+        ridge: in iterations that add as much as there is without.
+    """
+
+    def __init__(self, memory: float = 200.0, ridge: float = 0.5) -> None:
+        self.of_added = 1.0  # (scale + excess) / scale
+        self._scale = self._excess = 0.0
+        self._keep, self._ridge = math.exp(-1.0 / memory), ridge
+        self._whole = self._both = self._added = 0.0  # sums of squares and products of 1 + share and share
+        self._whole_took = self._added_took = 0.0  # their products with what the clock said
+
+    def saw(self, plain: float, added: float, seconds: float) -> None:
+        """An iteration ended."""
+        if plain <= 0 or seconds <= 0:
+            return
+        share, took = added / plain, seconds / plain
+        expected = self._scale * (1 + share) + self._excess * share
+        if expected > 0:
+            took = min(took, _SPIKE * expected)
+        sums = self._whole, self._both, self._added, self._whole_took, self._added_took
+        new = (1 + share) ** 2, (1 + share) * share, share**2, (1 + share) * took, share * took
+        self._whole, self._both, self._added, self._whole_took, self._added_took = (
+            self._keep * old + term for old, term in zip(sums, new, strict=True)
+        )
+        squares = self._added + self._ridge
+        determinant = self._whole * squares - self._both**2  # > 0: Cauchy-Schwarz, and the ridge
+        self._scale = (squares * self._whole_took - self._both * self._added_took) / determinant
+        self._excess = (self._whole * self._added_took - self._both * self._whole_took) / determinant
+        if self._scale > 0:
+            self.of_added = min(max(1.0 + self._excess / self._scale, 1 / _STRANGEST), _STRANGEST)
 
 
 class Outlook:

@@ -18,6 +18,7 @@ from controller.knob import choose_width_value
 from controller.network import HostNet, WidthNet, load_controller
 from controller.planner import (
     Outlook,
+    Pace,
     Planner,
     Prediction,
     Throughput,
@@ -64,8 +65,9 @@ class LearnedWidth(WidthPolicy):
             and P(K_w >= M) in its closed form (design 5.3); "both", the same with the mean of that and the network's.
         latency: seconds, or joules, of the passes on this device: a `LatencyTable`, its dict, or the path of its JSON.
             None: unit costs (a target pass 1, a draft pass a quarter), until `use_latency`.
-        clock: what an iteration took: "wall", or "table", which is modelled, so that equal prompts, seeds and tables
-            give equal widths. None: "wall" with a latency table in seconds, else "table".
+        clock: what an iteration took: "wall", by which the table is corrected for what nodes and layers add; or
+            "table", as modelled, so that equal prompts, seeds and tables give equal widths. None: "wall" with a latency
+            table in seconds, else "table".
         quality: what a beam is worth: "regret", the nats that are lost without it; "survivors", the probability that
             the best hypothesis is lost with it, in which case width_value is what losing it costs in tokens.
         share: whether prompts learn together; False: each starts anew, and does not depend on others.
@@ -167,7 +169,7 @@ class LearnedWidth(WidthPolicy):
                 "clock='table'."
             )
         self.planner = Planner(costs, self.width_value)
-        self.outlook = Outlook()
+        self.outlook, self.pace = Outlook(), Pace()
         self.throughput: Throughput | None = None
         return self
 
@@ -207,7 +209,7 @@ class LearnedWidth(WidthPolicy):
         forked = copy.copy(self)
         if not self.share:
             forked.throughput = None
-            forked.outlook = Outlook()
+            forked.outlook, forked.pace = Outlook(), Pace()
         return forked
 
     def reset(self, config: DecodingConfig) -> None:
@@ -280,8 +282,11 @@ class LearnedWidth(WidthPolicy):
         if not self._seen:
             outlook.hope(1)
         if self.throughput is not None:
-            seconds = record.seconds if self._wall else self.planner.seconds(self._widths, self._roots)
-            self.throughput.update(earned, seconds)
+            plain = self.planner.seconds((), 1)
+            added = self.planner.seconds(self._widths, self._roots) - plain
+            if self._wall:
+                self.pace.saw(plain, added, record.seconds)
+            self.throughput.update(earned, plain + self.pace.of_added * added)
         self._seen.clear()
         self._seen_loss.clear()
         self._widths = ()
@@ -354,9 +359,10 @@ class LearnedWidth(WidthPolicy):
         return self.planner.widths(prediction, *state, layer, deepest, nodes, support)
 
     def _rate(self, config: DecodingConfig) -> float:
+        """The price of a second of the table that nodes or layers add: all that is ever weighed against a reward."""
         if self.throughput is None:
             self.throughput = Throughput.expected(self.planner.costs, config)
-        return self.throughput.rate
+        return self.throughput.rate * self.pace.of_added
 
     def _new_prompt(self) -> None:
         self._seen: dict[int, _Seen] = {}  # of this iteration's drafted layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,7 @@ from controller.counts import count_table, tails
 from controller.kernels import Context, Decision, FloatVector, Packed
 from controller.planner import (
     Outlook,
+    Pace,
     Planner,
     Prediction,
     Throughput,
@@ -476,6 +478,40 @@ def test_throughput_starts_at_the_table_and_follows_what_happens() -> None:
     for _ in range(1000):
         expected.update(-10.0, 2.0)  # losses only
     assert 0 < expected.rate < 0.05
+
+
+def paced(true: float, shares: Sequence[float], scale: float = 2.0, noise: float = 0.1, spikes: bool = False) -> float:
+    """What is learned of a device on which what is added takes `true` times what the rest does, against the table."""
+    rng, pace = np.random.default_rng(0), Pace()
+    for i in range(400):
+        plain, added = 0.003, 0.003 * shares[i % len(shares)]
+        seconds = scale * (plain + true * added) * rng.lognormal(0.0, noise)
+        pace.saw(plain, added, 40 * seconds if spikes and rng.random() < 0.03 else seconds)
+    return pace.of_added
+
+
+@pytest.mark.parametrize("true", [0.6, 1.0, 1.8])
+@pytest.mark.parametrize("spikes", [False, True])
+def test_the_clock_tells_what_nodes_and_layers_add(true: float, spikes: bool) -> None:
+    shares = [0.0, 0.5, 0.2, 0.9, 1.4]
+    assert paced(true, shares, spikes=spikes) == pytest.approx(true, rel=0.1)
+    assert paced(true, shares, scale=0.01, spikes=spikes) == pytest.approx(
+        true, rel=0.1
+    )  # whatever the machine's speed
+
+
+def test_iterations_of_one_size_say_nothing_of_what_more_would_take() -> None:
+    assert paced(2.5, [0.6]) == pytest.approx(1.0, abs=0.05)
+    assert paced(2.5, [0.0]) == 1.0
+
+
+def test_a_pace_stays_within_reason() -> None:
+    assert paced(100.0, [0.0, 1.0]) == 5.0 and paced(0.0, [0.0, 5.0], noise=0.0) == pytest.approx(0.2)
+    pace = Pace()
+    for seconds in (0.0, -1.0):
+        pace.saw(0.003, 0.001, seconds)  # a clock that stands still says nothing
+    pace.saw(0.0, 0.0, 1.0)  # nor does a table without costs
+    assert pace.of_added == 1.0
 
 
 class Keeping:

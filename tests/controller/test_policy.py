@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from controller.network import save_controller
 from controller.policy import MODES, QUALITIES
 from decoding import DecodingConfig, UserError
 from decoding.latency import LatencyTable
+from decoding.pricing import iteration_seconds
 from decoding.widths import DraftContext, IterationRecord, LayerRecord
 from tests.controller.synthetic import CONFIG, H_P, H_Q, PAIR, draft_context, target_context
 
@@ -249,11 +251,17 @@ def test_support_that_gave_fewer_drafts_than_planned(mode: str) -> None:
     assert learned.target_width(target_context(context, 2)) == CONFIG.target_width  # it had better fail
 
 
-def an_iteration(learned: LearnedWidth, seed: int = 0, accepted: int = 3, seconds: float = 0.1) -> list[int]:
+def an_iteration(
+    learned: LearnedWidth,
+    seed: int = 0,
+    accepted: int = 3,
+    seconds: float | Callable[[tuple[int, ...]], float] = 0.1,
+    deepest: int = CONFIG.draft_depth,
+) -> list[int]:
     """Draft as deep as the policy likes, ask for M of the first layer, and tell it what became of it; its widths."""
     widths: tuple[int, ...] = ()
     contexts = []
-    for layer in range(1, CONFIG.draft_depth + 1):
+    for layer in range(1, deepest + 1):
         context = dataclasses.replace(draft_context(seed + layer, layer=layer), widths=widths)
         if not learned.draft_further(context.root, layer, widths):
             break
@@ -266,7 +274,7 @@ def an_iteration(learned: LearnedWidth, seed: int = 0, accepted: int = 3, second
     else:
         m = learned.target_width(target_context(draft_context(seed, drafted=False), 0, seed))
         record = LayerRecord(1, 0, m, 0, True)
-    learned.observe(IterationRecord((record,), 1, seconds))
+    learned.observe(IterationRecord((record,), 1, seconds(widths) if callable(seconds) else seconds))
     return [*widths, m]
 
 
@@ -279,14 +287,32 @@ def test_equal_seeds_give_equal_widths_without_a_wall_clock() -> None:
 
     assert run(0.1) == run(0.2) and run(0.1)[-1] == "table"
     assert run(0.1, latency=TABLE, clock="table") == run(0.2, latency=TABLE, clock="table")
-    assert run(0.1, latency=TABLE)[1] > run(0.2, latency=TABLE)[1] and run(0.1, latency=TABLE)[-1] == "wall"
+    assert run(0.1, latency=TABLE)[-1] == "wall"
+
+
+def test_drafts_that_the_clock_finds_dear_are_drafted_less() -> None:
+    def layers(dear: float) -> tuple[int, float]:
+        learned, total = policy(latency=TABLE, width_value=0.3), 0
+        for seed in range(300):
+            deepest = CONFIG.draft_depth if seed % 8 else 0  # where a prompt ends, nothing may be drafted
+            drafted = an_iteration(learned, seed, 3, lambda widths: dear_seconds(dear, widths), deepest)[:-1]
+            total += len(drafted) if seed >= 150 else 0
+        return total, learned.pace.of_added
+
+    def dear_seconds(dear: float, widths: tuple[int, ...]) -> float:
+        plain = iteration_seconds(TABLE, (), 1)
+        return plain + dear * (iteration_seconds(TABLE, widths, 1) - plain)
+
+    cheap, plain, dear = (layers(factor) for factor in (0.5, 1.0, 4.0))
+    assert cheap[0] >= plain[0] > dear[0] and cheap[1] < 0.8 < plain[1] < 1.2 < dear[1]
 
 
 def state(learned: LearnedWidth) -> tuple[float, ...]:
     """What was learned on line."""
     assert learned.throughput is not None
     outlook = learned.outlook
-    return (learned.throughput.rate, outlook.earned, outlook.left, outlook.corrected(0.5), outlook.passing(1))
+    known = (outlook.earned, outlook.left, outlook.corrected(0.5), outlook.passing(1))
+    return (learned.throughput.rate, learned.pace.of_added, *known)
 
 
 @pytest.mark.parametrize("share", [True, False])
