@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
-from controller.compare import OURS, comparisons, family_of
+from controller.compare import LAST, OURS, comparisons, family_of, undominated
 from decoding.config import DecodingConfig
 from decoding.files import json_bytes, write_whole
 from decoding.measure import REFERENCE_METHODS, Measurement, Row
@@ -30,6 +30,7 @@ SCHEMA_VERSION = 1
 PHASES = ("prompt", "draft", "target", "verify", "policy", "other")
 FRONTIER, CALIBRATION, TABLE, RESULTS = "frontier.png", "calibration.png", "results.md", "results.json"
 FRONTIER_ALSO = "frontier_also.png"
+_LABELLED = 12  # rows of a plot that can all have labels
 
 FloatArray = NDArray[np.float64]
 Share = tuple[float, float]  # numerator and denominator of a prompt; a summary is the ratio of their sums
@@ -433,25 +434,35 @@ _MARKERS = "osD^vPX*<>hd"
 
 
 def plot_frontier(rows: Sequence[Mapping[str, Any]], speed: str = "tokens_per_second") -> Figure:
-    """Quality (log-probability per token) against tokens/s: one curve per method through its best rows.
+    """Quality (log-probability per token) against tokens/s: one curve per family through its best rows.
+
+    Families with a last width are dashed, in the colour of those without. Where there are many rows, only learned ones
+    and beam sampling are labelled; rows far below the others are left out, and counted.
 
     Args:
         rows: those without the metric are left out.
         speed: metric of the horizontal axis.
     """
     rows = [row for row in rows if speed in row["summary"]]
+    points = np.array([_point(row, speed) for row in rows])  # [N, 6] x, y, and errors below and above
+    families = [family_of(row["method"], row["settings"]) for row in rows]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     axes = figure.subplots()
     colours = matplotlib.colormaps["tab10"]
-    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        family = [row for row in rows if row["method"] == method]
-        points = np.array([_point(row, speed) for row in family])  # [N, 6] x, y, and errors below and above
+    for family in dict.fromkeys(families):
+        i, last = methods.index(family.removesuffix(LAST)), family.endswith(LAST)
+        members = [j for j, name in enumerate(families) if name == family]
+        own = points[members]
         style: dict[str, Any] = {"color": colours(i % 10), "marker": _MARKERS[i % len(_MARKERS)]}
-        best = _pareto(points[:, 0], points[:, 1])
-        errors: dict[str, Any] = {"xerr": points[:, 2:4].T, "yerr": points[:, 4:6].T, "elinewidth": 0.8, "capsize": 0}
-        axes.errorbar(points[:, 0], points[:, 1], **errors, **style, ls="none", ms=5, alpha=0.45)
-        axes.plot(points[best, 0], points[best, 1], **style, ms=6, lw=1.4, label=method)
-        _annotate(axes, [family[j] for j in best], points[best], style["color"])
+        style |= {"mfc": "white"} if last else {}
+        best = undominated([(x, y) for x, y in own[:, :2].tolist()], len(own))
+        errors: dict[str, Any] = {"xerr": own[:, 2:4].T, "yerr": own[:, 4:6].T, "elinewidth": 0.8, "capsize": 0}
+        axes.errorbar(own[:, 0], own[:, 1], **errors, **style, ls="none", ms=5, alpha=0.45)
+        axes.plot(own[best, 0], own[best, 1], **style, ms=6, lw=1.4, ls="--" if last else "-", label=family)
+        if len(rows) <= _LABELLED or methods[i].startswith((OURS, "beam_sample")):
+            _annotate(axes, [rows[members[j]] for j in best], own[best], style["color"])
+    _leave_out_the_worst(axes, points[:, 1])
     modelled = "" if speed == "tokens_per_second" else "modelled "
     axes.set_xlabel(f"{modelled}tokens per second (faster to the right)")
     axes.set_ylabel("log-probability per token (better above)")
@@ -459,6 +470,16 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], speed: str = "tokens_per_se
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _leave_out_the_worst(axes: Axes, quality: FloatArray) -> None:
+    """End the axis where rows that are far worse than most would squeeze all others together; [N]."""
+    best, middle = quality.max(), np.median(quality)
+    lowest = best - 5 * (best - middle)
+    below = int((quality < lowest).sum())
+    if below:
+        axes.set_ylim(bottom=lowest)
+        axes.text(0.01, 0.01, f"{below} more below", transform=axes.transAxes, fontsize=7, color="gray")
 
 
 def plot_calibration(calibration: Mapping[str, Any]) -> Figure:
@@ -492,21 +513,11 @@ def _point(row: Mapping[str, Any], speed: str) -> list[float]:
     return [x["value"], y["value"], *(max(0.0, b) for pair in bounds for b in pair)]
 
 
-def _pareto(speed: FloatArray, quality: FloatArray) -> list[int]:
-    """Rows that no other row beats in both, from slow to fast."""
-    order = np.lexsort((-quality, -speed))  # fastest first
-    best, kept = -np.inf, []
-    for j in order.tolist():
-        if quality[j] > best:
-            best = quality[j]
-            kept.append(j)
-    return kept[::-1]
-
-
 def _annotate(axes: Axes, family: Sequence[Mapping[str, Any]], points: FloatArray, colour: Any) -> None:
-    """The settings beside each point of a curve."""
+    """The settings beside each point of a curve; of learned ones the width_value alone."""
     for row, point in zip(family, points, strict=True):
-        text = row["name"].removeprefix(row["method"]).strip()
+        value = row["settings"].get("width_value")
+        text = row["name"].removeprefix(row["method"]).strip() if value is None else f"{value:g}"
         axes.annotate(text, point[:2], xytext=(4, 4), textcoords="offset points", fontsize=6, color=colour)
 
 

@@ -132,9 +132,23 @@ def test_frontier_has_a_curve_a_method() -> None:
     assert labels == ["beam_sample", "hf_beam_sample", "fixed", "threshold"]
 
 
-def test_curve_goes_through_rows_that_no_other_beats() -> None:
-    speed, quality = np.array([1.0, 2.0, 3.0, 2.5]), np.array([0.9, 0.5, 0.4, 0.6])
-    assert report._pareto(speed, quality) == [0, 3, 2]
+def test_families_with_a_last_width_are_dashed_and_the_worst_are_left_out() -> None:
+    rows = fake_rows()
+    last = dict(rows[-1], settings=rows[-1]["settings"] | {"final_width": 4})
+    far = json.loads(json.dumps(rows[-1]))
+    far["summary"]["log_prob"] = dict.fromkeys(("value", "low", "high"), -100.0)
+    (axes,) = plot_frontier([*rows, last, far]).axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["beam_sample", "hf_beam_sample", "fixed", "threshold", "threshold+last"]
+    assert axes.get_ylim()[0] > -50 and "1 more below" in [text.get_text() for text in axes.texts]
+
+
+def test_only_learned_rows_and_beam_sampling_are_labelled_among_many() -> None:
+    rows = fake_rows()
+    learned = [dict(rows[-1], method="learned", settings={"width_value": value}) for value in (0.5, 2.0)]
+    (axes,) = plot_frontier([*rows, *learned, *rows[2:] * 8]).axes
+    labels = {text.get_text() for text in axes.texts}
+    assert labels & {"0.5", "2"} and not any("w=" in label for label in labels)
 
 
 def test_calibration_is_optional() -> None:
