@@ -61,7 +61,7 @@ def training_table(trained: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for about in list(trained.values())[:1]:
         rates = [about.get("metrics", {}).get(f"val/{_CONSTANTS.get(name, name)}_constant") for name in _METRICS]
         body.append(["constant", "-", "-", *(_number(rate) for rate in rates)])
-    return _table(head, body) if body else []
+    return markdown(head, body) if body else []
 
 
 def decision_table(evaluated: Mapping[str, Mapping[str, Any]], seed: int = 0) -> list[str]:
@@ -82,9 +82,9 @@ def decision_table(evaluated: Mapping[str, Mapping[str, Any]], seed: int = 0) ->
     body = []
     for name, found in speeds.items():
         ratio = found / speeds[names[0]]
-        cells = [f"{found[0]:.0f} {_interval(found, '.0f')}", f"{ratio[0]:.3f} {_interval(ratio, '.3f')}"]
+        cells = [f"{found[0]:.0f} {interval(found, '.0f')}", f"{ratio[0]:.3f} {interval(ratio, '.3f')}"]
         body.append([name, ", ".join(f"{value:g}" for value in _width_values(evaluated[name])), *cells])
-    return _table(["evaluation", "width values", "tokens/s", f"x {names[0]}"], body)
+    return markdown(["evaluation", "width values", "tokens/s", f"x {names[0]}"], body)
 
 
 def _speeds(results: Mapping[str, Any], draws: NDArray[np.int64]) -> FloatArray:
@@ -129,8 +129,8 @@ def _width_values(results: Mapping[str, Any]) -> list[float]:
     return [row["settings"]["width_value"] for row in results["rows"] if row["method"] == _OURS]
 
 
-def _interval(values: FloatArray, form: str) -> str:
-    """95% over resamples."""
+def interval(values: FloatArray, form: str) -> str:
+    """95% over resamples; [B + 1], of which the first is the value itself."""
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return f"[{low:{form}}, {high:{form}}]"
 
@@ -147,7 +147,8 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """A table, its first column to the left."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return [f"| {' | '.join(cells)} |" for cells in (head, rule, *body)]
 

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -119,7 +119,7 @@ class LearnedWidth(WidthPolicy):
         min_logprob_drop: float | None = None,
         target_tokens_per_second: float | None = None,
         **options: Any,
-    ) -> LearnedWidth:
+    ) -> Self:
         """A policy from a controller that train.py saved.
 
         Args:
@@ -262,7 +262,7 @@ class LearnedWidth(WidthPolicy):
             assert seen.prediction is not None
             at_least = seen.prediction.at_least[width, : width + 1]
             if self.mode != "before":
-                closed = _closed_form(context)
+                closed = closed_form(context)
                 at_least = closed if self.mode == "after" else 0.5 * (at_least + closed)
         return self.planner.target_width(loss, at_least, config, width, seen.plan.further)
 
@@ -383,7 +383,7 @@ def _in_words(pair: dict[str, Any]) -> str:
     return f"{pair.get('name')!r}{by} ({pair.get('fingerprint')})"
 
 
-def _closed_form(context: TargetContext) -> FloatArray:
+def closed_form(context: TargetContext) -> FloatArray:
     """P(K_w >= M) of the layer's P and Q with replacement (design 5.3); [w + 1]."""
     both = align(context.target, context.draft.joint)
     accept = accept_probabilities(both.p, both.q, context.draft_width)

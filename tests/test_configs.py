@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from decoding import DecodingConfig, FixedWidth, MassWidth, RandomWidth, ThresholdWidth
 from decoding.entry import CONF_DIR, build_all, check_settings
 
-COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency")
+COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency", "room")
 GLOBAL = ("experiment", "debug", "sweep")  # set values of other groups; each is for the commands that it names
 MISSING = {
     "pair=local": ["pair.target=a", "pair.draft=b"],
@@ -39,7 +39,7 @@ def options_of(group: str) -> list[str]:
 
 def commands_named_in(path: Path) -> list[str]:
     head = "".join(re.findall(r"^#.*\n", path.read_text(), re.MULTILINE))
-    named = {"train": "train.py", "evaluate": "evaluate.py"}
+    named = {"train": "train.py", "evaluate": "evaluate.py", "room": "controller.room"}
     named |= {name: f"decoding.{name}" for name in ("collect", "bench", "generate", "latency")}
     return [command for command, name in named.items() if name in head or "All commands" in head]
 
