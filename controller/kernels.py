@@ -303,12 +303,11 @@ def foreseen_counts(accept_logits: FloatVector) -> FloatArray:
     What `counts.count_table` and `counts.tails` give: P(K_{w+1} >= M) = P(K_w >= M) + P(K_w = M - 1) a[w, M - 1].
     """
     widest = len(accept_logits)
+    accept = 1.0 / (1.0 + np.exp(-np.maximum(accept_logits.astype(np.float64), -30.0)))
     at_least = np.zeros((widest + 1, widest + 1))
     at_least[:, 0] = 1.0
     for w in range(widest):
-        for m in range(w + 1):
-            accept = 1.0 / (1.0 + math.exp(-max(np.float64(accept_logits[w, m]), -30.0)))
-            at_least[w + 1, m + 1] = at_least[w, m + 1] + (at_least[w, m] - at_least[w, m + 1]) * accept
+        at_least[w + 1, 1:] = at_least[w, 1:] + (at_least[w, :-1] - at_least[w, 1:]) * accept[w]
     return at_least
 
 
