@@ -5,37 +5,23 @@ Design section 8: one table of accept probabilities answers every width, so widt
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Array = TypeVar("Array", Tensor, np.ndarray)
 
-
-def count_table(accept: Array) -> Array:
+def count_table(accept: Tensor) -> Tensor:
     """The distribution of the accepted count of the first m drafts, for every m.
 
     One step of the recursion: P(K_{m+1} = k) = P(K_m = k) (1 - a[m, k]) + P(K_m = k - 1) a[m, k - 1].
 
     Args:
-        accept: probabilities [..., W, W], tensor or array; entries with k > i are not reached and not read.
+        accept: probabilities [..., W, W]; entries with k > i are not reached and not read.
 
     Returns:
-        [..., W + 1, W + 1] of the same kind; row m is P(K_m = k), zero for k > m. Tensors keep their gradient.
+        [..., W + 1, W + 1] with a gradient; row m is P(K_m = k), zero for k > m.
     """
     width = accept.shape[-1]
-    if not isinstance(accept, Tensor):  # in place: a policy asks for one a layer
-        table = np.zeros((*accept.shape[:-2], width + 1, width + 1), accept.dtype)
-        table[..., 0, 0] = 1
-        for draft in range(width):
-            reached, row = table[..., draft, :width], table[..., draft + 1, :]
-            gain = reached * accept[..., draft, :]  # [..., W]
-            np.subtract(reached, gain, out=row[..., :width])
-            row[..., 1:] += gain
-        return table
     start = torch.zeros_like(accept[..., 0, :])  # [..., W]
     zero = start[..., :1]
     row = torch.concatenate((zero + 1, start), -1)  # [..., W + 1] K_0 = 0
@@ -47,12 +33,9 @@ def count_table(accept: Array) -> Array:
     return torch.stack(rows, -2)
 
 
-def tails(table: Array) -> Array:
+def tails(table: Tensor) -> Tensor:
     """P(K >= M) from P(K = k) along the last axis; [..., W + 1] -> [..., W + 1], clipped to 0..1."""
-    if isinstance(table, Tensor):
-        return table.flip(-1).cumsum(-1).flip(-1).clamp(0, 1)
-    sums = table[..., ::-1].cumsum(-1)
-    return np.minimum(sums, 1.0, out=sums)[..., ::-1]
+    return table.flip(-1).cumsum(-1).flip(-1).clamp(0, 1)
 
 
 def accepted_before(bits: Tensor) -> Tensor:

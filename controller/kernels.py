@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from decoding.acceptance import VOCABULARY_LIMIT
+
 FloatArray = NDArray[np.float64]
 FloatVector = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -185,6 +187,15 @@ class EarlyWeights(NamedTuple):
     layers: tuple[tuple[FloatVector, FloatVector], ...]  # weight, bias
 
 
+class HeadWeights(NamedTuple):
+    """Of its early heads: accept logits, and survivor logits before log regret steps."""
+
+    accept: FloatVector  # [hidden, W * W]
+    accept_bias: FloatVector  # [W, W]
+    quality: FloatVector  # [hidden, 2 R - 1]
+    quality_bias: FloatVector  # [2 R - 1]
+
+
 class PassWeights(NamedTuple):
     """Of its pass head."""
 
@@ -235,6 +246,14 @@ def look(
 
 
 @compiled
+def early(top: FloatVector, weights: HeadWeights) -> tuple[FloatVector, FloatVector]:
+    """[hidden] -> accept logits [W, W]; survivor logits and log regret steps [R + R - 1]."""
+    row = top.reshape(1, -1)
+    accept = times(row, weights.accept)[0].reshape(weights.accept_bias.shape) + weights.accept_bias
+    return accept, times(row, weights.quality)[0] + weights.quality_bias
+
+
+@compiled
 def passing(top: FloatVector, bearable: float, weights: PassWeights) -> FloatVector:
     """Probabilities of `WidthNet.passing` at every draft width; [hidden] -> [W, 2]."""
     price = np.float32(math.log(min(max(bearable, PRICES[0]), PRICES[1])))
@@ -278,12 +297,110 @@ def expected_loss(quality: FloatVector, target_width: int, regret: bool) -> Floa
 
 
 @compiled
+def foreseen_counts(accept_logits: FloatVector) -> FloatArray:
+    """P(K_w >= M) from the accept head; [W, W] -> [W + 1, W + 1] at [w, M].
+
+    What `counts.count_table` and `counts.tails` give: P(K_{w+1} >= M) = P(K_w >= M) + P(K_w = M - 1) a[w, M - 1].
+    """
+    widest = len(accept_logits)
+    accept = 1.0 / (1.0 + np.exp(-np.maximum(accept_logits.astype(np.float64), -30.0)))
+    at_least = np.zeros((widest + 1, widest + 1))
+    at_least[:, 0] = 1.0
+    for w in range(widest):
+        at_least[w + 1, 1:] = at_least[w, 1:] + (at_least[w, :-1] - at_least[w, 1:]) * accept[w]
+    return at_least
+
+
+@compiled
+def foresee(top: FloatVector, weights: HeadWeights, target_width: int, regret: bool) -> tuple[FloatArray, FloatArray]:
+    """P(K_w >= M) and L(k) by the early heads; [hidden] -> [W + 1, W + 1], [R + 1]. See `expected_loss`."""
+    accept_logits, quality = early(top, weights)
+    return foreseen_counts(accept_logits), expected_loss(quality, target_width, regret)
+
+
+@compiled
+def foresee_context(
+    context: Packed,
+    draft_hidden: FloatVector,
+    target_hidden: FloatVector,
+    weights: Packed,
+    heads: Packed,
+    target_width: int,
+    regret: bool,
+) -> tuple[FloatArray, FloatArray]:
+    """`foresee` of a `Context`, in one call; of `EarlyWeights` and `HeadWeights`."""
+    top = look(describe_context(context), draft_hidden, target_hidden, EarlyWeights(*weights))
+    return foresee(top, HeadWeights(*heads), target_width, regret)
+
+
+@compiled
 def late_loss(features: FloatVector, weights: LateWeights, target_width: int, regret: bool) -> FloatArray:
     """[G] -> [R + 1] L(k); see `expected_loss`."""
     return expected_loss(late(features, weights), target_width, regret)
 
 
+# ------------------------------------------------------------------------------------------ closed form
+
+
+@compiled
+def matched(target: Packed, draft: Packed) -> FloatArray:
+    """Q at the entries of P, 0 where it has none; both are (parents, tokens, probabilities).
+
+    What Q has elsewhere plays no part in `accept_chances`: P is nothing there.
+    """
+    wanted, keys = target[0] * VOCABULARY_LIMIT + target[1], draft[0] * VOCABULARY_LIMIT + draft[1]
+    order = np.argsort(keys)
+    found = order[np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)]
+    return np.where(keys[found] == wanted, draft[2][found], 0.0)
+
+
+@compiled
+def accept_chances(p: FloatArray, q: FloatArray, draft_width: int) -> FloatArray:
+    """`decoding.acceptance.accept_probabilities` (design 5.3); P and Q on P's support [S] -> [w]."""
+    accept = np.ones(draft_width)
+    c, left = 0.0, 1.0
+    for draft in range(draft_width):
+        c += left
+        after = np.maximum(p - c * q, 0.0).sum()
+        accept[draft] = 1.0 - after / left
+        left = after
+        if left <= 0.0:
+            break
+    return accept
+
+
+@compiled
+def renewed_counts(accept: FloatArray) -> FloatArray:
+    """P(K_w >= M) by the renewal recursion of design 5.3; chances after rejections in a row [w] -> [w + 1].
+
+    With the first acceptance at draft i, M - 1 more are needed of the w - i drafts that follow.
+    """
+    width = len(accept)
+    first, rejected = np.empty(width), 1.0  # probability that draft i is the first one accepted
+    for i in range(width):
+        first[i] = rejected * accept[i]
+        rejected *= 1.0 - accept[i]
+    at_least, reached = np.ones(width + 1), np.ones(width + 1)  # reached: P(K_m >= M) at [m], one M after another
+    for asked in range(1, width + 1):
+        for drafts in range(width, asked - 2, -1):  # downwards: entries below are of the M before
+            chance = 0.0
+            for i in range(drafts - asked + 1):
+                chance += first[i] * reached[drafts - 1 - i]
+            reached[drafts] = chance
+        at_least[asked] = min(reached[width], 1.0)
+    return at_least
+
+
 # ------------------------------------------------------------------------------------------ plan
+
+
+class Rules(NamedTuple):
+    """Which M there are, and how many beams go on."""
+
+    least: int
+    most: int  # the config's target_width
+    keep: bool  # accepted drafts beyond M go on, up to `most`; else M beams
+    full: bool  # a failed layer is filled to `most`; else to its own M
 
 
 class CostTable(NamedTuple):
@@ -327,6 +444,17 @@ def ahead(
 
 
 @compiled
+def best_depth(likely: float, gained: FloatArray, rate: float, spent: FloatArray) -> tuple[int, float]:
+    """The d at which likely · A_d - rate · B_d is largest, the shallowest of equals, and what it is; see `ahead`."""
+    chosen, best = 0, -math.inf
+    for d in range(len(gained)):
+        net = likely * gained[d] - rate * spent[d]
+        if net > best:
+            chosen, best = d, net
+    return chosen, best
+
+
+@compiled
 def worth_drafting(
     prospect: Packed,
     costs: Packed,
@@ -340,7 +468,7 @@ def worth_drafting(
 ) -> bool:
     """See `Planner.worth_drafting`; of a `Prospect` and a `CostTable`."""
     gained, spent = ahead(Prospect(*prospect), CostTable(*costs), layer, deepest, nodes, width, parents)
-    return bool((reach * gained - rate * spent).max() > 0)
+    return bool(best_depth(reach, gained, rate, spent)[1] > 0)
 
 
 class Decision(NamedTuple):
@@ -370,25 +498,92 @@ def plan_width(
     most: int,
 ) -> Decision:
     """See `Planner.draft_width`."""
-    last = len(costs.target) - 1
     gained, spent = ahead(prospect, costs, layer + 1, deepest, nodes + most, most, most)
     likely = reach * (prospect.passing[layer - 1] if layer <= len(prospect.passing) else prospect.start)
-    further = prospect.earned + gained[(likely * gained - rate * spent).argmax()]
+    further = prospect.earned + gained[best_depth(likely, gained, rate, spent)[0]]
     chances = passing(top, further / max(width_value, 1e-9), head)
     chosen, best = least, -math.inf
     for width in range(least, most + 1):
-        seconds = costs.target[min(nodes + width, last)] - costs.target[min(nodes, last)]
-        if layer < deepest:
-            seconds += costs.draft[width] - costs.draft[1]
+        seconds = _added_seconds(costs, nodes, width, layer < deepest)
         likely = reach * chances[width - 1, 1]
-        net = likely * prospect.earned - rate * seconds + (likely * gained - rate * spent).max()
+        net = likely * prospect.earned - rate * seconds + best_depth(likely, gained, rate, spent)[1]
         if net > best:
             chosen, best = width, net
     promised = float(chances[chosen - 1, 0])
-    onward = reach * min(1.0, promised * prospect.correction)
-    gained, spent = ahead(prospect, costs, layer + 1, deepest, nodes + chosen, chosen, chosen)
-    deeper = bool((onward * gained - rate * spent).max() > 0)
+    onward, deeper = _onwards(prospect, costs, rate, reach, promised, layer, deepest, nodes, chosen)
     return Decision(chosen, least, promised, further, onward, deeper)
+
+
+@compiled
+def kept_loss(at_least: FloatArray, loss: FloatArray, rules: Rules) -> FloatArray:
+    """Mean of L over the beams that go on, at every M from the least; [counts] P(K >= k), [R + 1] -> [most + 1]."""
+    counts = len(at_least)
+    lost, going = np.zeros(rules.most + 1), 0.0  # going: Σ P(K = k) L(k) over k >= M, all of which go on
+    for k in range(max(counts - 1, rules.most), rules.least - 1, -1):
+        chance = at_least[k] if k < counts else 0.0
+        going += (chance - (at_least[k + 1] if k + 1 < counts else 0.0)) * loss[min(k, rules.most)]
+        if k <= rules.most:
+            passed = going if rules.keep else chance * loss[k]
+            lost[k] = passed + (1.0 - chance) * loss[rules.most if rules.full else k]
+    return lost
+
+
+@compiled
+def plan_widths(
+    at_least: FloatArray,
+    loss: FloatArray,
+    prospect: Prospect,
+    costs: CostTable,
+    rules: Rules,
+    width_value: float,
+    rate: float,
+    reach: float,
+    layer: int,
+    deepest: int,
+    nodes: int,
+    widest: int,
+) -> Decision:
+    """See `Planner.widths`; [W + 1, W + 1] P(K_w >= M), [R + 1] L(k)."""
+    gained, spent = ahead(prospect, costs, layer + 1, deepest, nodes + widest, widest, widest)
+    w, m, below, best = rules.least, rules.least, 0, -math.inf
+    for width in range(rules.least, widest + 1):
+        seconds = _added_seconds(costs, nodes, width, layer < deepest)
+        lost = kept_loss(at_least[width], loss, rules)
+        for asked in range(rules.least, min(width, rules.most) + 1):
+            chance = at_least[width, asked]
+            depth, more = best_depth(reach * chance, gained, rate, spent)
+            net = reach * (chance * prospect.earned - width_value * lost[asked]) - rate * seconds + more
+            if net > best:
+                w, m, below, best = width, asked, depth, net
+    promised = float(at_least[w, m])
+    onward, deeper = _onwards(prospect, costs, rate, reach, promised, layer, deepest, nodes, w)
+    return Decision(w, m, promised, prospect.earned + gained[below], onward, deeper)
+
+
+@compiled
+def _added_seconds(costs: CostTable, nodes: int, width: int, followed: bool) -> float:
+    """What a layer adds to the target's pass and, if layers may follow, to the draft's; beside a single node."""
+    last = len(costs.target) - 1
+    seconds = costs.target[min(nodes + width, last)] - costs.target[min(nodes, last)]
+    return seconds + (costs.draft[width] - costs.draft[1] if followed else 0.0)
+
+
+@compiled
+def _onwards(
+    prospect: Prospect,
+    costs: CostTable,
+    rate: float,
+    reach: float,
+    promised: float,
+    layer: int,
+    deepest: int,
+    nodes: int,
+    width: int,
+) -> tuple[float, bool]:
+    """`onward` and `deeper` of a layer's `Decision`, whose probability to pass was promised."""
+    onward = reach * min(1.0, promised * prospect.correction)
+    gained, spent = ahead(prospect, costs, layer + 1, deepest, nodes + width, width, width)
+    return onward, bool(best_depth(onward, gained, rate, spent)[1] > 0)
 
 
 @compiled
@@ -396,7 +591,7 @@ def plan_context(
     context: Packed,
     draft_hidden: FloatVector,
     target_hidden: FloatVector,
-    early: Packed,
+    weights: Packed,
     head: Packed,
     prospect: Packed,
     costs: Packed,
@@ -409,10 +604,40 @@ def plan_context(
     most: int,
 ) -> Decision:
     """`plan_width` of a `Context`, in one call; of `EarlyWeights`, `PassWeights`, a `Prospect` and a `CostTable`."""
-    top = look(describe_context(context), draft_hidden, target_hidden, EarlyWeights(*early))
+    top = look(describe_context(context), draft_hidden, target_hidden, EarlyWeights(*weights))
     known = PassWeights(*head), Prospect(*prospect), CostTable(*costs)
     layer = context[1]
     return plan_width(top, *known, width_value, rate, reach, layer, deepest, nodes, least, most)
+
+
+@compiled
+def plan_context_widths(
+    context: Packed,
+    draft_hidden: FloatVector,
+    target_hidden: FloatVector,
+    weights: Packed,
+    heads: Packed,
+    prospect: Packed,
+    costs: Packed,
+    rules: Packed,
+    width_value: float,
+    rate: float,
+    reach: float,
+    deepest: int,
+    nodes: int,
+    widest: int,
+    regret: bool,
+) -> tuple[Decision, FloatArray, FloatArray]:
+    """`plan_widths` of a `Context`, in one call, with what `foresee_context` says of it.
+
+    Of `EarlyWeights`, `HeadWeights`, a `Prospect`, a `CostTable` and `Rules`.
+    """
+    choice = Rules(*rules)
+    at_least, loss = foresee_context(context, draft_hidden, target_hidden, weights, heads, choice.most, regret)
+    known = Prospect(*prospect), CostTable(*costs), choice
+    layer = context[1]
+    decision = plan_widths(at_least, loss, *known, width_value, rate, reach, layer, deepest, nodes, widest)
+    return decision, at_least, loss
 
 
 @compiled
@@ -422,6 +647,25 @@ def least_bearable(loss: FloatArray, width_value: float, brought: float, least: 
         if width_value * (loss[width] - loss[most]) <= brought:
             return width
     return most
+
+
+@compiled
+def best_width(loss: FloatArray, at_least: FloatArray, width_value: float, brought: float, rules: Packed) -> int:
+    """The M whose passes bring most, less what is lost with the beams that go on; of `Rules`.
+
+    Args:
+        loss: [R + 1] L(k).
+        at_least: [w + 1] P(K_w >= M). More than w may be asked for: the layer cannot pass, and is filled.
+        brought: by a pass.
+    """
+    choice = Rules(*rules)
+    lost = kept_loss(at_least, loss, choice)
+    chosen, best = choice.least, -math.inf
+    for asked in range(choice.least, choice.most + 1):
+        net = (at_least[asked] * brought if asked < len(at_least) else 0.0) - width_value * lost[asked]
+        if net > best:
+            chosen, best = asked, net
+    return chosen
 
 
 @compiled
@@ -438,13 +682,54 @@ def cheapest_width(
     return chosen
 
 
-@compiled
-def judge_target(
-    target: Packed, weights: Packed, width_value: float, further: float, least: int, most: int
-) -> tuple[int, FloatArray]:
-    """M of a layer that could pass, and the L(k) in nats that it was set by, in one call; see `least_bearable`.
+# M of a layer in one call, with the L(k) that it was set by; of a `Target` and `LateWeights`.
 
-    Of a `Target` and `LateWeights`.
+
+@compiled
+def judge_bearable(
+    target: Packed, weights: Packed, width_value: float, brought: float, least: int, most: int, regret: bool
+) -> tuple[int, FloatArray]:
+    """M where each count speaks for itself; see `least_bearable`."""
+    loss = late_loss(describe_target(target), LateWeights(*weights), most, regret)
+    return least_bearable(loss, width_value, brought, least, most), loss
+
+
+@compiled
+def judge_counted(
+    target: Packed,
+    target_joint: Packed,
+    draft_joint: Packed,
+    draft_width: int,
+    foreseen: FloatArray,
+    weights: Packed,
+    width_value: float,
+    brought: float,
+    rules: Packed,
+    regret: bool,
+) -> tuple[int, FloatArray]:
+    """M where P(K_w >= M) matters, which is that of P and Q in closed form; see `best_width`, `matched` and `Rules`.
+
+    foreseen: [W + 1, W + 1] of the network, to take the mean with; empty: the closed form alone.
     """
-    loss = late_loss(describe_target(target), LateWeights(*weights), most, True)
-    return least_bearable(loss, width_value, further, least, most), loss
+    loss = late_loss(describe_target(target), LateWeights(*weights), rules[1], regret)
+    at_least = renewed_counts(accept_chances(target_joint[2], matched(target_joint, draft_joint), draft_width))
+    if len(foreseen) > 0:
+        at_least = 0.5 * (at_least + foreseen[draft_width, : draft_width + 1])
+    return best_width(loss, at_least, width_value, brought, rules), loss
+
+
+@compiled
+def judge_final(
+    target: Packed,
+    weights: Packed,
+    width_value: float,
+    rate: float,
+    costs: Packed,
+    drafts: bool,
+    least: int,
+    most: int,
+    regret: bool,
+) -> tuple[int, FloatArray]:
+    """M of the layer that the target draws; see `cheapest_width`."""
+    loss = late_loss(describe_target(target), LateWeights(*weights), most, regret)
+    return cheapest_width(loss, width_value, rate, costs, drafts, least, most), loss

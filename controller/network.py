@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from controller import kernels
-from controller.kernels import LIMIT, PRICES, EarlyWeights, FloatArray, FloatVector, LateWeights, PassWeights
+from controller.kernels import LIMIT, PRICES, EarlyWeights, FloatVector, HeadWeights, LateWeights, Packed, PassWeights
 from decoding.errors import UserError
 
 FORMAT = "dsbd-controller"  # what config.json says it is
@@ -194,8 +193,17 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         return sum(parameter.numel() for parameter in self.parameters())
 
 
+class PackedWeights(NamedTuple):
+    """Of a HostNet: the fields of its records, as the kernels take them."""
+
+    early: Packed
+    heads: Packed
+    passing: Packed
+    late: Packed
+
+
 class HostNet:
-    """A WidthNet for one row at a time, in `controller.kernels`: the same numbers at a fraction of the call overhead.
+    """A WidthNet's weights for `controller.kernels`: one row at a time, at a fraction of the call overhead.
 
     Args:
         net: its weights are copied; later changes to it are not seen.
@@ -216,7 +224,7 @@ class HostNet:
             weight = torch.cat([survivor.weight / temperature, regret.weight])  # [2 R - 1, hidden]
             return host(weight.T), host(torch.cat([survivor.bias / temperature, regret.bias + shift]))
 
-        self.early_weights = EarlyWeights(
+        self.early = EarlyWeights(
             host(net.feature_mean),
             host(1.0 / net.feature_std),
             projection(net.draft_projection),
@@ -225,11 +233,13 @@ class HostNet:
         )
         # The accept head and its basis are two linear maps in a row, and temperatures only scale: one map each.
         accept = net.accept_basis.T / net.accept_temperature  # [W * W, bases]
-        bias = accept @ net.accept_head.bias + net.accept_bias.flatten() / net.accept_temperature
-        self._accept = host((accept @ net.accept_head.weight).T), host(bias)
-        self._shape = tuple(net.accept_bias.shape)
-        self._quality = quality(net.survivor_head, net.survivor_temperature, net.regret_head, net.regret_shift)
-        self.head = PassWeights(
+        bias = (accept @ net.accept_head.bias).view_as(net.accept_bias) + net.accept_bias / net.accept_temperature
+        self.heads = HeadWeights(
+            host((accept @ net.accept_head.weight).T),
+            host(bias),
+            *quality(net.survivor_head, net.survivor_temperature, net.regret_head, net.regret_shift),
+        )
+        self.passing = PassWeights(
             host(net.pass_in.weight.T),
             host(net.pass_price),
             host(net.pass_width + net.pass_in.bias),
@@ -238,28 +248,8 @@ class HostNet:
         )
         late = net.late_survivor_head, net.late_survivor_temperature, net.late_regret_head, net.late_regret_shift
         layers = (*linears(net.late_trunk), quality(*late))
-        self.late_weights = LateWeights(host(net.late_mean), host(1.0 / net.late_std), layers)
-        self.packed = tuple(self.early_weights), tuple(self.head), tuple(self.late_weights)
-        self.top: FloatVector = np.zeros(net.pass_in.in_features, np.float32)  # of the layer last looked at
-
-    def look(
-        self,
-        features: FloatVector,  # [F]
-        draft_hidden: FloatVector,  # [H_q]; empty where the network does without
-        target_hidden: FloatVector,  # [H_p]
-    ) -> None:
-        """Take in a layer that `early` will be asked about."""
-        self.top = kernels.look(features, draft_hidden, target_hidden, self.early_weights)
-
-    def early(self) -> tuple[FloatVector, FloatVector]:
-        """Accept logits [W, W]; survivor logits [R] and log regret steps [R - 1] as one vector."""
-        accept, bias = self._accept
-        weight, offset = self._quality
-        return (self.top @ accept + bias).reshape(self._shape), self.top @ weight + offset
-
-    def late_loss(self, target_features: FloatVector, target_width: int, regret: bool) -> FloatArray:
-        """L(k) once P is known; [G] -> [R + 1]. See `kernels.expected_loss`."""
-        return kernels.late_loss(target_features, self.late_weights, target_width, regret)
+        self.late = LateWeights(host(net.late_mean), host(1.0 / net.late_std), layers)
+        self.packed = PackedWeights(tuple(self.early), tuple(self.heads), tuple(self.passing), tuple(self.late))
 
 
 def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, Any]) -> Path:

@@ -9,20 +9,19 @@ line.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from controller import kernels
-from controller.kernels import Context, CostTable, Decision, FloatVector, Packed, Prospect
+from controller.kernels import Context, CostTable, Decision, FloatVector, Packed
 from controller.network import HostNet
 from decoding.config import DecodingConfig
 from decoding.pricing import Costs, iteration_seconds
-from decoding.sampling import FloatArray, IntArray
+from decoding.sampling import FloatArray
 from decoding.widths import LayerRecord
 
 _LEAST_REWARD = 0.05  # of an iteration, where ρ is concerned
@@ -30,6 +29,7 @@ _SUPPORT = Context._fields.index("support")
 _SPIKE = 2.0  # times what an iteration should take, beyond which the clock saw something else
 _STRANGEST = 5.0  # times the table's, as far as its seconds can be from the clock's
 _TABLE = 512  # node counts whose seconds are looked up; larger forests count as this
+_NOTHING = np.zeros((0, 0))
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class UnitCosts:
         return 0.0
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """What a network says of one layer before its drafts are drawn."""
 
     at_least: FloatArray  # [W + 1, W + 1] P(K_w >= M) at [w, M]
@@ -159,11 +158,12 @@ class Outlook:
     @property
     def prospect(self) -> Packed:
         """The same for the kernels: a `kernels.Prospect`."""
-        return self._passing, self._start, self.earned, self.left, self._passed / self._promised
+        return self._passing, self._start, self.earned, self.left, self.correction
 
-    def corrected(self, passing: float) -> float:
-        """A predicted probability to pass, as experience corrects it: M may be set by more than was known then."""
-        return min(1.0, passing * self._passed / self._promised)
+    @property
+    def correction(self) -> float:
+        """Of predicted probabilities to pass, by experience: M may be set by more than was known then."""
+        return self._passed / self._promised
 
     def saw(self, layer: int, passed: float, predicted: float | None = None) -> None:
         """A layer was reached and passed, 1, or failed, 0."""
@@ -213,48 +213,46 @@ class Planner:
 
     def widths(
         self,
-        prediction: Prediction,
+        host: HostNet,
+        context: Packed,
+        hidden: tuple[FloatVector, FloatVector],
         config: DecodingConfig,
         outlook: Outlook,
         rate: float,
         reach: float,
-        layer: int,
         deepest: int,
         nodes: int,
-        support: int,
-    ) -> Decision:
-        """The best (w, M) of a layer.
+        regret: bool = True,
+    ) -> tuple[Decision, Prediction]:
+        """The best (w, M) of a layer, by what is known before its drafts are drawn.
 
         Args:
+            host: its early heads are asked.
+            context, hidden: the layer; the draft's and the target's hidden vector, empty where not used.
             outlook: of the layers below.
             rate: ρ.
             reach: probability that the layer is reached.
-            layer, deepest: its depth, from 1, and that of the last layer that may be drafted.
+            deepest: the last layer that may be drafted.
             nodes: nodes that the target will score without this layer.
-            support: size of Q's support; more drafts than that do not exist.
+            regret: what loss is in; see `kernels.expected_loss`.
         """
-        least, most = config.min_width, max(config.min_width, min(config.draft_width, support))
-        widths, asked, impossible = _choices(least, most, config.target_width)
-        at_least = prediction.at_least[least : most + 1]  # [w, W + 1]
-        chances = at_least[:, np.minimum(asked, at_least.shape[1] - 1)]  # [w, M]
-        lost = self.width_value * _expected_loss(prediction.loss, at_least, config)  # [w, M]
-        draft, target = self._table.draft, self._table.target
-        seconds = target[np.minimum(nodes + widths, _TABLE - 1)] - target[min(nodes, _TABLE - 1)]
-        if layer < deepest:
-            seconds += draft[widths] - draft[1]
-        gain = reach * (chances * outlook.earned - lost) - rate * seconds[:, None]
-        gained, spent = kernels.ahead(
-            Prospect(*outlook.prospect), self._table, layer + 1, deepest, nodes + most, most, most
+        plan, at_least, loss = kernels.plan_context_widths(
+            context,
+            *hidden,
+            host.packed.early,
+            host.packed.heads,
+            outlook.prospect,
+            self._packed,
+            rules_of(config),
+            self.width_value,
+            rate,
+            reach,
+            deepest,
+            nodes,
+            _widest(context, config),
+            regret,
         )
-        net = (reach * chances)[..., None] * gained - rate * spent  # [w, M, d] as deep as it pays
-        gain += net.max(-1)
-        gain[impossible] = -np.inf
-        row, column = divmod(int(gain.argmax()), len(asked))
-        w, m = int(widths[row]), int(asked[column])
-        below, passing = gained[net[row, column].argmax()], float(prediction.at_least[w, m])
-        onward = reach * outlook.corrected(passing)
-        deeper = self.worth_drafting(outlook, rate, onward, layer + 1, deepest, parents=w, nodes=nodes + w, width=w)
-        return Decision(w, m, passing, outlook.earned + float(below), onward, deeper)
+        return plan, Prediction(at_least, loss)
 
     def draft_width(
         self,
@@ -272,15 +270,13 @@ class Planner:
 
         Args:
             host: its pass head is asked about that loss.
-            context, hidden: the layer; the draft's and the target's hidden vector, empty where not used.
             others: as for `widths`.
         """
-        support = config.draft_width if config.replacement else context[_SUPPORT]
-        least, most = config.min_width, max(config.min_width, min(config.draft_width, support))
         return kernels.plan_context(
             context,
             *hidden,
-            *host.packed[:2],
+            host.packed.early,
+            host.packed.passing,
             outlook.prospect,
             self._packed,
             self.width_value,
@@ -288,8 +284,8 @@ class Planner:
             reach,
             deepest,
             nodes,
-            least,
-            most,
+            config.min_width,
+            _widest(context, config),
         )
 
     def seconds(self, widths: Sequence[int], roots: int) -> float:
@@ -302,12 +298,7 @@ class Planner:
         return float(spent + target[min(roots + sum(widths), last)])
 
     def target_width(
-        self,
-        loss: FloatArray,
-        at_least: FloatArray | None,
-        config: DecodingConfig,
-        draft_width: int,
-        further: float = 1.0,
+        self, loss: FloatArray, at_least: FloatArray | None, config: DecodingConfig, further: float = 1.0
     ) -> int:
         """The best M of a layer that is reached and whose draft width is settled.
 
@@ -318,23 +309,60 @@ class Planner:
             at_least: [w + 1] P(K_w >= M); None where `settles_alone` says that it does not matter.
             further: of its plan. Which layers were drafted below since then may not count (design 5.4).
         """
-        least, end = config.min_width, config.target_width + 1
         if at_least is None:  # a pass with k beams is welcome where what comes further outweighs what is lost
-            return kernels.least_bearable(loss, self.width_value, further, least, config.target_width)
-        row = np.zeros((1, end + draft_width))
-        row[0, : len(at_least)] = at_least
-        lost = self.width_value * _expected_loss(loss, row, config)[0]
-        return least + int((row[0, least:end] * further - lost).argmax())
+            return kernels.least_bearable(loss, self.width_value, further, config.min_width, config.target_width)
+        return kernels.best_width(loss, at_least, self.width_value, further, rules_of(config))
 
     def bearable_width(
-        self, host: HostNet, target: Packed, config: DecodingConfig, further: float
+        self, host: HostNet, target: Packed, config: DecodingConfig, further: float, regret: bool = True
     ) -> tuple[int, FloatArray]:
-        """`target_width` where it settles alone, with the loss in nats that it is set by."""
+        """`target_width` where it settles alone, with the late loss that it is set by."""
         ends = config.min_width, config.target_width
-        return kernels.judge_target(target, host.packed[2], self.width_value, further, *ends)
+        return kernels.judge_bearable(target, host.packed.late, self.width_value, further, *ends, regret)
 
-    def final_width(self, loss: FloatArray, config: DecodingConfig, rate: float) -> int:
-        """M of the layer that the target draws: what is lost against carrying M beams into the next iteration."""
+    def counted_width(
+        self,
+        host: HostNet,
+        target: Packed,
+        joints: tuple[Packed, Packed],
+        draft_width: int,
+        foreseen: FloatArray | None,
+        config: DecodingConfig,
+        further: float,
+        regret: bool = True,
+    ) -> tuple[int, FloatArray]:
+        """`target_width` where P(K_w >= M) matters, in closed form, with the late loss that it is set by.
+
+        Args:
+            joints: P and Q, each its parents, tokens and probabilities.
+            draft_width: w.
+            foreseen: [W + 1, W + 1] of a `Prediction`, to take the mean with; None: the closed form alone.
+        """
+        return kernels.judge_counted(
+            target,
+            *joints,
+            draft_width,
+            _NOTHING if foreseen is None else foreseen,
+            host.packed.late,
+            self.width_value,
+            further,
+            rules_of(config),
+            regret,
+        )
+
+    def final_width(
+        self, host: HostNet, target: Packed, config: DecodingConfig, rate: float, regret: bool = True
+    ) -> tuple[int, FloatArray]:
+        """M of the layer that the target draws, with the late loss that it is set by.
+
+        What is lost counts against carrying M beams into the next iteration.
+        """
+        ends = config.min_width, config.target_width
+        place = self.width_value, rate, self._packed, config.draft_depth > 0, *ends
+        return kernels.judge_final(target, host.packed.late, *place, regret)
+
+    def cheapest_width(self, loss: FloatArray, config: DecodingConfig, rate: float) -> int:
+        """`final_width` by a loss that is known."""
         ends = config.min_width, config.target_width
         return kernels.cheapest_width(loss, self.width_value, rate, self._packed, config.draft_depth > 0, *ends)
 
@@ -368,6 +396,11 @@ def settles_alone(config: DecodingConfig) -> bool:
     return config.surplus == "keep" and config.refill == "full"
 
 
+def rules_of(config: DecodingConfig) -> Packed:
+    """What the kernels need to know of a config: `kernels.Rules`."""
+    return config.min_width, config.target_width, config.surplus == "keep", config.refill == "full"
+
+
 def kept_width(record: LayerRecord, config: DecodingConfig) -> int:
     """Beams that a committed layer kept, finished ones included, as far as M and the coins tell."""
     if record.draft_width == 0:
@@ -377,24 +410,7 @@ def kept_width(record: LayerRecord, config: DecodingConfig) -> int:
     return min(record.accepted, config.target_width) if config.surplus == "keep" else record.target_width
 
 
-def _expected_loss(loss: FloatArray, at_least: FloatArray, config: DecodingConfig) -> FloatArray:
-    """Mean of L over the beams that M keeps; [R + 1], [w, counts] -> [w, M], M from min_width to target_width."""
-    kept = _kept(at_least.shape[1], config.min_width, config.target_width, config.surplus, config.refill)
-    counts = at_least.copy()  # [w, k] P(K_w = k)
-    counts[:, :-1] -= at_least[:, 1:]
-    return counts @ loss[kept]
-
-
-@functools.lru_cache(64)
-def _choices(least: int, most: int, target_width: int) -> tuple[IntArray, IntArray, NDArray[np.bool_]]:
-    """Draft widths [w], target widths [M], and which pairs cannot be, since M drafts must be there; [w, M]."""
-    widths, asked = np.arange(least, most + 1), np.arange(least, target_width + 1)
-    return widths, asked, asked > widths[:, None]
-
-
-@functools.lru_cache(64)
-def _kept(counts: int, least: int, most: int, surplus: str, refill: str) -> IntArray:
-    """Beams that go on when k drafts were accepted and M were asked for; [k, M]."""
-    asked, accepted = np.arange(least, most + 1), np.arange(counts)[:, None]
-    passed = np.minimum(accepted, most) if surplus == "keep" else asked
-    return np.where(accepted >= asked, passed, most if refill == "full" else asked)
+def _widest(context: Packed, config: DecodingConfig) -> int:
+    """The most drafts of a layer: more than Q's support do not exist."""
+    support = config.draft_width if config.replacement else context[_SUPPORT]
+    return max(config.min_width, min(config.draft_width, support))

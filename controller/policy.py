@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from controller.counts import count_table, tails
+from controller import kernels
 from controller.features import ContextFeatures, FloatVector, check_features, hidden_vectors, known
-from controller.kernels import Decision, expected_loss
+from controller.kernels import Decision, Packed
 from controller.knob import choose_width_value
 from controller.network import HostNet, WidthNet, load_controller
 from controller.planner import (
@@ -26,12 +26,11 @@ from controller.planner import (
     kept_width,
     settles_alone,
 )
-from decoding.acceptance import accept_probabilities, accepted_count_table, align
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.latency import LatencyTable
 from decoding.pricing import Costs
-from decoding.sampling import FloatArray
+from decoding.sampling import Distribution, FloatArray
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
 
 MODES = ("before", "after", "both")
@@ -46,8 +45,8 @@ class _Seen(NamedTuple):
     """The prediction and the plan of a layer, kept between `draft_width` and `target_width`."""
 
     context: DraftContext
-    prediction: Prediction | None  # None: only the chance to pass was asked for
     plan: Decision
+    prediction: Prediction | None  # None: only the chance to pass was asked for
 
 
 class LearnedWidth(WidthPolicy):
@@ -103,6 +102,7 @@ class LearnedWidth(WidthPolicy):
         self._host = HostNet(net)
         self.width_value, self.mode, self.clock = float(width_value), mode, clock
         self.quality, self.share = quality, share
+        self._regret = quality == "regret"
         self.needs_hidden = bool(net.sizes["draft_hidden"] or net.sizes["target_hidden"])
         self.use_latency(latency)
         self._checked: DecodingConfig | None = None
@@ -245,26 +245,13 @@ class LearnedWidth(WidthPolicy):
         config, layer, width = context.draft.root.config, context.draft.layer, context.draft_width
         if width == 0:
             self._roots = len(context.draft.root.weights)
-            loss = self._seen_loss[layer] = self._early_loss(context) if self.mode == "before" else self.late(context)
-            return self.planner.final_width(loss, config, self._rate(config))
-        seen = self._see(context.draft)
-        if seen.prediction is None:
-            asked, self._seen_loss[layer] = self.planner.bearable_width(
-                self._host, known(context), config, seen.plan.further
-            )
-            return asked
-        before = seen.prediction if self.mode == "before" else None
-        loss = self._seen_loss[layer] = self.late(context) if before is None else before.loss
-        if self.mode == "before" and width == seen.plan.draft_width:
-            return seen.plan.target_width  # less was drawn than planned where Q has no more support
-        at_least = None
-        if not settles_alone(config):
-            assert seen.prediction is not None
-            at_least = seen.prediction.at_least[width, : width + 1]
-            if self.mode != "before":
-                closed = closed_form(context)
-                at_least = closed if self.mode == "after" else 0.5 * (at_least + closed)
-        return self.planner.target_width(loss, at_least, config, width, seen.plan.further)
+            asked, loss = self._final_width(context, config)
+        elif self.mode == "before":
+            asked, loss = self._planned_width(context, config)
+        else:
+            asked, loss = self._judged_width(context, config)
+        self._seen_loss[layer] = loss
+        return asked
 
     def observe(self, record: IterationRecord) -> None:
         """Learn from an iteration; only now, since what is shown of deeper layers may not move M (design 5.4)."""
@@ -307,11 +294,9 @@ class LearnedWidth(WidthPolicy):
 
     def predict(self, context: DraftContext) -> Prediction:
         """Ask the network about one layer, before its drafts are drawn."""
-        self._host.look(self.features(context), *self._hidden(context))
-        accept_logits, quality = self._host.early()
-        accept = 1.0 / (1.0 + np.exp(-np.maximum(accept_logits, -30).astype(np.float64)))  # [W, W]
-        loss = expected_loss(quality, context.root.config.target_width, self.quality == "regret")
-        return Prediction(tails(count_table(accept)), loss)
+        scene, hidden, packed = self.features.of_context(context), self._hidden(context), self._host.packed
+        width = context.root.config.target_width
+        return Prediction(*kernels.foresee_context(scene, *hidden, packed.early, packed.heads, width, self._regret))
 
     def _hidden(self, context: DraftContext) -> tuple[FloatVector, FloatVector]:
         """The draft's and the target's hidden vectors, empty where the network does without."""
@@ -327,36 +312,57 @@ class LearnedWidth(WidthPolicy):
                 )
         return hidden
 
-    def late(self, context: TargetContext) -> FloatArray:
-        """L(k) of a layer whose P is known; [R + 1]."""
-        width = context.draft.root.config.target_width
-        return self._host.late_loss(self.features.of_target(context), width, self.quality == "regret")
+    # M, and the L(k) that it was set by.
 
-    def _early_loss(self, context: TargetContext) -> FloatArray:
-        return self.predict(context.draft).loss
+    def _final_width(self, context: TargetContext, config: DecodingConfig) -> tuple[int, FloatArray]:
+        """Of the layer that the target draws."""
+        rate = self._rate(config)
+        if self.mode == "before":
+            loss = self.predict(context.draft).loss
+            return self.planner.cheapest_width(loss, config, rate), loss
+        return self.planner.final_width(self._host, known(context), config, rate, self._regret)
+
+    def _planned_width(self, context: TargetContext, config: DecodingConfig) -> tuple[int, FloatArray]:
+        """By what was known before the draw."""
+        seen, width = self._see(context.draft), context.draft_width
+        assert seen.prediction is not None
+        at_least, loss = seen.prediction
+        if width == seen.plan.draft_width:
+            return seen.plan.target_width, loss
+        # Less was drawn than planned where Q has no more support.
+        row = None if settles_alone(config) else at_least[width, : width + 1]
+        return self.planner.target_width(loss, row, config, seen.plan.further), loss
+
+    def _judged_width(self, context: TargetContext, config: DecodingConfig) -> tuple[int, FloatArray]:
+        """By P and Q."""
+        seen = self._see(context.draft)
+        place = config, seen.plan.further, self._regret
+        if settles_alone(config):
+            return self.planner.bearable_width(self._host, known(context), *place)
+        foreseen = seen.prediction.at_least if self.mode == "both" and seen.prediction is not None else None
+        joints = _entries(context.target), _entries(context.draft.joint)
+        return self.planner.counted_width(self._host, known(context), joints, context.draft_width, foreseen, *place)
+
+    # What it plans.
 
     def _see(self, context: DraftContext) -> _Seen:
         """The prediction and plan of a layer, made once."""
         seen = self._seen.get(context.layer)
         if seen is None or seen.context is not context:
-            # Where M will be set by the loss that a pass can bear, only the chance to pass is asked for.
-            late = self.mode != "before" and self.quality == "regret" and settles_alone(context.root.config)
-            prediction = None if late else self.predict(context)
-            seen = _Seen(context, prediction, self._plan(context, prediction))
-            self._seen[context.layer] = seen
+            seen = self._seen[context.layer] = _Seen(context, *self._plan(context))
         return seen
 
-    def _plan(self, context: DraftContext, prediction: Prediction | None) -> Decision:
-        config, root, layer = context.root.config, context.root, context.layer
-        above = self._seen.get(layer - 1)
+    def _plan(self, context: DraftContext) -> tuple[Decision, Prediction | None]:
+        config, root = context.root.config, context.root
+        above = self._seen.get(context.layer - 1)
         reach = above.plan.onward if above is not None else 1.0  # probability that all layers above pass
-        state = config, self.outlook, self._rate(config), reach
-        deepest, nodes = _deepest(root), len(root.weights) + sum(context.widths)
-        if prediction is None:
-            hidden, scene = self._hidden(context), self.features.of_context(context)
-            return self.planner.draft_width(self._host, scene, hidden, *state, deepest, nodes)
-        support = config.draft_width if config.replacement else len(context.joint)
-        return self.planner.widths(prediction, *state, layer, deepest, nodes, support)
+        scene, hidden = self.features.of_context(context), self._hidden(context)
+        nodes = len(root.weights) + sum(context.widths)
+        known = self._host, scene, hidden, config, self.outlook, self._rate(config), reach, _deepest(root), nodes
+        if self.mode != "before" and self._regret and settles_alone(config):
+            # Where M will be set by the loss that a pass can bear, only the chance to pass is asked for.
+            return self.planner.draft_width(*known), None
+        return self.planner.widths(*known, self._regret)
 
     def _rate(self, config: DecodingConfig) -> float:
         """The price of a second of the table that nodes or layers add: all that is ever weighed against a reward."""
@@ -383,11 +389,9 @@ def _in_words(pair: dict[str, Any]) -> str:
     return f"{pair.get('name')!r}{by} ({pair.get('fingerprint')})"
 
 
-def closed_form(context: TargetContext) -> FloatArray:
-    """P(K_w >= M) of the layer's P and Q with replacement (design 5.3); [w + 1]."""
-    both = align(context.target, context.draft.joint)
-    accept = accept_probabilities(both.p, both.q, context.draft_width)
-    return tails(accepted_count_table(accept)[-1])
+def _entries(joint: Distribution) -> Packed:
+    """A joint distribution for the kernels: parents, tokens and probabilities."""
+    return joint.parents, joint.tokens, joint.probs
 
 
 def _costs(latency: Costs | dict[str, Any] | str | Path | None) -> Costs:

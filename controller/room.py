@@ -26,7 +26,7 @@ from controller.ablations import RESAMPLES, interval, markdown
 from controller.features import known
 from controller.network import WidthNet
 from controller.planner import settles_alone
-from controller.policy import LearnedWidth, closed_form
+from controller.policy import LearnedWidth
 from decoding.config import DecodingConfig
 from decoding.costs import cost_table
 from decoding.decoder import DSBDDecoder
@@ -111,8 +111,8 @@ class DeepWidth(LearnedWidth):
     def draft_width(self, context: DraftContext) -> int:
         config = context.root.config
         width = config.draft_width if config.replacement else min(config.draft_width, len(context.joint))
-        self._host.look(self.features(context), *self._hidden(context))
-        chances = kernels.passing(self._host.top, self.bearable, self._host.head)  # [W, 2]
+        top = kernels.look(self.features(context), *self._hidden(context), self._host.early)
+        chances = kernels.passing(top, self.bearable, self._host.passing)  # [W, 2]
         self._widths = (*self._widths, width)
         self._promised.append(float(chances[width - 1, 0]))
         return width
@@ -209,6 +209,12 @@ def compare(prompts: Sequence[Sequence[Iteration]], costs: Costs) -> list[Outcom
         given = np.where(half == 0, found[:, best[0]], found[:, best[1]])  # [3, P]
         outcomes.append(Outcome(knows, given[0], given[1], given[2], len(iterations), deepest))
     return outcomes
+
+
+def closed_form(context: TargetContext) -> FloatArray:
+    """P(K_w >= M) of the layer's P and Q with replacement (design 5.3); [w + 1]."""
+    p, q = ((joint.parents, joint.tokens, joint.probs) for joint in (context.target, context.draft.joint))
+    return kernels.renewed_counts(kernels.accept_chances(p[2], kernels.matched(p, q), context.draft_width))
 
 
 def earnings(iterations: Sequence[Iteration], costs: Costs) -> tuple[FloatArray, FloatArray]:

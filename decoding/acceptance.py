@@ -12,12 +12,12 @@ import numpy as np
 
 from decoding.sampling import Dice, Distribution, FloatArray, IntArray, draw
 
-_VOCABULARY_LIMIT = 1 << 32  # node * limit + token is one sortable key
+VOCABULARY_LIMIT = 1 << 32  # node * limit + token is one sortable key
 
 
 def joint_keys(joint: Distribution) -> IntArray:
     """One integer per (parent node, token); [S]."""
-    return joint.parents * _VOCABULARY_LIMIT + joint.tokens
+    return joint.parents * VOCABULARY_LIMIT + joint.tokens
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,11 @@ def accepted_count_table(accept: FloatArray) -> FloatArray:
     width = len(accept)
     survive = np.concatenate([[1.0], np.cumprod(1.0 - accept)])  # [w + 1] no acceptance in the first j drafts
     first = accept * survive[:-1]  # [w] first acceptance at draft i
+    step = np.zeros((width + 1, width + 1))  # [m, m - i] first acceptance at draft i, which leaves m - i
+    for m in range(1, width + 1):
+        step[m, :m] = first[:m][::-1]
     table = np.zeros((width + 1, width + 1))
-    for m in range(width + 1):
-        table[m, 0] = survive[m]
-        for k in range(1, m + 1):
-            table[m, k] = sum(first[i - 1] * table[m - i, k - 1] for i in range(1, m + 1))
+    table[:, 0] = survive
+    for k in range(1, width + 1):
+        table[:, k] = step @ table[:, k - 1]
     return table

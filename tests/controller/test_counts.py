@@ -42,25 +42,24 @@ def enumerate_counts(accept: np.ndarray, drafts: int) -> np.ndarray:
     return counts
 
 
-def test_table_equals_enumeration_for_tensors_and_arrays() -> None:
+def test_table_equals_enumeration() -> None:
     accept = random_accept(0, 3)
     table = count_table(accept)
     assert table.shape == (3, WIDTH + 1, WIDTH + 1)
     for row, drafts in itertools.product(range(3), range(WIDTH + 1)):
         np.testing.assert_allclose(table[row, drafts], enumerate_counts(accept[row].numpy(), drafts), atol=1e-12)
-    np.testing.assert_array_equal(count_table(accept.numpy()), table.numpy())
     np.testing.assert_allclose(tails(table)[..., 0], 1.0, atol=1e-12)
-    np.testing.assert_allclose(tails(table.numpy()), tails(table), atol=1e-12)
 
 
 def test_table_equals_simulation() -> None:
-    accept, draws = random_accept(1).numpy(), 100_000
+    probabilities, draws = random_accept(1), 100_000
+    accept = probabilities.numpy()
     coins, k = np.random.default_rng(0).random((draws, WIDTH)), np.zeros(draws, dtype=int)
     for i in range(WIDTH):
         k += coins[:, i] < accept[i, k]
     seen = np.bincount(k, minlength=WIDTH + 1) / draws
     # Five standard errors of a proportion from 100k draws are below 0.008.
-    np.testing.assert_allclose(count_table(accept)[WIDTH], seen, atol=0.008)
+    np.testing.assert_allclose(count_table(probabilities)[WIDTH], seen, atol=0.008)
 
 
 def test_wider_never_accepts_less_whatever_the_network_says() -> None:
@@ -72,7 +71,9 @@ def test_wider_never_accepts_less_whatever_the_network_says() -> None:
 def test_table_agrees_with_the_closed_form_with_replacement() -> None:
     """a[i, k] that depend on rejections in a row only are outside this table; equal ones are inside both."""
     np.testing.assert_allclose(
-        count_table(np.full((WIDTH, WIDTH), 0.3)), accepted_count_table(np.full(WIDTH, 0.3)), atol=1e-12
+        count_table(torch.full((WIDTH, WIDTH), 0.3, dtype=torch.float64)),
+        accepted_count_table(np.full(WIDTH, 0.3)),
+        atol=1e-12,
     )
 
 

@@ -1,4 +1,7 @@
-"""The kernels compiled and plain: one source, the same numbers. Their mathematics is tested where they are used."""
+"""The kernels: compiled and plain, one source gives the same numbers; and widths against a search of all of them.
+
+What else they compute is tested where it is used.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from controller import kernels
+from controller.counts import count_table, tails
+from controller.kernels import CostTable, Prospect, Rules
+from controller.policy import MODES
+from decoding.acceptance import accept_probabilities, accepted_count_table, align
+from decoding.sampling import FloatArray, Joint
 
 needs_numba = pytest.mark.skipif(not kernels.COMPILED, reason="numba is not installed, or disabled")
 
@@ -45,6 +54,20 @@ def joint(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     return weights, kept, rng.integers(0, beams, len(kept)), entries
 
 
+def parents_tokens_probs(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A distribution over (beam, token); two of these share some of their entries."""
+    entries = int(rng.integers(1, 13))
+    place = rng.choice(16, entries, replace=False)
+    probs = np.maximum(rng.dirichlet(np.full(entries, 0.3)), 1e-12)
+    return place // 4 + 5, place % 4, probs / probs.sum()
+
+
+def foreseen(rng: np.random.Generator, widest: int) -> np.ndarray:
+    """P(K_w >= M) at [w, M] for random accept probabilities, some of them 0 or 1; [W + 1, W + 1]."""
+    accept = np.clip(rng.normal(0.5, 0.5, (widest, widest)), 0.0, 1.0)
+    return tails(count_table(torch.from_numpy(accept))).numpy()
+
+
 def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...]]:
     """Arguments of every kernel; records are the module's own."""
     hidden, pass_hidden, ranks, draft = 9, 7, int(rng.integers(2, 6)), int(rng.choice([0, 4]))
@@ -58,6 +81,8 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
     early = module.EarlyWeights(f32(rng, 21), f32(rng, 21), *projections, trunk)
     shapes = (hidden, pass_hidden), (pass_hidden,), (6, pass_hidden), (pass_hidden, 2), (2,)
     head = module.PassWeights(*(f32(rng, *shape) for shape in shapes))
+    shapes = (hidden, 36), (6, 6), (hidden, 2 * ranks - 1), (2 * ranks - 1,)
+    heads = module.HeadWeights(*(f32(rng, *shape) for shape in shapes))
     layers = linear(36, 8), linear(8, 8), linear(8, 2 * ranks - 1)
     late = module.LateWeights(f32(rng, 36), f32(rng, 36), layers)
     nodes = np.arange(64.0)
@@ -73,32 +98,57 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
     vectors = f32(rng, draft), np.zeros(0, np.float32)
     value, brought = float(rng.exponential()), float(rng.exponential())
     packed = tuple(early), tuple(head), tuple(prospect), tuple(costs)
+    rules = module.Rules(1, target_width, bool(rng.integers(2)), bool(rng.integers(2)))
+    at_least, draft_width = foreseen(rng, 6), int(rng.integers(1, 7))
+    p, q = parents_tokens_probs(rng), parents_tokens_probs(rng)
+    gained, spent = rng.random(4).cumsum(), rng.random(4).cumsum()
+    regret = bool(rng.integers(2))
+    place = value, rate, reach
+    said = at_least if rng.integers(2) else np.zeros((0, 0))
     return {
         "describe_context": (context,),
         "describe_target": (target,),
         "look": (f32(rng, 21), *vectors, early),
+        "early": (top, heads),
         "passing": (top, float(rng.exponential()), head),
         "late": (f32(rng, 36), late),
         "late_loss": (f32(rng, 36), late, target_width, bool(rng.integers(2))),
         "expected_loss": (f32(rng, 2 * ranks - 1), target_width, bool(rng.integers(2))),
+        "foreseen_counts": (f32(rng, 6, 6) * 9,),
+        "foresee": (top, heads, target_width, regret),
+        "foresee_context": (context, *vectors, packed[0], tuple(heads), target_width, regret),
+        "matched": (p, q),
+        "accept_chances": (rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(5)), draft_width),
+        "renewed_counts": (rng.random(draft_width),),
         "ahead": (prospect, costs, layer, 4, 7, 5, 3),
         "worth_drafting": (*packed[2:], rate, reach, layer, 4, 3, 7, 5),
         "plan_width": (top, head, prospect, costs, value, rate, reach, layer, 4, 7, 1, 6),
         "plan_context": (context, *vectors, *packed, value, rate, reach, 4, 7, 1, 6),
-        "judge_target": (target, tuple(late), value, brought, 1, target_width),
+        "best_depth": (reach, gained, rate, spent),
+        "kept_loss": (at_least[draft_width, : draft_width + 1], loss, rules),
+        "plan_widths": (at_least, loss, prospect, costs, rules, *place, layer, 4, 7, 6),
+        "plan_context_widths": (
+            *(context, *vectors, packed[0], tuple(heads), *packed[2:], tuple(rules)),
+            *(*place, 4, 7, 6, regret),
+        ),
+        "best_width": (loss, at_least[draft_width, : draft_width + 1], value, brought, tuple(rules)),
+        "judge_bearable": (target, tuple(late), value, brought, 1, target_width, regret),
+        "judge_counted": (target, p, q, draft_width, said, tuple(late), value, brought, tuple(rules), regret),
+        "judge_final": (target, tuple(late), value, rate, packed[3], True, 1, target_width, regret),
         "least_bearable": (loss, value, brought, 1, target_width),
         "cheapest_width": (loss, value, rate, packed[3], bool(rng.integers(2)), 1, target_width),
     }
 
 
 def parts(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
+    """A result without its tuples."""
+    return tuple(part for entry in value for part in parts(entry)) if isinstance(value, tuple) else (value,)
 
 
 @needs_numba
 def test_compiled_kernels_are_the_plain_ones(plain: ModuleType) -> None:
     tried = set()
-    for seed in range(40):
+    for seed in range(60):
         ours = arguments(np.random.default_rng(seed), kernels)
         theirs = arguments(np.random.default_rng(seed), plain)
         for name in ours:
@@ -112,29 +162,176 @@ def test_compiled_kernels_are_the_plain_ones(plain: ModuleType) -> None:
     assert tried == {name for name in compiled_names if not name.startswith("_") and name != "times"}
 
 
-def test_a_learned_policy_works_without_numba(plain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_learned_policy_works_without_numba(
+    plain: ModuleType, monkeypatch: pytest.MonkeyPatch, mode: str, exact: bool
+) -> None:
     """The plain kernels decide as the compiled ones do."""
-    import torch
-
     from controller import features, network, planner, policy
     from decoding import DSBDDecoder
     from tests.controller.test_learned_decoding import PROMPTS, config_of, learned
     from tests.decoding.stubs import random_pair
 
-    pair, config = random_pair(6, seed=1, closeness=0.7), config_of()
+    pair, config = random_pair(6, seed=1, closeness=0.7), config_of(exact=exact)
 
     def widths() -> list[list[int]]:
-        results = DSBDDecoder(pair, config, learned(pair)).generate(PROMPTS, torch.Generator().manual_seed(0))
+        decoder = DSBDDecoder(pair, config, learned(pair, mode=mode))
+        results = decoder.generate(PROMPTS, torch.Generator().manual_seed(0))
         return [result.stats.target_widths + result.stats.draft_widths for result in results]
 
     compiled = widths()
-    monkeypatch.setattr(network, "kernels", plain)
-    monkeypatch.setattr(planner, "kernels", plain)
-    for name in ("EarlyWeights", "PassWeights", "LateWeights"):
+    for module in (planner, policy):
+        monkeypatch.setattr(module, "kernels", plain)
+    for name in ("EarlyWeights", "HeadWeights", "PassWeights", "LateWeights"):
         monkeypatch.setattr(network, name, getattr(plain, name))
-    for name in ("CostTable", "Decision", "Prospect"):
+    for name in ("CostTable", "Decision"):
         monkeypatch.setattr(planner, name, getattr(plain, name))
-    monkeypatch.setattr(policy, "expected_loss", plain.expected_loss)
     for name in ("describe_context", "describe_target"):
         monkeypatch.setattr(features, name, getattr(plain, name))
     assert widths() == compiled
+
+
+RULES = [(keep, full) for keep in (True, False) for full in (True, False)]
+rules = pytest.mark.parametrize(("keep", "full"), RULES)
+
+
+def kept(accepted: int, asked: int, rules: Rules) -> int:
+    """Design 5.2, surplus and refill: how many beams go on."""
+    if accepted >= asked:
+        return min(accepted, rules.most) if rules.keep else asked
+    return rules.most if rules.full else asked
+
+
+def mean_loss(counts: FloatArray, loss: FloatArray, asked: int, rules: Rules) -> float:
+    """Of the beams that go on; [counts] P(K = k)."""
+    return sum(float(chance) * float(loss[kept(k, asked, rules)]) for k, chance in enumerate(counts))
+
+
+def random_loss(rng: np.random.Generator, ranks: int, target_width: int) -> FloatArray:
+    """L(k), 0 from target_width on; [R + 1]."""
+    loss = np.zeros(ranks + 1)
+    for k in range(target_width - 1, 0, -1):
+        loss[k] = loss[k + 1] + rng.exponential()
+    loss[0] = loss[1]
+    return loss
+
+
+def gains_below(
+    prospect: Prospect, costs: CostTable, layers: range, nodes: int, width: int
+) -> list[tuple[float, float]]:
+    """What drafting the first d of these layers promises, and its seconds; d from 0."""
+    found, passed = [(0.0, 0.0)], prospect.left * prospect.earned
+    for layer in layers:
+        gained, spent = found[-1]
+        passed *= prospect.passing[layer - 1] if layer <= len(prospect.passing) else prospect.start
+        seconds = costs.layer + costs.draft[width] + costs.target[nodes + width] - costs.target[nodes]
+        nodes += width
+        found.append((gained + passed, spent + seconds))
+    return found
+
+
+@rules
+def test_planned_widths_are_the_best_of_every_width_and_depth(keep: bool, full: bool) -> None:
+    rng, chosen, deeper = np.random.default_rng(0), set(), set()
+    for _ in range(1500):
+        drafts, ranks = int(rng.integers(1, 9)), int(rng.integers(2, 9))
+        most = int(rng.integers(1, ranks + 1))  # fewer or more than are drafted
+        least = min(int(rng.integers(1, 3)), most, drafts)
+        rules, widest = Rules(least, most, keep, full), int(rng.integers(least, drafts + 1))
+        at_least, loss = foreseen(rng, drafts), random_loss(rng, ranks, most)
+        known = rng.random(int(rng.integers(0, 6)))  # of no layer, of some or of all
+        prospect = Prospect(known, rng.random(), rng.uniform(0.05, 1), rng.random(), rng.uniform(0.5, 2))
+        nodes = np.arange(80.0)
+        draft, target = 0.2 + 0.1 * rng.random() * nodes, 1.0 + 0.1 * rng.random() * nodes
+        costs = CostTable(draft, target, 0.1 * rng.random())
+        value, rate, reach = rng.exponential(0.5) * (rng.random() < 0.9), rng.uniform(0.1, 1.5), rng.random()
+        layer, deepest, scored = int(rng.integers(1, 5)), int(rng.integers(1, 6)), int(rng.integers(1, 9))
+
+        rest = gains_below(prospect, costs, range(layer + 1, deepest + 1), scored + widest, widest)
+        nets: dict[tuple[int, int, int], float] = {}
+        for w in range(least, widest + 1):
+            counts = at_least[w] - np.append(at_least[w, 1:], 0.0)
+            seconds = target[scored + w] - target[scored] + (draft[w] - draft[1] if layer < deepest else 0.0)
+            for m in range(least, min(w, most) + 1):
+                now = at_least[w, m] * prospect.earned - value * mean_loss(counts, loss, m, rules)
+                for d, (gained, spent) in enumerate(rest):
+                    nets[w, m, d] = reach * (now + at_least[w, m] * gained) - rate * (seconds + spent)
+        place = value, rate, reach, layer, deepest, scored, widest
+        plan = kernels.plan_widths(at_least, loss, prospect, costs, rules, *place)
+
+        best = max(nets.values())
+        w, m, d = min(pair for pair, net in nets.items() if net > best - 1e-9)  # the narrowest of equals
+        assert (plan.draft_width, plan.target_width) == (w, m)
+        assert plan.passing == at_least[w, m] and plan.further == pytest.approx(prospect.earned + rest[d][0])
+        assert plan.onward == pytest.approx(reach * min(1.0, at_least[w, m] * prospect.correction))
+        below = gains_below(prospect, costs, range(layer + 1, deepest + 1), scored + w, w)
+        assert plan.deeper == any(plan.onward * gained > rate * spent for gained, spent in below[1:])
+        chosen.add((w, m))
+        deeper.add(plan.deeper)
+    assert len(chosen) > 15 and {w for w, _ in chosen} == set(range(1, 9)) and deeper == {False, True}
+
+
+def as_joint(entries: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Joint:
+    return Joint(*entries, np.log(entries[2]))
+
+
+def pairs_of_joints(rng: np.random.Generator, count: int) -> list[tuple[Any, Any]]:
+    """P and Q: some equal, some with nothing in common, one as large as without a cut."""
+    found = [(parents_tokens_probs(rng), parents_tokens_probs(rng)) for _ in range(count)]
+    (parents, tokens, probs), other = found[0]
+    large = [np.divmod(rng.permutation(600), 200) for _ in range(2)]
+    wide = [(*place, rng.dirichlet(np.full(600, 0.05)) + 1e-300) for place in large]
+    shuffled = rng.permutation(len(probs))
+    turned = parents[shuffled], tokens[shuffled], probs[shuffled]
+    return [*found, (found[0][0], turned), ((parents, tokens + 10, probs), other), (wide[0], wide[1])]
+
+
+def closed_form(p: Any, q: Any, draft_width: int) -> FloatArray:
+    """P(K_w >= M) by `decoding.acceptance`; [w + 1]."""
+    both = align(as_joint(p), as_joint(q))
+    counts = accepted_count_table(accept_probabilities(both.p, both.q, draft_width))[-1]
+    return counts[::-1].cumsum()[::-1]
+
+
+def test_the_closed_form_is_that_of_the_verification() -> None:
+    rng, seen = np.random.default_rng(1), set()
+    for p, q in pairs_of_joints(rng, 300):
+        for draft_width in (1, 2, 8, int(rng.integers(3, 33))):
+            chances = kernels.accept_chances(p[2], kernels.matched(p, q), draft_width)
+            found = kernels.renewed_counts(chances)
+            np.testing.assert_allclose(found, closed_form(p, q, draft_width), atol=1e-12)
+            assert found[0] == 1 and found.max() <= 1
+            seen.add(round(float(found[1]), 1))
+    assert {0.0, 0.5, 1.0} <= seen
+
+
+@rules
+def test_a_judged_width_is_the_best_of_all_by_p_and_q(keep: bool, full: bool) -> None:
+    rng, chosen = np.random.default_rng(2), set()
+    for p, q in pairs_of_joints(rng, 400):
+        ranks, drafts = int(rng.integers(2, 9)), int(rng.integers(1, 9))
+        most, draft_width = int(rng.integers(1, ranks + 1)), int(rng.integers(1, drafts + 1))
+        rules, regret = Rules(min(int(rng.integers(1, 3)), most), most, keep, full), bool(rng.integers(2))
+        layers = (f32(rng, 36, 8), f32(rng, 8)), (f32(rng, 8, 8), f32(rng, 8))
+        head = 0.2 * f32(rng, 8, 2 * ranks - 1), f32(rng, 2 * ranks - 1)
+        late = kernels.LateWeights(np.zeros(36, np.float32), np.ones(36, np.float32), (*layers, head))
+        target = True, 2, 30, *joint(rng)
+        expected_loss = kernels.late_loss(kernels.describe_target(target), late, most, regret)
+        value, brought = rng.exponential(), rng.uniform(0.2, 3.0)
+        at_least, said = closed_form(p, q, draft_width), np.zeros((0, 0))
+        if rng.integers(2):
+            said = foreseen(rng, drafts)
+            at_least = 0.5 * (at_least + said[draft_width, : draft_width + 1])
+
+        counts = at_least - np.append(at_least[1:], 0.0)
+        nets = {}
+        for m in range(rules.least, most + 1):  # more than are drafted, too
+            passing = at_least[m] if m <= draft_width else 0.0
+            nets[m] = passing * brought - value * mean_loss(counts, expected_loss, m, rules)
+        place = tuple(late), value, brought, tuple(rules), regret
+        asked, loss = kernels.judge_counted(target, p, q, draft_width, said, *place)
+        np.testing.assert_array_equal(loss, expected_loss)
+        assert asked in [m for m, net in nets.items() if net > max(nets.values()) - 1e-9]
+        chosen.add((asked, asked > draft_width))
+    assert {asked for asked, _ in chosen} >= set(range(1, 6)) and len({beyond for _, beyond in chosen}) == 2

@@ -80,7 +80,7 @@ def test_every_setting_decodes_and_learns(changes: dict[str, Any]) -> None:
             assert all(len(forest) <= config.draft_depth for forest in stats.forests)
             assert stats.new_tokens == config.max_new_tokens or config.eos_token_id != -1
         assert policy.throughput is not None and policy.outlook is outlook
-        learnt = (policy.throughput.rate, outlook.earned, outlook.left, outlook.corrected(0.5), outlook.passing(1))
+        learnt = (policy.throughput.rate, outlook.earned, outlook.left, outlook.correction, outlook.passing(1))
         assert np.isfinite(learnt).all() and policy.throughput.rate > 0 and 0 <= outlook.left <= 1
         assert 0 < outlook.passing(1) < 1 and outlook.earned <= 1
         if config.draft_depth and config.max_new_tokens > 2:

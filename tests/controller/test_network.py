@@ -98,31 +98,30 @@ def test_one_row_on_the_host_is_the_same_network(sizes: dict[str, int]) -> None:
     logits, host = made(*rows), HostNet(made)
     drafts = torch.arange(1, made.sizes["draft_width"] + 1)
     for i in range(5):
-        host.look(*(row[i].numpy() for row in rows[:3]))
-        ours = [*host.early()]
-        passing = {price: kernels.passing(host.top, price, host.head) for price in (1e-9, 0.01, 0.7, 30.0, 1e12)}
-        ours += [kernels.late(rows[3][i].numpy(), host.late_weights)]
+        top = kernels.look(*(row[i].numpy() for row in rows[:3]), host.early)
+        passing = {price: kernels.passing(top, price, host.passing) for price in (1e-9, 0.01, 0.7, 30.0, 1e12)}
+        ours = [*kernels.early(top, host.heads), kernels.late(rows[3][i].numpy(), host.late)]
         late = torch.cat([logits.late_survivor, logits.late_regret], -1)
         theirs = [logits.accept, torch.cat([logits.survivor, logits.regret], -1), late]
         for our, their in zip(ours, theirs, strict=True):
             torch.testing.assert_close(torch.from_numpy(our), their[i].detach(), atol=1e-4, rtol=1e-4)
         for price, found in passing.items():
-            top = logits.top[i].expand(len(drafts), -1)
-            expected = made.passing(top, torch.full((len(drafts),), price), drafts).sigmoid()
+            tops = logits.top[i].expand(len(drafts), -1)
+            expected = made.passing(tops, torch.full((len(drafts),), price), drafts).sigmoid()
             assert found.shape == (len(drafts), 2)
             np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-4)
 
 
-def test_the_host_keeps_a_copy_and_answers_for_the_layer_last_looked_at() -> None:
+def test_the_host_keeps_a_copy() -> None:
     made = net()
     host, rows = HostNet(made), rows_of(made)
 
     def answers(row: int) -> list[np.ndarray]:
-        host.look(*(column[row].numpy() for column in rows[:3]))
+        top = kernels.look(*(column[row].numpy() for column in rows[:3]), host.early)
         return [
-            *host.early(),
-            kernels.passing(host.top, 0.5, host.head),
-            kernels.late(rows[3][0].numpy(), host.late_weights),
+            *kernels.early(top, host.heads),
+            kernels.passing(top, 0.5, host.passing),
+            kernels.late(rows[3][0].numpy(), host.late),
         ]
 
     before, other = answers(0), answers(1)

@@ -14,11 +14,11 @@ import torch
 from controller import kernels
 from controller.counts import count_table, tails
 from controller.kernels import Context, Decision, FloatVector, Packed
+from controller.network import PackedWeights
 from controller.planner import (
     Outlook,
     Pace,
     Planner,
-    Prediction,
     Throughput,
     UnitCosts,
     kept_width,
@@ -49,18 +49,61 @@ def random_losses(rng: np.random.Generator, ranks: int) -> FloatArray:
     return np.append(lost[0], lost)
 
 
-def prediction(accept: float = 0.6, survivors: tuple[float, ...] = (0.6, 0.2, 0.1, 0.1)) -> Prediction:
-    table = count_table(np.full((CONFIG.draft_width, CONFIG.draft_width), accept))
-    return Prediction(tails(table), losses(survivors))
+NO_HIDDEN = np.zeros(0, np.float32)
 
 
-def plan(planner: Planner, predicted: Prediction, rate: float = 1.0, reach: float = 1.0, support: int = 10) -> Decision:
-    return planner.widths(predicted, CONFIG, Outlook(), rate, reach, 1, 3, nodes=8, support=support)
+def scene_of(layer: int, support: int) -> Packed:
+    probs = np.full(support, 1.0 / support)
+    return tuple(
+        Context(True, layer, 30, np.zeros(1), probs, np.zeros(support, np.int64), support, 4, 4, 2, 0.5, False)
+    )
 
 
-def random_predictions(count: int) -> list[Prediction]:
+class Saying:
+    """A host network whose early heads say the same of every layer."""
+
+    def __init__(self, accept: FloatArray, loss: FloatArray) -> None:
+        self.at_least = tails(count_table(torch.from_numpy(accept))).numpy()  # [W + 1, W + 1]
+        self.loss = loss  # [R + 1]
+        with np.errstate(divide="ignore"):
+            logits, steps = np.log(accept) - np.log1p(-accept), np.log(loss[1:-1] - loss[2:])
+        biases = logits, np.append(np.zeros(len(loss) - 1), steps)
+
+        def nothing(*shape: int) -> FloatVector:
+            return np.zeros(shape, np.float32)
+
+        layers = (nothing(21, 2), nothing(2)), (nothing(2, 2), nothing(2))
+        early = kernels.EarlyWeights(nothing(21), nothing(21), nothing(0, 0), nothing(0, 0), layers)
+        accept_bias, quality_bias = (bias.astype(np.float32) for bias in biases)
+        sizes = accept_bias.size, quality_bias.size
+        heads = kernels.HeadWeights(nothing(2, sizes[0]), accept_bias, nothing(2, sizes[1]), quality_bias)
+        self.packed = PackedWeights(tuple(early), tuple(heads), (), ())
+
+
+def prediction(accept: float = 0.6, survivors: tuple[float, ...] = (0.6, 0.2, 0.1, 0.1)) -> Saying:
+    return Saying(np.full((CONFIG.draft_width, CONFIG.draft_width), accept), losses(survivors))
+
+
+def plan(
+    planner: Planner,
+    host: Any,
+    rate: float = 1.0,
+    reach: float = 1.0,
+    support: int = 10,
+    config: DecodingConfig = CONFIG,
+    outlook: Outlook | None = None,
+) -> Decision:
+    place = rate, reach, 3, 8
+    scene, outlook = scene_of(1, support), outlook or Outlook()
+    decision, said = planner.widths(host, scene, (NO_HIDDEN, NO_HIDDEN), config, outlook, *place)
+    np.testing.assert_allclose(said.at_least, host.at_least, atol=1e-6)
+    np.testing.assert_allclose(said.loss, host.loss, atol=1e-6)
+    return decision
+
+
+def random_predictions(count: int) -> list[Saying]:
     rng = np.random.default_rng(0)
-    return [Prediction(tails(count_table(rng.random((6, 6)))), random_losses(rng, 4)) for _ in range(count)]
+    return [Saying(rng.random((6, 6)), random_losses(rng, 4)) for _ in range(count)]
 
 
 def kept_beams(accepted: int, asked: int, config: DecodingConfig) -> int:
@@ -117,12 +160,12 @@ def test_chosen_pair_is_the_best_of_all_pairs(surplus: str, refill: str) -> None
     for predicted in random_predictions(40):
         outlook, rate, reach = some_outlook(rng), rng.uniform(0.3, 2.0), rng.uniform(0.3, 1.0)
         value = float(rng.exponential())
-        chosen = Planner(costs, value).widths(predicted, config, outlook, rate, reach, 1, 3, nodes=8, support=10)
+        chosen = plan(Planner(costs, value), predicted, rate, reach, config=config, outlook=outlook)
 
         def gain(
             w: int,
             m: int,
-            predicted: Prediction = predicted,
+            predicted: Saying = predicted,
             outlook: Outlook = outlook,
             rate: float = rate,
             reach: float = reach,
@@ -140,7 +183,7 @@ def test_chosen_pair_is_the_best_of_all_pairs(surplus: str, refill: str) -> None
         best = max(gain(w, m)[0] for w in range(1, 7) for m in range(1, min(w, 4) + 1))
         found, promised = gain(chosen.draft_width, chosen.target_width)
         assert found == pytest.approx(best)
-        assert chosen.passing == predicted.at_least[chosen.draft_width, chosen.target_width]
+        assert chosen.passing == pytest.approx(predicted.at_least[chosen.draft_width, chosen.target_width], abs=1e-6)
         assert chosen.further == pytest.approx(outlook.earned + promised)
         pairs.add((chosen.draft_width, chosen.target_width))
     assert len(pairs) > 5
@@ -157,21 +200,11 @@ class Alike:
         layers = (drawn(21, 5), drawn(5)), (drawn(5, 5), drawn(5))
         self.early = kernels.EarlyWeights(drawn(21), drawn(21), none, none, layers)
         self.head = kernels.PassWeights(drawn(5, 7), drawn(7), drawn(6, 7), drawn(7, 2), drawn(2))
-        self.packed = tuple(self.early), tuple(self.head)
+        self.packed = PackedWeights(tuple(self.early), (), tuple(self.head), ())
 
     def passing(self, scene: Packed, bearable: float) -> FloatVector:
         features = kernels.describe_context(scene)
         return kernels.passing(kernels.look(features, NO_HIDDEN, NO_HIDDEN, self.early), bearable, self.head)
-
-
-NO_HIDDEN = np.zeros(0, np.float32)
-
-
-def scene_of(layer: int, support: int) -> Packed:
-    probs = np.full(support, 1.0 / support)
-    return tuple(
-        Context(True, layer, 30, np.zeros(1), probs, np.zeros(support, np.int64), support, 4, 4, 2, 0.5, False)
-    )
 
 
 def draft_width(
@@ -211,7 +244,7 @@ def test_chosen_draft_width_is_the_best_of_all() -> None:
         w = chosen.draft_width
         assert gains[w] == pytest.approx(max(gains.values()))
         assert chosen.target_width == config.min_width and chosen.passing == pytest.approx(passing[w - 1], rel=1e-5)
-        assert chosen.onward == pytest.approx(reach * outlook.corrected(chosen.passing))
+        assert chosen.onward == pytest.approx(reach * min(1.0, chosen.passing * outlook.correction))
         deepened.append(chosen.deeper)
         assert chosen.deeper == planner.worth_drafting(outlook, rate, chosen.onward, layer + 1, 3, w, 9 + w, w)
         widths.add(w)
@@ -237,9 +270,8 @@ class Case:
     width_value: float
 
     def choose(self, alone: bool) -> int:
-        at_least = None if alone else tails(self.counts)
-        planner = Planner(UnitCosts(), self.width_value)
-        return planner.target_width(self.loss, at_least, self.config, self.draft_width, self.further)
+        at_least = None if alone else tails(torch.from_numpy(self.counts)).numpy()
+        return Planner(UnitCosts(), self.width_value).target_width(self.loss, at_least, self.config, self.further)
 
     def short_of_best(self, asked: int) -> float:
         """Worth lost by asking for so many, beside the best that may be asked."""
@@ -324,7 +356,7 @@ def test_final_width_is_the_best_of_all() -> None:
             m: value * loss[m] + rate * (costs.target_seconds(m) + (costs.draft_seconds(m) if depth else 0.0))
             for m in range(config.min_width, most + 1)
         }
-        chosen = Planner(costs, value).final_width(loss, config, rate)
+        chosen = Planner(costs, value).cheapest_width(loss, config, rate)
         assert price[chosen] == pytest.approx(min(price.values()))
         seen.add(chosen)
     assert seen == set(range(1, 7))
@@ -357,17 +389,16 @@ def test_outlook_learns_how_often_layers_pass_and_what_they_earn_and_lose() -> N
 
 def test_outlook_corrects_predictions_by_how_they_did() -> None:
     outlook = Outlook()
-    assert outlook.corrected(0.3) == 0.3  # nothing is known yet
+    assert outlook.correction == 1.0  # nothing is known yet
     outlook.saw(1, 1.0)
     outlook.hope(1)
-    assert outlook.corrected(0.3) == 0.3  # nothing was predicted
+    assert outlook.correction == 1.0  # nothing was predicted
     for _ in range(400):
         outlook.saw(1, 0.4, predicted=0.8)  # mean 0.4 where twice that was promised
-    assert outlook.corrected(0.6) == pytest.approx(0.3, rel=1e-2)
+    assert outlook.correction == pytest.approx(0.5, rel=1e-2)
     for _ in range(400):
         outlook.saw(2, 0.9, predicted=0.3)
-    assert outlook.corrected(0.2) == pytest.approx(0.6, rel=1e-2)
-    assert outlook.corrected(0.9) == 1.0  # no more than certain
+    assert outlook.correction == pytest.approx(3.0, rel=1e-2)
 
 
 def test_a_longer_memory_changes_its_mind_later() -> None:
@@ -386,7 +417,7 @@ def test_more_width_value_never_asks_for_less() -> None:
         asked = [plan(Planner(UnitCosts(), value), predicted).target_width for value in values]
         assert asked == sorted(asked)
         assert asked[0] == 1  # speed alone
-        final = [Planner(UnitCosts(), value).final_width(predicted.loss, CONFIG, 1.0) for value in values]
+        final = [Planner(UnitCosts(), value).cheapest_width(predicted.loss, CONFIG, 1.0) for value in values]
         assert final == sorted(final) and predicted.loss[final[-1]] == 0.0
 
 
@@ -411,7 +442,7 @@ def test_what_comes_further_is_worth_asking_for_less() -> None:
     for _ in range(200):
         loss = random_losses(rng, CONFIG.target_width)
         planner = Planner(UnitCosts(), rng.exponential())
-        asked = [planner.target_width(loss, None, CONFIG, 6, further) for further in (3.0, 1.0, 0.3, 0.01, 0.0)]
+        asked = [planner.target_width(loss, None, CONFIG, further) for further in (3.0, 1.0, 0.3, 0.01, 0.0)]
         assert asked == sorted(asked) and loss[asked[-1]] == 0
 
 
@@ -419,10 +450,10 @@ def test_width_is_spent_where_it_is_worth_something() -> None:
     sure, unsure = prediction(survivors=(0.97, 0.01, 0.01, 0.01)), prediction(survivors=(0.25, 0.25, 0.25, 0.25))
     planner = Planner(UnitCosts(), 4.0)
     assert plan(planner, sure).target_width < plan(planner, unsure).target_width
-    narrow, wide = (planner.target_width(predicted.loss, None, CONFIG, 6) for predicted in (sure, unsure))
+    narrow, wide = (planner.target_width(predicted.loss, None, CONFIG) for predicted in (sure, unsure))
     assert (narrow, wide) == (1, 3)  # 4 · 0.03 <= 1; 4 · 0.5 > 1 >= 4 · 0.25
     planner = Planner(UnitCosts(), 1.0)
-    assert planner.final_width(sure.loss, CONFIG, 1.0) < planner.final_width(unsure.loss, CONFIG, 1.0)
+    assert planner.cheapest_width(sure.loss, CONFIG, 1.0) < planner.cheapest_width(unsure.loss, CONFIG, 1.0)
 
 
 def test_support_and_settled_width_limit_what_is_asked() -> None:
@@ -431,12 +462,12 @@ def test_support_and_settled_width_limit_what_is_asked() -> None:
     narrow = CONFIG.with_changes(min_width=3)
     for at_least in (predicted.at_least[2, :3], None):
         # More than there are: such a layer had better fail.
-        assert Planner(FREE, 100.0).target_width(predicted.loss, at_least, CONFIG, 2) > 2
+        assert Planner(FREE, 100.0).target_width(predicted.loss, at_least, CONFIG) > 2
     for at_least in (predicted.at_least[5, :6], None):
-        assert Planner(FREE, 0.0).target_width(predicted.loss, at_least, narrow, 5) == 3
+        assert Planner(FREE, 0.0).target_width(predicted.loss, at_least, narrow) == 3
     for at_least in (predicted.at_least[1, :2], None):  # more is asked for than there is
-        assert Planner(FREE, 0.0).target_width(predicted.loss, at_least, narrow, 1) == 3
-    assert Planner(FREE, 0.0).widths(predicted, narrow, Outlook(), 1.0, 1.0, 1, 3, 8, 10).target_width == 3
+        assert Planner(FREE, 0.0).target_width(predicted.loss, at_least, narrow) == 3
+    assert plan(Planner(FREE, 0.0), predicted, config=narrow).target_width == 3
 
 
 def test_cheaper_passes_never_draft_fewer_layers() -> None:

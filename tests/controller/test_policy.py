@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from controller import LearnedWidth, WidthNet
-from controller.features import ContextFeatures
+from controller.features import ContextFeatures, known
 from controller.network import save_controller
 from controller.policy import MODES, QUALITIES
 from decoding import DecodingConfig, UserError
@@ -120,8 +120,9 @@ def test_losses_are_those_of_the_networks_heads(quality: str) -> None:
     vectors = (learned.features(draft), draft.draft_hidden, draft.root.target_hidden)
     rows = [torch.from_numpy(v)[None] for v in (*vectors, learned.features.of_target(context))]
     logits = learned.net(*rows)
+    asked = learned._host, known(context), CONFIG, 1.0, quality == "regret"
     early = (logits.survivor, logits.regret, learned.predict(draft).loss)
-    late = (logits.late_survivor, logits.late_regret, learned.late(context))
+    late = (logits.late_survivor, logits.late_regret, learned.planner.final_width(*asked)[1])
     for survivor, regret, loss in (early, late):
         shares, steps = survivor[0].softmax(-1).tolist(), regret[0].exp().tolist()
         beyond = [sum(steps[k - 1 :]) if quality == "regret" else sum(shares[k:]) for k in range(1, 5)]
@@ -311,7 +312,7 @@ def state(learned: LearnedWidth) -> tuple[float, ...]:
     """What was learned on line."""
     assert learned.throughput is not None
     outlook = learned.outlook
-    known = (outlook.earned, outlook.left, outlook.corrected(0.5), outlook.passing(1))
+    known = (outlook.earned, outlook.left, outlook.correction, outlook.passing(1))
     return (learned.throughput.rate, learned.pace.of_added, *known)
 
 
@@ -340,7 +341,7 @@ def test_prompts_learn_together_or_alone(share: bool, options: dict[str, Any]) -
 
 
 def test_prompts_that_learn_alone_do_not_depend_on_the_order_of_their_turns() -> None:
-    """Forks share a host network that remembers a layer; whose turn it is must not matter."""
+    """Forks share a host network; whose turn it is must not matter."""
 
     def forks() -> list[LearnedWidth]:
         learned = LearnedWidth(network(), provenance(), share=False)
