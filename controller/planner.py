@@ -26,6 +26,7 @@ from decoding.widths import LayerRecord
 
 _LEAST_REWARD = 0.05  # of an iteration, where ρ is concerned
 _SUPPORT = Context._fields.index("support")
+_HOPE = 0.05  # weight of a layer that was not drafted, as if it had passed
 _SPIKE = 2.0  # times what an iteration should take, beyond which the clock saw something else
 _STRANGEST = 5.0  # times the table's, as far as its seconds can be from the clock's
 _TABLE = 512  # node counts whose seconds are looked up; larger forests count as this
@@ -144,7 +145,7 @@ class Outlook:
         memory: layers after which a weight has fallen to 1/e.
     """
 
-    def __init__(self, passing: float = 0.6, memory: float = 50.0) -> None:
+    def __init__(self, passing: float = 0.6, memory: float = 100.0) -> None:
         self._earned = 1.0
         self.left = 1.0  # share of what a pass brings that is left after what it loses
         self._passing = np.empty(0)
@@ -167,17 +168,23 @@ class Outlook:
 
     def saw(self, layer: int, passed: float, predicted: float | None = None) -> None:
         """A layer was reached and passed, 1, or failed, 0."""
-        if len(self._passing) < layer:
-            self._passing = np.append(self._passing, np.full(layer - len(self._passing), self._start))
-        keep = self._keep
-        self._passing[layer - 1] += (1 - keep) * (passed - self._passing[layer - 1])
+        self._think(layer, passed, 1 - self._keep)
         if predicted is not None:
-            self._passed += (1 - keep) * (passed - self._passed)
-            self._promised += (1 - keep) * (predicted - self._promised)
+            self._passed += (1 - self._keep) * (passed - self._passed)
+            self._promised += (1 - self._keep) * (predicted - self._promised)
 
     def hope(self, layer: int) -> None:
-        """A layer was not drafted: think a little better of it, so that it is tried again."""
-        self.saw(layer, 1.0)
+        """A layer was not drafted: think a little better of it, so that it is tried again.
+
+        A little only: where drafting does not pay, it is tried in about _HOPE (1 - p) / (p - q) of the iterations, q
+        being how often the layer passes and p how often it would have to.
+        """
+        self._think(layer, 1.0, _HOPE * (1 - self._keep))
+
+    def _think(self, layer: int, passed: float, weight: float) -> None:
+        if len(self._passing) < layer:
+            self._passing = np.append(self._passing, np.full(layer - len(self._passing), self._start))
+        self._passing[layer - 1] += weight * (passed - self._passing[layer - 1])
 
     def lost(self, share: float) -> None:
         """A layer passed, and lost this share of what that brings."""

@@ -372,7 +372,7 @@ def test_what_a_pass_brings_counts_the_layers_planned_below() -> None:
 
 def test_outlook_learns_how_often_layers_pass_and_what_they_earn_and_lose() -> None:
     outlook = Outlook()
-    for _ in range(300):
+    for _ in range(800):
         outlook.saw(2, 0.9)
         outlook.was_paid(0.4)
         outlook.lost(0.25)
@@ -382,7 +382,7 @@ def test_outlook_learns_how_often_layers_pass_and_what_they_earn_and_lose() -> N
     before = outlook.passing(1)
     outlook.hope(1)
     assert before < outlook.passing(1) < 1
-    for _ in range(300):
+    for _ in range(800):
         outlook.lost(7.0)  # more than all of it
     assert 0 <= outlook.left < 0.01
 
@@ -393,12 +393,25 @@ def test_outlook_corrects_predictions_by_how_they_did() -> None:
     outlook.saw(1, 1.0)
     outlook.hope(1)
     assert outlook.correction == 1.0  # nothing was predicted
-    for _ in range(400):
+    for _ in range(800):
         outlook.saw(1, 0.4, predicted=0.8)  # mean 0.4 where twice that was promised
     assert outlook.correction == pytest.approx(0.5, rel=1e-2)
-    for _ in range(400):
+    for _ in range(800):
         outlook.saw(2, 0.9, predicted=0.3)
     assert outlook.correction == pytest.approx(3.0, rel=1e-2)
+
+
+def test_a_layer_that_does_not_pay_is_tried_now_and_then() -> None:
+    """As often as `hope` says: where q of the tries pass and p would have to, 0.05 (1 - p) / (p - q)."""
+    rng, outlook, tries, needed, passes = np.random.default_rng(0), Outlook(), [], 0.75, 0.6
+    for _ in range(8000):
+        tries.append(outlook.passing(1) > needed)
+        if tries[-1]:
+            outlook.saw(1, float(rng.random() < passes))
+        else:
+            outlook.hope(1)
+    share = np.mean(tries[2000:])
+    assert 0.5 < share / (0.05 * (1 - needed) / (needed - passes)) < 2
 
 
 def test_a_longer_memory_changes_its_mind_later() -> None:
