@@ -26,7 +26,7 @@ from decoding.widths import LayerRecord
 
 _LEAST_REWARD = 0.05  # of an iteration, where ρ is concerned
 _SUPPORT = Context._fields.index("support")
-_HOPE = 0.05  # weight of a layer that was not drafted, as if it had passed
+_HOPE = 0.05  # least weight of a layer that was not drafted, as if it had passed
 _SPIKE = 2.0  # times what an iteration should take, beyond which the clock saw something else
 _STRANGEST = 5.0  # times the table's, as far as its seconds can be from the clock's
 _TABLE = 512  # node counts whose seconds are looked up; larger forests count as this
@@ -148,7 +148,7 @@ class Outlook:
     def __init__(self, passing: float = 0.6, memory: float = 100.0) -> None:
         self._earned = 1.0
         self.left = 1.0  # share of what a pass brings that is left after what it loses
-        self._passing = np.empty(0)
+        self._passing, self._tries = np.empty(0), 0
         self._start, self._keep = passing, float(np.exp(-1.0 / memory))
         self._passed, self._promised = passing, passing
 
@@ -169,17 +169,19 @@ class Outlook:
     def saw(self, layer: int, passed: float, predicted: float | None = None) -> None:
         """A layer was reached and passed, 1, or failed, 0."""
         self._think(layer, passed, 1 - self._keep)
+        self._tries += layer == 1
         if predicted is not None:
             self._passed += (1 - self._keep) * (passed - self._passed)
             self._promised += (1 - self._keep) * (predicted - self._promised)
 
-    def hope(self, layer: int) -> None:
-        """A layer was not drafted: think a little better of it, so that it is tried again.
+    def hope(self) -> None:
+        """Nothing was drafted: think better of the first layer, so that it is tried again.
 
-        A little only: where drafting does not pay, it is tried in about _HOPE (1 - p) / (p - q) of the iterations, q
-        being how often the layer passes and p how often it would have to.
+        Much better while little is known, later a little only: where drafting does not pay, it is then tried in about
+        _HOPE (1 - p) / (p - q) of the iterations, q being how often the layer passes and p how often it would have to.
         """
-        self._think(layer, 1.0, _HOPE * (1 - self._keep))
+        weight = max(_HOPE, 1.0 / (1 + self._tries))
+        self._think(1, 1.0, weight * (1 - self._keep))
 
     def _think(self, layer: int, passed: float, weight: float) -> None:
         if len(self._passing) < layer:

@@ -267,7 +267,7 @@ class LearnedWidth(WidthPolicy):
                 if layer.passed:
                     outlook.lost(lost / max(plan.further, 1e-9))
         if not self._seen:
-            outlook.hope(1)
+            outlook.hope()
         if self.throughput is not None:
             plain = self.planner.seconds((), 1)
             added = self.planner.seconds(self._widths, self._roots) - plain

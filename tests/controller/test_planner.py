@@ -380,7 +380,7 @@ def test_outlook_learns_how_often_layers_pass_and_what_they_earn_and_lose() -> N
     assert outlook.earned == pytest.approx(0.4, abs=2e-3)
     assert outlook.left == pytest.approx(0.75, abs=1e-3)
     before = outlook.passing(1)
-    outlook.hope(1)
+    outlook.hope()
     assert before < outlook.passing(1) < 1
     for _ in range(800):
         outlook.lost(7.0)  # more than all of it
@@ -391,7 +391,7 @@ def test_outlook_corrects_predictions_by_how_they_did() -> None:
     outlook = Outlook()
     assert outlook.correction == 1.0  # nothing is known yet
     outlook.saw(1, 1.0)
-    outlook.hope(1)
+    outlook.hope()
     assert outlook.correction == 1.0  # nothing was predicted
     for _ in range(800):
         outlook.saw(1, 0.4, predicted=0.8)  # mean 0.4 where twice that was promised
@@ -409,7 +409,7 @@ def test_a_layer_that_does_not_pay_is_tried_now_and_then() -> None:
         if tries[-1]:
             outlook.saw(1, float(rng.random() < passes))
         else:
-            outlook.hope(1)
+            outlook.hope()
     share = np.mean(tries[2000:])
     assert 0.5 < share / (0.05 * (1 - needed) / (needed - passes)) < 2
 

@@ -236,7 +236,7 @@ def test_a_first_layer_that_did_not_pay_is_tried_again() -> None:
     learned = policy(latency=dataclasses.replace(TABLE, draft=(0.010, 0.011, 0.02)))
     assert learned.throughput is not None
     tried = []
-    for _ in range(1200):
+    for _ in range(150):
         learned.throughput.reward, learned.throughput.seconds = 1.0, 0.0145
         tried.append(learned.draft_further(draft_context().root, 1, ()))
         if not tried[-1]:  # an iteration that drafted nothing
