@@ -58,7 +58,7 @@ def fit(cfg: DictConfig, directories: list[Path], checkpoint: dict[str, Any] | N
     """Train on the traces of some directories, calibrate, save to `output_dir`; returns the best `val/loss`."""
     features = instantiate(cfg.features)
     names = [*features.names, *features.target_names]
-    sizes = cfg.controller.get("batch_size", 512), cfg.controller.get("use_hidden", True), cfg.max_train_rows
+    sizes = cfg.controller.get("batch_size", 512), cfg.controller.get("use_hidden", False), cfg.max_train_rows
     data = TraceDataModule(directories, names, *sizes)
     module: ControllerModule = instantiate(cfg.controller, **data.sizes)
     check_checkpoint(checkpoint, module, cfg)

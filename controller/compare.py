@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 
 # Families whose settings someone would tune; beam sampling is a fixed width that drafts nothing.
-HAND_SET = ("beam_sample", "fixed", "threshold", "mass")
+HAND_SET = ("beam_sample", "fixed", "threshold", "mass", "gap", "entropy")
 LAST = "+last"  # of families that have a width of its own for the layer that ends an iteration
+STOP = "+stop"  # of those that draft no further where the draft is unsure
 OURS = "learned"
 
 
 def family_of(method: str, settings: Mapping[str, Any]) -> str:
     """The family that a row is compared in."""
-    return method + LAST if settings.get("final_width") is not None else method
+    asked = {LAST: "final_width", STOP: "stop_entropy"}
+    return method + "".join(suffix for suffix, name in asked.items() if settings.get(name) is not None)
 
 
 def speed_at(speeds: FloatArray, qualities: FloatArray, quality: float) -> float:
@@ -57,7 +59,7 @@ def comparisons(
     Returns:
         One entry per reference that the learned rows reach: its name, quality, the learned speed, and per family
         ratio, low and high of learned over it (95% over resamples); "hand-set" is all of HAND_SET as one family, and
-        where some of them have a last width, "hand-set, no last" those without. With
+        where some of them have a last width or stop by entropy, "hand-set, plain" those that do neither. With
         hindsight also the oracle's speed and the share of the way to it from the fastest hand-set one.
     """
     families = {name: [i for i, method in enumerate(methods) if method == name] for name in dict.fromkeys(methods)}
@@ -71,9 +73,9 @@ def comparisons(
             continue
         at = {family: _at(members, speeds, qualities, row) for family, members in families.items()}
         rivals = {family: value for family, value in at.items() if family != ours}
-        hand = [family for family in families if family.removesuffix(LAST) in HAND_SET]
-        plain = [family for family in hand if not family.endswith(LAST)]
-        for together, members in (("hand-set, no last", plain), ("hand-set", hand)):
+        hand = [family for family in families if family.split("+")[0] in HAND_SET]
+        plain = [family for family in hand if family in HAND_SET]
+        for together, members in (("hand-set, plain", plain), ("hand-set", hand)):
             if members and (members is hand or len(members) < len(hand)):
                 pooled = [i for family in members for i in families[family]]
                 rivals = {together: _at(pooled, speeds, qualities, row), **rivals}

@@ -61,7 +61,7 @@ class TraceDataModule(LightningDataModule):
         directories: str | Path | Sequence[str | Path],
         feature_names: list[str] | None = None,
         batch_size: int = 512,
-        use_hidden: bool = True,
+        use_hidden: bool = False,
         max_train_rows: int | None = None,
     ) -> None:
         super().__init__()

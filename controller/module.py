@@ -182,7 +182,7 @@ class ControllerModule(LightningModule):
         regret_weight: float = 0.25,
         pass_weight: float = 1.0,
         soft_labels: bool = True,
-        use_hidden: bool = True,
+        use_hidden: bool = False,
         batch_size: int = 512,
     ) -> None:
         super().__init__()

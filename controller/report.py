@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
-from controller.compare import LAST, OURS, comparisons, family_of, undominated
+from controller.compare import LAST, OURS, STOP, comparisons, family_of, undominated
 from decoding.config import DecodingConfig
 from decoding.files import json_bytes, write_whole
 from decoding.measure import REFERENCE_METHODS, Measurement, Row
@@ -431,13 +431,15 @@ def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 # ---------------------------------------------------------------------------------------------- plots
 
 _MARKERS = "osD^vPX*<>hd"
+_LINES = {"": "-", LAST: "--", STOP: ":", LAST + STOP: "-."}
 
 
 def plot_frontier(rows: Sequence[Mapping[str, Any]], speed: str = "tokens_per_second") -> Figure:
     """Quality (log-probability per token) against tokens/s: one curve per family through its best rows.
 
-    Families with a last width are dashed, in the colour of those without. Where there are many rows, only learned ones
-    and beam sampling are labelled; rows far below the others are left out, and counted.
+    Families with a last width are dashed, those that stop by entropy dotted, in the colour of those that do neither.
+    Where there are many rows, only learned ones and beam sampling are labelled; rows far below the others are left out,
+    and counted.
 
     Args:
         rows: those without the metric are left out.
@@ -451,15 +453,16 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], speed: str = "tokens_per_se
     axes = figure.subplots()
     colours = matplotlib.colormaps["tab10"]
     for family in dict.fromkeys(families):
-        i, last = methods.index(family.removesuffix(LAST)), family.endswith(LAST)
+        method, _, extras = family.partition("+")
+        i, style_of_line = methods.index(method), _LINES["+" + extras if extras else ""]
         members = [j for j, name in enumerate(families) if name == family]
         own = points[members]
         style: dict[str, Any] = {"color": colours(i % 10), "marker": _MARKERS[i % len(_MARKERS)]}
-        style |= {"mfc": "white"} if last else {}
+        style |= {"mfc": "white"} if extras else {}
         best = undominated([(x, y) for x, y in own[:, :2].tolist()], len(own))
         errors: dict[str, Any] = {"xerr": own[:, 2:4].T, "yerr": own[:, 4:6].T, "elinewidth": 0.8, "capsize": 0}
         axes.errorbar(own[:, 0], own[:, 1], **errors, **style, ls="none", ms=5, alpha=0.45)
-        axes.plot(own[best, 0], own[best, 1], **style, ms=6, lw=1.4, ls="--" if last else "-", label=family)
+        axes.plot(own[best, 0], own[best, 1], **style, ms=6, lw=1.4, ls=style_of_line, label=family)
         if len(rows) <= _LABELLED or methods[i].startswith((OURS, "beam_sample")):
             _annotate(axes, [rows[members[j]] for j in best], own[best], style["color"])
     _leave_out_the_worst(axes, points[:, 1])

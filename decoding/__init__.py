@@ -5,9 +5,10 @@ from decoding.config import DecodingConfig
 from decoding.custom_generate import dsbd_generate
 from decoding.decoder import DSBDDecoder, beam_sample
 from decoding.errors import UserError
+from decoding.hand_set import EntropyWidth, GapWidth, MassWidth
 from decoding.pair import ModelPair
 from decoding.results import DecodeResult, DecodeStats
-from decoding.widths import FixedWidth, MassWidth, RandomWidth, ThresholdWidth, WidthPolicy
+from decoding.widths import FixedWidth, RandomWidth, ThresholdWidth, WidthPolicy
 
 __all__ = [
     "BanditWidth",
@@ -15,7 +16,9 @@ __all__ = [
     "DecodeResult",
     "DecodeStats",
     "DecodingConfig",
+    "EntropyWidth",
     "FixedWidth",
+    "GapWidth",
     "MassWidth",
     "ModelPair",
     "RandomWidth",

@@ -19,11 +19,12 @@ from decoding.bandit import BanditWidth
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder, Prompts, as_token_lists
 from decoding.errors import UserError
+from decoding.hand_set import EntropyWidth, GapWidth, HandSetWidth, MassWidth
 from decoding.lookup import NgramDraft
 from decoding.oracles import SurvivorOracle
 from decoding.pair import ModelPair, check_prompt, end_tokens
 from decoding.results import DecodeResult, DecodeStats
-from decoding.widths import FixedWidth, MassWidth, RandomWidth, ThresholdWidth, WidthPolicy
+from decoding.widths import FixedWidth, RandomWidth, ThresholdWidth, WidthPolicy
 
 _LOOKUP_TOKENS = 10  # that transformers' prompt lookup drafts at a time, as its documentation does
 Streams = torch.Generator | Sequence[torch.Generator]  # one for each prompt, or one for all
@@ -38,7 +39,8 @@ class Method:
     Args:
         build: (pair, config, settings) -> Generate.
         axes: settings that are worth sweeping: the DecodingConfig fields target_width, draft_width and draft_depth, and
-            asked_width (M of fixed widths and of the bandit), final_width, surplus, threshold, share, width_value.
+            asked_width (M of fixed widths and of the bandit), final_width, surplus, threshold, share, gap, scale,
+            stop_entropy, width_value.
         fixed: DecodingConfig fields that it always has.
     """
 
@@ -246,8 +248,14 @@ def _fixed(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Width
     return FixedWidth(target_width=settings.get("asked_width"), final_width=settings.get("final_width"))
 
 
-def _mass(pair: ModelPair, config: DecodingConfig, settings: Settings) -> WidthPolicy:
-    return MassWidth(settings.get("share", 0.8), settings.get("final_width"))
+def _hand_set(rule: type[HandSetWidth], axis: str) -> Method:
+    """A rule with its own axis; what no axis sets is as the rule has it."""
+    axes = (axis, "final_width", "stop_entropy")
+
+    def make(pair: ModelPair, config: DecodingConfig, settings: Settings) -> WidthPolicy:
+        return rule(**{name: settings[name] for name in axes if name in settings})
+
+    return policy_method(make, (*_DRAFT, *axes, "surplus"))
 
 
 def _bandit(pair: ModelPair, config: DecodingConfig, settings: Settings) -> WidthPolicy:
@@ -280,7 +288,9 @@ METHODS: dict[str, Method] = {
         (*_DRAFT, "threshold"),
         {"surplus": "drop", "refill": "full", "one_beam_cache": True},
     ),
-    "mass": policy_method(_mass, (*_DRAFT, "share", "final_width", "surplus")),
+    "mass": _hand_set(MassWidth, "share"),
+    "gap": _hand_set(GapWidth, "gap"),
+    "entropy": _hand_set(EntropyWidth, "scale"),
     "bandit": policy_method(_bandit, (*_DRAFT, "asked_width")),  # arms within draft_width, draft_depth
     "oracle_survivor": Method(_oracle_survivor, _DRAFT),  # not achievable: compare what it models, not what it takes
     "random": policy_method(lambda pair, config, settings: RandomWidth(), _DRAFT),

@@ -36,6 +36,9 @@ GRID_AXES = {
     "surpluses": "surplus",
     "thresholds": "threshold",
     "shares": "share",
+    "gaps": "gap",
+    "scales": "scale",
+    "stop_entropies": "stop_entropy",
     "width_values": "width_value",
 }
 WIDTH_AXES = ("target_width", "draft_width", "draft_depth")
@@ -44,6 +47,9 @@ _SYMBOLS = {
     "draft_depth": "γ",
     "threshold": "threshold",
     "share": "share",
+    "gap": "gap",
+    "scale": "scale",
+    "stop_entropy": "stop",
     "final_width": "last",
     "surplus": "surplus",
     "width_value": "value",
@@ -135,7 +141,7 @@ def _rows_of(name: str, method: Method, config: DecodingConfig, axes: Mapping[st
         if (settings.get("final_width") or 1) > width:
             continue
         if settings.get("draft_depth") == 0 and any(
-            settings[axis] != axes[axis][0] for axis in ("draft_width", "surplus") if axis in settings
+            settings[axis] != axes[axis][0] for axis in ("draft_width", "surplus", "stop_entropy") if axis in settings
         ):
             continue  # nothing is drafted: one of them is enough
         settings = {key: value for key, value in settings.items() if value is not None}

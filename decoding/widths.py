@@ -151,7 +151,7 @@ class FixedWidth(WidthPolicy):
         self.final_width = final_width
 
     def check(self, config: DecodingConfig) -> None:
-        _check_final(self.final_width, config)
+        check_final_width(self.final_width, config)
         for name in ("target_width", "draft_width", "draft_depth"):
             value, limit = getattr(self, f"fixed_{name}"), getattr(config, name)
             least = 0 if name == "draft_depth" else 1
@@ -230,41 +230,7 @@ class ThresholdWidth(WidthPolicy):
         return {"name": self.name, "threshold": self.threshold, "as_shipped": self.as_shipped}
 
 
-@dataclass
-class MassWidth(WidthPolicy):
-    """Asks for beams where the target is undecided: the smallest M whose likeliest continuations hold a share of P.
-
-    P alone decides, so that M may follow it (design 5.4), at the layer that ends an iteration too. A hand rule to
-    compare with: with `surplus="keep"` it is the strongest of them.
-
-    Args:
-        share: of P's mass, in (0, 1]; higher asks for more beams.
-        final_width: M of the layer that ends an iteration; None: by the same rule.
-    """
-
-    share: float = 0.8
-    final_width: int | None = None
-    name: str = field(default="mass", init=False)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.share, bool) or not 0 < self.share <= 1:
-            raise UserError(f"share is {self.share!r}; give a number in (0, 1] (0.6 to 0.95 are worth trying).")
-
-    def check(self, config: DecodingConfig) -> None:
-        _check_final(self.final_width, config)
-
-    def target_width(self, context: TargetContext) -> int:
-        if context.draft_width == 0 and self.final_width is not None:
-            return self.final_width
-        most = context.draft.root.config.target_width
-        held = np.sort(context.target.probs)[::-1][:most].cumsum()
-        return min(int(np.searchsorted(held, self.share - 1e-12)) + 1, most)
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "share": self.share, "final_width": self.final_width}
-
-
-def _check_final(width: int | None, config: DecodingConfig) -> None:
+def check_final_width(width: int | None, config: DecodingConfig) -> None:
     """Refuse a final_width that the config has no room for."""
     least, most = config.min_width, config.target_width
     if width is not None and (isinstance(width, bool) or not isinstance(width, int) or not least <= width <= most):

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from decoding import DecodingConfig, FixedWidth, MassWidth, RandomWidth, ThresholdWidth
+from decoding import DecodingConfig, EntropyWidth, FixedWidth, GapWidth, MassWidth, RandomWidth, ThresholdWidth
 from decoding.entry import CONF_DIR, build_all, check_settings
 
 COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency", "room")
@@ -101,7 +101,14 @@ def test_decoding_lists_every_field() -> None:
 
 @pytest.mark.parametrize(
     ("option", "kind"),
-    [("fixed", FixedWidth), ("threshold", ThresholdWidth), ("random", RandomWidth), ("mass", MassWidth)],
+    [
+        ("fixed", FixedWidth),
+        ("threshold", ThresholdWidth),
+        ("random", RandomWidth),
+        ("mass", MassWidth),
+        ("gap", GapWidth),
+        ("entropy", EntropyWidth),
+    ],
 )
 def test_policies_are_built(option: str, kind: type) -> None:
     assert isinstance(instantiate(composed("collect", f"policy={option}").policy), kind)

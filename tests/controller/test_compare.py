@@ -49,13 +49,19 @@ def test_ratio_is_paired_and_the_hand_set_rival_is_the_fastest_family() -> None:
         assert ratio["low"] == pytest.approx(ratio["ratio"]) == pytest.approx(ratio["high"])
 
 
-def test_families_with_a_last_width_are_told_apart() -> None:
+def test_families_with_a_last_width_or_a_stop_are_told_apart() -> None:
     assert family_of("fixed", {"final_width": 8}) == "fixed+last" and family_of("fixed", {}) == "fixed"
+    assert family_of("mass", {"share": 0.5, "final_width": 8, "stop_entropy": 0.0}) == "mass+last+stop"
+    assert family_of("mass", {"final_width": None, "stop_entropy": 1.0}) == "mass+stop"
     methods = ["beam_sample", "fixed", "fixed+last", "threshold", "learned"]
     speeds = of([100.0, 110.0, 130.0, 105.0, 143.0])
     (found,) = comparisons(methods, {"it": 0}, speeds, of([-0.4] * 5))
     over = {name: round(ratio["ratio"], 3) for name, ratio in found["over"].items()}
-    assert over["hand-set"] == 1.1 and over["hand-set, no last"] == 1.3 == over["fixed"]
+    assert over["hand-set"] == 1.1 and over["hand-set, plain"] == 1.3 == over["fixed"]
+    methods[2] = "gap+last+stop"
+    (found,) = comparisons(methods, {"it": 0}, speeds, of([-0.4] * 5))
+    over = {name: round(ratio["ratio"], 3) for name, ratio in found["over"].items()}
+    assert over["hand-set"] == over["gap+last+stop"] == 1.1 and over["hand-set, plain"] == 1.3
     slow = of([150.0, 110.0, 130.0, 105.0, 143.0])  # drafting nothing is a setting too
     (found,) = comparisons(methods, {"it": 0}, slow, of([-0.4] * 5))
     assert found["over"]["hand-set"]["ratio"] == pytest.approx(143 / 150)

@@ -12,7 +12,6 @@ from decoding import (
     DecodingConfig,
     DSBDDecoder,
     FixedWidth,
-    MassWidth,
     RandomWidth,
     ThresholdWidth,
     UserError,
@@ -202,26 +201,3 @@ def test_the_decoder_clips_what_a_policy_asks_for(value: int, widths: set[int], 
         assert all(layer.passed for layer in record.layers[:-1])
         drawn = record.layers[-1]
         assert (drawn.draft_width == 0) == (drawn.passed and drawn.accepted == 0)
-
-
-@pytest.mark.parametrize(
-    ("p", "share", "expected"),
-    [
-        ([0.5, 0.3, 0.15, 0.05], 0.5, 1),
-        ([0.5, 0.3, 0.15, 0.05], 0.51, 2),
-        ([0.05, 0.15, 0.5, 0.3], 0.8, 2),  # in any order
-        ([0.5, 0.3, 0.15, 0.05], 0.95, 3),
-        ([0.5, 0.3, 0.15, 0.05], 1.0, 4),
-        ([0.25, 0.25, 0.25, 0.25], 0.9, 4),
-        ([0.1] * 10, 0.95, 4),  # never more than target_width
-    ],
-)
-def test_mass_is_the_fewest_beams_that_hold_the_share(p: list[float], share: float, expected: int) -> None:
-    found = MassWidth(share).target_width(context(p, p))
-    assert found == expected
-
-
-@pytest.mark.parametrize("share", [0, 1.2, True, float("nan")])
-def test_mass_refuses_what_is_no_share(share: float) -> None:
-    with pytest.raises(UserError, match=r"share is .*; give a number in \(0, 1\]"):
-        MassWidth(share)
