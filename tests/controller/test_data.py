@@ -29,7 +29,7 @@ def rewrite(directory: Path, **columns: object) -> None:
 
 
 def test_rows_are_padded_and_split_by_prompt(tmp_path: Path) -> None:
-    data = TraceDataModule(write_traces(tmp_path, prompts=10), NAMES, batch_size=16)
+    data = TraceDataModule(write_traces(tmp_path, prompts=10), NAMES, batch_size=16, use_hidden=True)
     assert data.sizes == {
         "features": len(ContextFeatures().names),
         "draft_width": CONFIG.draft_width,
