@@ -274,7 +274,7 @@ def late(features: FloatVector, weights: LateWeights) -> FloatVector:
 
 
 @compiled
-def expected_loss(quality: FloatVector, target_width: int, regret: bool) -> FloatArray:
+def expected_loss(quality: FloatVector, target_width: int, regret: float) -> FloatArray:
     """L(0) = L(1), ..., L(target_width) = 0 from a quality head; [2 R - 1] -> [R + 1].
 
     Nothing is lost at target_width: what more slots would have held was never to be had.
@@ -282,16 +282,22 @@ def expected_loss(quality: FloatVector, target_width: int, regret: bool) -> Floa
     Args:
         quality: survivor logits [R], then log regret steps [R - 1].
         target_width: of the config, at most R.
-        regret: in nats; else the probability that the survivor is beyond the first k slots.
+        regret: share of the loss that is in nats; of the rest, it is the probability that the survivor is beyond the
+            first k slots.
     """
     ranks = (len(quality) + 1) // 2
     loss = np.zeros(ranks + 1)
-    lost = 0.0
-    for k in range(ranks - 1, 0, -1):
-        lost += math.exp(np.float64(quality[ranks + k - 1] if regret else quality[k]))
-        loss[k] = lost
-    if not regret:
-        loss /= lost + math.exp(np.float64(quality[0]))
+    nats = beyond = 0.0
+    if regret > 0.0:
+        for k in range(ranks - 1, 0, -1):
+            nats += math.exp(np.float64(quality[ranks + k - 1]))
+            loss[k] = regret * nats
+    if regret < 1.0:
+        odds = np.exp(quality[:ranks].astype(np.float64) - quality[:ranks].max())
+        total = odds.sum()
+        for k in range(ranks - 1, 0, -1):
+            beyond += odds[k] / total
+            loss[k] += (1.0 - regret) * beyond
     loss[0] = loss[1]
     return np.maximum(loss - loss[target_width], 0.0)
 
@@ -312,7 +318,7 @@ def foreseen_counts(accept_logits: FloatVector) -> FloatArray:
 
 
 @compiled
-def foresee(top: FloatVector, weights: HeadWeights, target_width: int, regret: bool) -> tuple[FloatArray, FloatArray]:
+def foresee(top: FloatVector, weights: HeadWeights, target_width: int, regret: float) -> tuple[FloatArray, FloatArray]:
     """P(K_w >= M) and L(k) by the early heads; [hidden] -> [W + 1, W + 1], [R + 1]. See `expected_loss`."""
     accept_logits, quality = early(top, weights)
     return foreseen_counts(accept_logits), expected_loss(quality, target_width, regret)
@@ -326,7 +332,7 @@ def foresee_context(
     weights: Packed,
     heads: Packed,
     target_width: int,
-    regret: bool,
+    regret: float,
 ) -> tuple[FloatArray, FloatArray]:
     """`foresee` of a `Context`, in one call; of `EarlyWeights` and `HeadWeights`."""
     top = look(describe_context(context), draft_hidden, target_hidden, EarlyWeights(*weights))
@@ -334,7 +340,7 @@ def foresee_context(
 
 
 @compiled
-def late_loss(features: FloatVector, weights: LateWeights, target_width: int, regret: bool) -> FloatArray:
+def late_loss(features: FloatVector, weights: LateWeights, target_width: int, regret: float) -> FloatArray:
     """[G] -> [R + 1] L(k); see `expected_loss`."""
     return expected_loss(late(features, weights), target_width, regret)
 
@@ -626,7 +632,7 @@ def plan_context_widths(
     deepest: int,
     nodes: int,
     widest: int,
-    regret: bool,
+    regret: float,
 ) -> tuple[Decision, FloatArray, FloatArray]:
     """`plan_widths` of a `Context`, in one call, with what `foresee_context` says of it.
 
@@ -687,7 +693,7 @@ def cheapest_width(
 
 @compiled
 def judge_bearable(
-    target: Packed, weights: Packed, width_value: float, brought: float, least: int, most: int, regret: bool
+    target: Packed, weights: Packed, width_value: float, brought: float, least: int, most: int, regret: float
 ) -> tuple[int, FloatArray]:
     """M where each count speaks for itself; see `least_bearable`."""
     loss = late_loss(describe_target(target), LateWeights(*weights), most, regret)
@@ -705,7 +711,7 @@ def judge_counted(
     width_value: float,
     brought: float,
     rules: Packed,
-    regret: bool,
+    regret: float,
 ) -> tuple[int, FloatArray]:
     """M where P(K_w >= M) matters, which is that of P and Q in closed form; see `best_width`, `matched` and `Rules`.
 
@@ -728,7 +734,7 @@ def judge_final(
     drafts: bool,
     least: int,
     most: int,
-    regret: bool,
+    regret: float,
 ) -> tuple[int, FloatArray]:
     """M of the layer that the target draws; see `cheapest_width`."""
     loss = late_loss(describe_target(target), LateWeights(*weights), most, regret)

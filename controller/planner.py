@@ -231,7 +231,7 @@ class Planner:
         reach: float,
         deepest: int,
         nodes: int,
-        regret: bool = True,
+        regret: float = 1.0,
     ) -> tuple[Decision, Prediction]:
         """The best (w, M) of a layer, by what is known before its drafts are drawn.
 
@@ -323,7 +323,7 @@ class Planner:
         return kernels.best_width(loss, at_least, self.width_value, further, rules_of(config))
 
     def bearable_width(
-        self, host: HostNet, target: Packed, config: DecodingConfig, further: float, regret: bool = True
+        self, host: HostNet, target: Packed, config: DecodingConfig, further: float, regret: float = 1.0
     ) -> tuple[int, FloatArray]:
         """`target_width` where it settles alone, with the late loss that it is set by."""
         ends = config.min_width, config.target_width
@@ -338,7 +338,7 @@ class Planner:
         foreseen: FloatArray | None,
         config: DecodingConfig,
         further: float,
-        regret: bool = True,
+        regret: float = 1.0,
     ) -> tuple[int, FloatArray]:
         """`target_width` where P(K_w >= M) matters, in closed form, with the late loss that it is set by.
 
@@ -360,7 +360,7 @@ class Planner:
         )
 
     def final_width(
-        self, host: HostNet, target: Packed, config: DecodingConfig, rate: float, regret: bool = True
+        self, host: HostNet, target: Packed, config: DecodingConfig, rate: float, regret: float = 1.0
     ) -> tuple[int, FloatArray]:
         """M of the layer that the target draws, with the late loss that it is set by.
 

@@ -35,7 +35,7 @@ from decoding.widths import DraftContext, IterationRecord, RootContext, TargetCo
 
 MODES = ("before", "after", "both")
 CLOCKS = ("wall", "table")
-QUALITIES = ("regret", "survivors")
+QUALITIES = {"regret": 1.0, "survivors": 0.0, "mixed": 0.5}  # share of the loss that is in nats
 _NO_HIDDEN = np.zeros(0, np.float32), np.zeros(0, np.float32)
 # Settings that shape P and Q: a controller trained under others is used out of its element.
 _TRAINED_UNDER = ("mode", "temperature", "top_k", "top_p", "warp", "replacement", "surplus", "refill")
@@ -68,7 +68,8 @@ class LearnedWidth(WidthPolicy):
             "table", as modelled, so that equal prompts, seeds and tables give equal widths. None: "wall" with a latency
             table in seconds, else "table".
         quality: what a beam is worth: "regret", the nats that are lost without it; "survivors", the probability that
-            the best hypothesis is lost with it, in which case width_value is what losing it costs in tokens.
+            the best hypothesis is lost with it, in which case width_value is what losing it costs in tokens; "mixed",
+            the mean of both, a nat counted as much as the best hypothesis.
         share: whether prompts learn together; False: each starts anew, and does not depend on others.
 
     Raises:
@@ -85,7 +86,7 @@ class LearnedWidth(WidthPolicy):
         mode: str = "after",
         latency: Costs | dict[str, Any] | str | Path | None = None,
         clock: str | None = None,
-        quality: str = "regret",
+        quality: str = "mixed",
         share: bool = True,
     ) -> None:
         _check_arguments(width_value, mode, clock, quality)
@@ -102,7 +103,7 @@ class LearnedWidth(WidthPolicy):
         self._host = HostNet(net)
         self.width_value, self.mode, self.clock = float(width_value), mode, clock
         self.quality, self.share = quality, share
-        self._regret = quality == "regret"
+        self._regret = QUALITIES[quality]
         self.needs_hidden = bool(net.sizes["draft_hidden"] or net.sizes["target_hidden"])
         self.use_latency(latency)
         self._checked: DecodingConfig | None = None
@@ -359,8 +360,8 @@ class LearnedWidth(WidthPolicy):
         scene, hidden = self.features.of_context(context), self._hidden(context)
         nodes = len(root.weights) + sum(context.widths)
         known = self._host, scene, hidden, config, self.outlook, self._rate(config), reach, _deepest(root), nodes
-        if self.mode != "before" and self._regret and settles_alone(config):
-            # Where M will be set by the loss that a pass can bear, only the chance to pass is asked for.
+        if self.mode != "before" and self._regret == 1 and settles_alone(config):
+            # Where M will be set by the nats that a pass can bear, only the chance to pass is asked for.
             return self.planner.draft_width(*known), None
         return self.planner.widths(*known, self._regret)
 

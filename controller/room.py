@@ -82,7 +82,8 @@ class DeepWidth(LearnedWidth):
     name = "deep"
 
     def __init__(self, net: WidthNet, provenance: dict[str, Any], bearable: float = 1.2) -> None:
-        super().__init__(net, provenance, width_value=1.0)  # a token a nat: what a pass brings is what it can bear
+        # A token a nat: what a pass brings is what it can bear.
+        super().__init__(net, provenance, width_value=1.0, quality="regret")
         if isinstance(bearable, bool) or not 0 < bearable < math.inf:
             raise UserError(f"bearable is {bearable!r}; give a number of nats above 0 (0.5 to 3 are worth trying).")
         self.bearable = bearable

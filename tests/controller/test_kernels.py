@@ -102,7 +102,7 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
     at_least, draft_width = foreseen(rng, 6), int(rng.integers(1, 7))
     p, q = parents_tokens_probs(rng), parents_tokens_probs(rng)
     gained, spent = rng.random(4).cumsum(), rng.random(4).cumsum()
-    regret = bool(rng.integers(2))
+    regret = float(rng.choice([0.0, 0.5, 1.0]))
     place = value, rate, reach
     said = at_least if rng.integers(2) else np.zeros((0, 0))
     return {
@@ -113,7 +113,7 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
         "passing": (top, float(rng.exponential()), head),
         "late": (f32(rng, 36), late),
         "late_loss": (f32(rng, 36), late, target_width, bool(rng.integers(2))),
-        "expected_loss": (f32(rng, 2 * ranks - 1), target_width, bool(rng.integers(2))),
+        "expected_loss": (f32(rng, 2 * ranks - 1), target_width, float(rng.choice([0.0, 0.5, 1.0]))),
         "foreseen_counts": (f32(rng, 6, 6) * 9,),
         "foresee": (top, heads, target_width, regret),
         "foresee_context": (context, *vectors, packed[0], tuple(heads), target_width, regret),
@@ -306,13 +306,29 @@ def test_the_closed_form_is_that_of_the_verification() -> None:
     assert {0.0, 0.5, 1.0} <= seen
 
 
+@pytest.mark.parametrize("regret", [1.0, 0.0, 0.5])
+def test_loss_is_of_nats_of_the_best_line_or_of_both(regret: float) -> None:
+    rng = np.random.default_rng(3)
+    for ranks in (1, 2, 5):
+        quality, widest = 3 * f32(rng, 2 * ranks - 1), int(rng.integers(1, ranks + 1))
+        shares = np.exp(quality[:ranks].astype(np.float64)) / np.exp(quality[:ranks].astype(np.float64)).sum()
+        steps = np.exp(quality[ranks:].astype(np.float64))
+        nats = np.array([steps[k - 1 :].sum() for k in range(1, ranks + 1)])
+        beyond = np.array([shares[k:].sum() for k in range(1, ranks + 1)])
+        mean = regret * nats + (1 - regret) * beyond
+        expected = np.maximum(mean - mean[widest - 1], 0)
+        found = kernels.expected_loss(quality, widest, regret)
+        np.testing.assert_allclose(found[1:], expected, atol=1e-9)
+        assert found[0] == found[1]
+
+
 @rules
 def test_a_judged_width_is_the_best_of_all_by_p_and_q(keep: bool, full: bool) -> None:
     rng, chosen = np.random.default_rng(2), set()
     for p, q in pairs_of_joints(rng, 400):
         ranks, drafts = int(rng.integers(2, 9)), int(rng.integers(1, 9))
         most, draft_width = int(rng.integers(1, ranks + 1)), int(rng.integers(1, drafts + 1))
-        rules, regret = Rules(min(int(rng.integers(1, 3)), most), most, keep, full), bool(rng.integers(2))
+        rules, regret = Rules(min(int(rng.integers(1, 3)), most), most, keep, full), float(rng.choice([0.0, 0.5, 1.0]))
         layers = (f32(rng, 36, 8), f32(rng, 8)), (f32(rng, 8, 8), f32(rng, 8))
         head = 0.2 * f32(rng, 8, 2 * ranks - 1), f32(rng, 2 * ranks - 1)
         late = kernels.LateWeights(np.zeros(36, np.float32), np.ones(36, np.float32), (*layers, head))

@@ -273,6 +273,7 @@ def test_an_exact_layer_of_a_width_that_followed_the_drafts_is_caught(monkeypatc
         ("after", "survivors", 2.0, {"exact": True}),
         ("both", "regret", 2.0, {"refill": "width", "replacement": True}),
         ("before", "regret", 5.0, {}),
+        ("after", "mixed", 3.0, {}),
     ],
     ids=str,
 )

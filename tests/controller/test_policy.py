@@ -112,20 +112,20 @@ def test_the_prediction_is_a_distribution_that_agrees_with_the_network() -> None
     assert prediction.at_least[1, 1] == pytest.approx(logits.accept[0, 0, 0].sigmoid().item())
 
 
-@pytest.mark.parametrize("quality", ["regret", "survivors"])
-def test_losses_are_those_of_the_networks_heads(quality: str) -> None:
-    """L(k) is the sum of the regret steps from k on, or the chance that the survivor lies beyond slot k."""
+@pytest.mark.parametrize(("quality", "nats"), [("regret", 1.0), ("survivors", 0.0), ("mixed", 0.5)])
+def test_losses_are_those_of_the_networks_heads(quality: str, nats: float) -> None:
+    """L(k) is the sum of the regret steps from k on, the chance that the survivor lies beyond slot k, or their mean."""
     learned, context = policy(quality=quality), target_context(draft_context(), 5)
     draft = context.draft
     vectors = (learned.features(draft), draft.draft_hidden, draft.root.target_hidden)
     rows = [torch.from_numpy(v)[None] for v in (*vectors, learned.features.of_target(context))]
     logits = learned.net(*rows)
-    asked = learned._host, known(context), CONFIG, 1.0, quality == "regret"
+    asked = learned._host, known(context), CONFIG, 1.0, nats
     early = (logits.survivor, logits.regret, learned.predict(draft).loss)
     late = (logits.late_survivor, logits.late_regret, learned.planner.final_width(*asked)[1])
     for survivor, regret, loss in (early, late):
         shares, steps = survivor[0].softmax(-1).tolist(), regret[0].exp().tolist()
-        beyond = [sum(steps[k - 1 :]) if quality == "regret" else sum(shares[k:]) for k in range(1, 5)]
+        beyond = [nats * sum(steps[k - 1 :]) + (1 - nats) * sum(shares[k:]) for k in range(1, 5)]
         assert loss.tolist() == pytest.approx([beyond[0], *beyond], abs=1e-5)
         assert loss[-1] == 0 and (np.diff(loss) <= 0).all()
 
@@ -139,10 +139,10 @@ def test_mode_before_ignores_the_layers_own_target() -> None:
 
 def test_modes_with_p_in_hand_follow_it_at_every_layer() -> None:
     for mode in ("after", "both"):
-        learned, context = policy(mode=mode, width_value=4.0), draft_context()
+        learned, context = policy(mode=mode, width_value=4.0, quality="regret"), draft_context()
         w = learned.draft_width(context)
         assert len({learned.target_width(target_context(context, w, seed)) for seed in range(20)}) > 1
-        learned = policy(mode=mode, width_value=0.05)
+        learned = policy(mode=mode, width_value=0.1)
         last = draft_context(layer=2, drafted=False)
         assert len({learned.target_width(target_context(last, 0, seed)) for seed in range(20)}) > 1
     before = policy(mode="before")
@@ -304,7 +304,7 @@ def test_drafts_that_the_clock_finds_dear_are_drafted_less() -> None:
         plain = iteration_seconds(TABLE, (), 1)
         return plain + dear * (iteration_seconds(TABLE, widths, 1) - plain)
 
-    cheap, plain, dear = (layers(factor) for factor in (0.5, 1.0, 4.0))
+    cheap, plain, dear = (layers(factor) for factor in (0.5, 1.0, 16.0))
     assert cheap[0] >= plain[0] > dear[0] and cheap[1] < 0.8 < plain[1] < 1.2 < dear[1]
 
 
@@ -385,7 +385,7 @@ def test_refusals() -> None:
         ({"mode": "never"}, "choose one of 'before', 'after', 'both'"),
         ({"clock": "sun"}, "clock is 'sun'"),
         ({"clock": "wall"}, "needs a latency table"),
-        ({"quality": "some"}, "quality is 'some'; choose one of 'regret', 'survivors'"),
+        ({"quality": "some"}, "quality is 'some'; choose one of 'regret', 'survivors', 'mixed'"),
     ):
         with pytest.raises(UserError, match=message):
             policy(**options)
