@@ -369,8 +369,9 @@ def comparison_lines(results: Mapping[str, Any]) -> list[str]:
     if lines:
         lines += [
             "Speeds at a quality lie on each family's undominated settings, linear in between; where a family does not "
-            "reach the quality, its best setting counts. hand-set: beam sampling, fixed, threshold and mass as one "
-            "family, among these rows, which were tuned only if tune.grids says so; +last: with a final_width. "
+            "reach the quality, its best setting counts. hand-set: beam sampling and all rules as one family, among "
+            "these rows, which were tuned only if tune.grids says so; +last: with a final_width; +stop: with a "
+            "stop_entropy; plain: with neither. "
             "oracle depth, not achievable: the best row had no layer been drafted that then failed.",
             "",
         ]
