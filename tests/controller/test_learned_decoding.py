@@ -122,7 +122,7 @@ def test_prompts_that_learn_alone_do_not_depend_on_their_neighbours() -> None:
     pair, config = random_pair(6, seed=3, closeness=0.7), config_of(max_new_tokens=13)
 
     def decode(share: bool, batch_size: int) -> list[Any]:
-        decoder = DSBDDecoder(pair, config, learned(pair, share=share, width_value=1.0))
+        decoder = DSBDDecoder(pair, config, learned(pair, share=share, width_value=2.0))
         return outcome(decoder.generate(PROMPTS * 5, streams(15), batch_size=batch_size))
 
     assert decode(False, 1) == decode(False, 7) == decode(False, 15)
