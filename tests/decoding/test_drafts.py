@@ -114,7 +114,7 @@ def traces_config(directory: Path, draft: str) -> DictConfig:
 @pytest.mark.parametrize("draft", KINDS)
 def test_traces_and_a_controller_of_every_kind(draft: str, tmp_path: Path) -> None:
     """Collected, read, and decided by: a controller of an n-gram draft does without the draft's hidden states."""
-    data = TraceDataModule(ensure_traces(traces_config(tmp_path, draft)), batch_size=8)
+    data = TraceDataModule(ensure_traces(traces_config(tmp_path, draft)), batch_size=8, use_hidden=True)
     sizes = data.sizes
     assert (sizes["draft_hidden"], sizes["target_hidden"]) == (0 if draft == "ngram" else 16, 16)
     pair = pair_with(draft)

@@ -59,7 +59,10 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ("+collect.x=1", "collect.x is not a setting of collect; choose among batch_size, test_prompts, traces_dir"),
         ("pair=foo", "pair=foo is not known; choose one of"),
         ("data=foo", "jsonl"),
-        ("policy=foo", "policy=foo is not known; choose one of bandit, fixed, learned, mass, random, threshold."),
+        (
+            "policy=foo",
+            "policy=foo is not known; choose one of bandit, entropy, fixed, gap, learned, mass, random, threshold.",
+        ),
         ("seed=abc", "seed is 'abc'; give a whole number (default 0)."),
         ("seed=1.5", "seed is 1.5"),
         ("seed.x=1", "seed.x is not a setting: seed is a single value."),
