@@ -23,7 +23,7 @@ from decoding.pricing import iteration_seconds
 FloatArray = NDArray[np.float64]
 RESAMPLES = 2000
 _REFERENCE, _OURS = "beam_sample", "learned"
-_METRICS = ("pass_nll", "count_explained", "late_regret_nll", "late_survivor_nll", "regret_nll", "survivor_nll")
+_METRICS = ("count_explained", "late_regret_nll", "late_survivor_nll", "regret_nll", "survivor_nll")
 _CONSTANTS = {"late_regret_nll": "regret_nll", "late_survivor_nll": "survivor_nll"}  # what a late head starts from
 
 

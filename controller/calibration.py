@@ -15,17 +15,14 @@ from controller.counts import (
     censored,
     count_table,
     knows_survivor,
-    passes,
     regret_steps,
     survivor_nll,
     tails,
 )
 from controller.data import Batch
-from controller.network import WidthLogits, WidthNet
+from controller.network import WidthNet
 
 BINS = 15
-PASS_DRAWS = 4  # of bearable loss and draft width, for each row
-_BEARABLE = (-4.0, 2.0)  # of log c, that the pass head is trained for
 FloatArray = NDArray[np.float64]
 _MANY = 1 << 30
 _WIDTH_GROUPS = (("1_2", 1, 2), ("3_5", 3, 5), ("6_up", 6, _MANY))
@@ -123,30 +120,6 @@ def survivor_events(survivor_logits: Tensor, slot: Tensor, kept_width: Tensor) -
     return among[inside].clamp(0, 1), (slot[:, None] <= widths)[inside].to(among.dtype)
 
 
-def pass_events(
-    net: WidthNet, rows: Batch, logits: WidthLogits, seed: int | None = None, draws: int = PASS_DRAWS
-) -> tuple[Tensor, Tensor]:
-    """The event "the layer passes" and what that brings, of the drafted rows, at random bearable losses and widths.
-
-    Args:
-        net: of these logits.
-        rows: N of them, D drafted.
-        logits: of `rows`.
-        seed: of the draws; None: torch's global generator, as in training.
-        draws: for each row.
-
-    Returns:
-        Logits and labels, [draws * D, 2] each; see `counts.passes`.
-    """
-    drafted = torch.nonzero(rows["draft_width"] > 0).squeeze(-1).repeat(draws)
-    stream = None if seed is None else torch.Generator(drafted.device).manual_seed(seed)
-    unit = torch.rand(2, len(drafted), generator=stream, device=drafted.device)
-    bearable = (_BEARABLE[0] + unit[0] * (_BEARABLE[1] - _BEARABLE[0])).exp()
-    width = (unit[1] * rows["draft_width"][drafted]).long() + 1
-    labels = passes(logits.late_regret.detach()[drafted], rows["bits"][drafted], bearable, width)
-    return net.passing(logits.top[drafted], bearable, width), torch.stack(labels, -1)
-
-
 @torch.no_grad()
 def reliability_curves(net: WidthNet, rows: Batch) -> dict[str, Curve]:
     """How far each head can be trusted on held-out rows; an event that never arises has no curve.
@@ -158,7 +131,7 @@ def reliability_curves(net: WidthNet, rows: Batch) -> dict[str, Curve]:
     Returns:
         By name: "count" P(K_w >= M); the same of draft widths ("count_w1_2", "count_w3_5", "count_w6_up") and of
         layers ("count_layer1", "count_layer2", "count_layer3_up"); "survivor" and "late_survivor" P(slot <= k), before
-        P is known and after; "pass", of a layer, at random bearable losses.
+        P is known and after.
     """
     logits = net(*inputs(rows))
     at_least, width, layer = tails(count_table(logits.accept.sigmoid())), rows["draft_width"], rows["layer"]
@@ -175,8 +148,6 @@ def reliability_curves(net: WidthNet, rows: Batch) -> dict[str, Curve]:
     slot, kept = rows["survivor_slot"], rows["kept_width"]
     events["survivor"] = survivor_events(logits.survivor, slot, kept)
     events["late_survivor"] = survivor_events(logits.late_survivor, slot, kept)
-    passing, labels = pass_events(net, rows, logits, seed=0)
-    events["pass"] = passing[:, 0].sigmoid(), labels[:, 0]
     return {
         name: Curve(reliability(predicted, happened), float((predicted - happened).square().mean()))
         for name, (predicted, happened) in events.items()

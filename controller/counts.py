@@ -67,30 +67,6 @@ def count_nll(accept_logits: Tensor, bits: Tensor, labels: Tensor | None = None)
     return F.binary_cross_entropy_with_logits(bit_logits(accept_logits, bits), labels.float(), reduction="none")
 
 
-def passes(log_steps: Tensor, bits: Tensor, bearable: Tensor, draft_width: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether layers would have passed, and what that would have brought, had M been set by a bearable loss.
-
-    M is the least k with L(k) <= c: a pass with so few beams loses no more than it brings.
-
-    Args:
-        log_steps: [N, R - 1] of the late regret head; L(k) is the sum of their exponentials from k on.
-        bits: [N, W] bool.
-        bearable: [N] c.
-        draft_width: [N] int64, w: how many of the drafts there would have been.
-
-    Returns:
-        [N] 1 where K_w >= M; and 1 - L(K_w) / c there, 0 elsewhere.
-    """
-    loss = F.pad(log_steps.exp().flip(-1).cumsum(-1).flip(-1), (0, 1))  # [N, R] of k = 1..R
-    asked = (loss > bearable[:, None]).sum(-1) + 1  # [N] M
-    drawn = torch.arange(bits.shape[1], device=bits.device) < draft_width[:, None]
-    accepted = (bits & drawn).sum(-1)
-    passed = (accepted >= asked).to(loss.dtype)
-    kept = accepted.clamp(1, loss.shape[-1])
-    lost = loss.gather(-1, (kept - 1)[:, None]).squeeze(-1)
-    return passed, passed * (1 - lost / bearable).clamp(min=0)
-
-
 def bernoulli_nll(probabilities: Tensor, labels: Tensor) -> Tensor:
     """The same for probabilities instead of logits: [..] and [..] -> [..]; clipped at 1e-6 (float32 columns)."""
     probabilities = probabilities.clamp(1e-6, 1 - 1e-6)

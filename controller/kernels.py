@@ -31,7 +31,6 @@ TOP = 10  # likeliest continuations of P that are looked at once it is known
 GAP_LIMIT = 20.0  # nats that gaps between weights are cut at, and what they are with one beam
 LEAST_LOG = -12.0  # log-probability of a continuation that is not there, and the least of those that are
 LIMIT = 5.0  # standardised inputs are clipped here, as in WidthNet
-PRICES = (0.01, 30.0)  # losses that the pass head tells apart, in nats
 
 
 def compiled(function: Function) -> Function:
@@ -196,16 +195,6 @@ class HeadWeights(NamedTuple):
     quality_bias: FloatVector  # [2 R - 1]
 
 
-class PassWeights(NamedTuple):
-    """Of its pass head."""
-
-    start: FloatVector  # [hidden, P]
-    price: FloatVector  # [P]
-    width: FloatVector  # [W, P]
-    end: FloatVector  # [P, 2]
-    bias: FloatVector  # [2]
-
-
 class LateWeights(NamedTuple):
     """Of the network that has seen P: both heads as one map, survivor logits before log regret steps."""
 
@@ -251,16 +240,6 @@ def early(top: FloatVector, weights: HeadWeights) -> tuple[FloatVector, FloatVec
     row = top.reshape(1, -1)
     accept = times(row, weights.accept)[0].reshape(weights.accept_bias.shape) + weights.accept_bias
     return accept, times(row, weights.quality)[0] + weights.quality_bias
-
-
-@compiled
-def passing(top: FloatVector, bearable: float, weights: PassWeights) -> FloatVector:
-    """Probabilities of `WidthNet.passing` at every draft width; [hidden] -> [W, 2]."""
-    price = np.float32(math.log(min(max(bearable, PRICES[0]), PRICES[1])))
-    base = times(top.reshape(1, -1), weights.start)[0] + price * weights.price
-    inner = np.maximum(weights.width + base, np.float32(0))  # [W, P]
-    logits = np.maximum(times(inner, weights.end) + weights.bias, np.float32(-30))
-    return np.float32(1) / (np.float32(1) + np.exp(-logits))
 
 
 @compiled
@@ -489,38 +468,6 @@ class Decision(NamedTuple):
 
 
 @compiled
-def plan_width(
-    top: FloatVector,
-    head: PassWeights,
-    prospect: Prospect,
-    costs: CostTable,
-    width_value: float,
-    rate: float,
-    reach: float,
-    layer: int,
-    deepest: int,
-    nodes: int,
-    least: int,
-    most: int,
-) -> Decision:
-    """See `Planner.draft_width`."""
-    gained, spent = ahead(prospect, costs, layer + 1, deepest, nodes + most, most, most)
-    likely = reach * (prospect.passing[layer - 1] if layer <= len(prospect.passing) else prospect.start)
-    further = prospect.earned + gained[best_depth(likely, gained, rate, spent)[0]]
-    chances = passing(top, further / max(width_value, 1e-9), head)
-    chosen, best = least, -math.inf
-    for width in range(least, most + 1):
-        seconds = _added_seconds(costs, nodes, width, layer < deepest)
-        likely = reach * chances[width - 1, 1]
-        net = likely * prospect.earned - rate * seconds + best_depth(likely, gained, rate, spent)[1]
-        if net > best:
-            chosen, best = width, net
-    promised = float(chances[chosen - 1, 0])
-    onward, deeper = _onwards(prospect, costs, rate, reach, promised, layer, deepest, nodes, chosen)
-    return Decision(chosen, least, promised, further, onward, deeper)
-
-
-@compiled
 def kept_loss(at_least: FloatArray, loss: FloatArray, rules: Rules) -> FloatArray:
     """Mean of L over the beams that go on, at every M from the least; [counts] P(K >= k), [R + 1] -> [most + 1]."""
     counts = len(at_least)
@@ -594,30 +541,6 @@ def _onwards(
 
 @compiled
 def plan_context(
-    context: Packed,
-    draft_hidden: FloatVector,
-    target_hidden: FloatVector,
-    weights: Packed,
-    head: Packed,
-    prospect: Packed,
-    costs: Packed,
-    width_value: float,
-    rate: float,
-    reach: float,
-    deepest: int,
-    nodes: int,
-    least: int,
-    most: int,
-) -> Decision:
-    """`plan_width` of a `Context`, in one call; of `EarlyWeights`, `PassWeights`, a `Prospect` and a `CostTable`."""
-    top = look(describe_context(context), draft_hidden, target_hidden, EarlyWeights(*weights))
-    known = PassWeights(*head), Prospect(*prospect), CostTable(*costs)
-    layer = context[1]
-    return plan_width(top, *known, width_value, rate, reach, layer, deepest, nodes, least, most)
-
-
-@compiled
-def plan_context_widths(
     context: Packed,
     draft_hidden: FloatVector,
     target_hidden: FloatVector,

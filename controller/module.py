@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import Metric
 
 from controller.calibration import (
@@ -15,7 +14,6 @@ from controller.calibration import (
     bin_sums,
     expected_calibration_error,
     inputs,
-    pass_events,
     reliability_from_sums,
     survivor_events,
     width_events,
@@ -53,7 +51,6 @@ _MEANS = (
     "regret_nll",  # Poisson deviance of a slot's nats, without its constant
     "regret_nll_constant",  # under the train split's means
     "late_regret_nll",
-    "pass_nll",  # of whether a layer passes, at random bearable losses and draft widths
 )
 _CURVES = ("count", "survivor", "late_survivor")  # of which reliability is measured
 
@@ -88,14 +85,13 @@ class StageMetrics(Metric):
         self.regret_rate = regret_rates(rows).to(self.bins.device)
 
     @torch.no_grad()
-    def update(self, batch: Batch, logits: WidthLogits, net: WidthNet) -> None:
+    def update(self, batch: Batch, logits: WidthLogits) -> None:
         """Add a batch and what the network says of it."""
         drafted, bits = _drafted(batch), batch["bits"]
         if drafted.any():
             self._add_counts(batch, logits.accept, drafted)
             at_least = tails(count_table(logits.accept.sigmoid()))
             predicted, happened = width_events(at_least, bits, batch["draft_width"])
-            self._add("pass_nll", _pass_nll(net, batch, logits, seed=0)[:, 0])
             self.bins[0] += bin_sums(predicted, happened)
             self._add("count_rps", (predicted - happened).square())
         slot, kept = batch["survivor_slot"], batch["kept_width"]
@@ -146,17 +142,16 @@ class ControllerModule(LightningModule):
     """Trains a WidthNet on the rows of a TraceDataModule.
 
     The optimised loss is the mean over bits of `count_nll`, plus `survivor_weight` times the means over rows of both
-    `survivor_nll`, plus `regret_weight` times those of both `regret_nll`, plus `pass_weight` times `pass_nll`;
-    `<stage>/loss` is the same, but for the last, on the hard bits. `<stage>/count_explained` is the share of the
-    explainable deviance that is explained, measured against the closed-form probabilities: 0 for the constant, 1 for
-    the closed form itself.
+    `survivor_nll`, plus `regret_weight` times those of both `regret_nll`; `<stage>/loss` is the same on the hard bits.
+    `<stage>/count_explained` is the share of the explainable deviance that is explained, measured against the
+    closed-form probabilities: 0 for the constant, 1 for the closed form itself.
 
     Args:
         features, draft_width, target_width, draft_hidden, target_hidden, target_features: sizes, from
             `TraceDataModule.sizes`.
         hidden, layers, dropout, late_hidden: of the network.
         lr, weight_decay: of AdamW; the rate follows a cosine to zero.
-        survivor_weight, regret_weight, pass_weight: weights of these losses.
+        survivor_weight, regret_weight: weights of these losses.
         soft_labels: train on the logged closed-form accept probabilities, whose expectation the bits have.
         use_hidden: give the network the models' hidden vectors.
         batch_size: rows per batch; read by train.py.
@@ -175,12 +170,10 @@ class ControllerModule(LightningModule):
         dropout: float = 0.2,
         late_hidden: int = 48,
         projected: int = 8,
-        pass_hidden: int = 64,
         lr: float = 3e-3,
         weight_decay: float = 1e-2,
         survivor_weight: float = 0.25,
         regret_weight: float = 0.25,
-        pass_weight: float = 1.0,
         soft_labels: bool = True,
         use_hidden: bool = False,
         batch_size: int = 512,
@@ -189,9 +182,9 @@ class ControllerModule(LightningModule):
         if not use_hidden:
             draft_hidden = target_hidden = 0
         sizes = (features, draft_width, target_width, draft_hidden, target_hidden, target_features)
-        self.net = WidthNet(*sizes, hidden, layers, dropout, late_hidden, projected, pass_hidden)
+        self.net = WidthNet(*sizes, hidden, layers, dropout, late_hidden, projected)
         self.lr, self.weight_decay = lr, weight_decay
-        self.survivor_weight, self.regret_weight, self.pass_weight = survivor_weight, regret_weight, pass_weight
+        self.survivor_weight, self.regret_weight = survivor_weight, regret_weight
         self.soft_labels, self.batch_size = soft_labels, batch_size
         self.train_metrics, self.val_metrics, self.test_metrics = (
             StageMetrics(draft_width, target_width) for _ in SPLITS
@@ -223,21 +216,19 @@ class ControllerModule(LightningModule):
         for survivor, regret in ((logits.survivor, logits.regret), (logits.late_survivor, logits.late_regret)):
             loss = loss + self.survivor_weight * _mean(survivor_nll(survivor, slot, kept), known)
             loss = loss + self.regret_weight * _mean(regret_nll(regret, steps), seen)
-        passing = _pass_nll(self.net, batch, logits)
-        loss = loss + self.pass_weight * passing.sum() / max(passing.numel(), 1)
         if not torch.isfinite(loss):
             raise UserError(
                 f"The training loss is {loss.item()} at step {self.global_step}. Lower controller.lr ({self.lr:g}), or "
                 "collect the traces again if their features are far out of range."
             )
-        self.train_metrics.update(batch, WidthLogits(*(head.detach() for head in logits)), self.net)
+        self.train_metrics.update(batch, WidthLogits(*(head.detach() for head in logits)))
         return loss
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        self.val_metrics.update(batch, self.net(*inputs(batch)), self.net)
+        self.val_metrics.update(batch, self.net(*inputs(batch)))
 
     def test_step(self, batch: Batch, index: int) -> None:
-        self.test_metrics.update(batch, self.net(*inputs(batch)), self.net)
+        self.test_metrics.update(batch, self.net(*inputs(batch)))
 
     def on_train_epoch_end(self) -> None:
         self._log("train")
@@ -267,7 +258,7 @@ class ControllerModule(LightningModule):
         """All metrics of a split at once, without a Trainer: for instance after calibration."""
         self.eval()
         self._stage(stage).reset()
-        self._stage(stage).update(rows, self.net(*inputs(rows)), self.net)
+        self._stage(stage).update(rows, self.net(*inputs(rows)))
         return self._compute(stage)
 
     def _stage(self, stage: str) -> StageMetrics:
@@ -329,12 +320,6 @@ def regret_rates(rows: Batch) -> Tensor:
     """Mean nats of each regret step over the rows that saw it, with one row of 0.1 each; [R - 1]."""
     steps, seen = regret_steps(rows["slot_deficits"], rows["survivor_slot"], rows["kept_width"])
     return ((steps * seen).sum(0) + 0.1) / (seen.sum(0) + 1)
-
-
-def _pass_nll(net: WidthNet, batch: Batch, logits: WidthLogits, seed: int | None = None) -> Tensor:
-    """Loss of the pass head, [E, 2]; see `calibration.pass_events`."""
-    predicted, labels = pass_events(net, batch, logits, seed)
-    return F.binary_cross_entropy_with_logits(predicted, labels, reduction="none")
 
 
 def _drafted(rows: Batch) -> Tensor:

@@ -19,14 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from controller.kernels import LIMIT, PRICES, EarlyWeights, FloatVector, HeadWeights, LateWeights, Packed, PassWeights
+from controller.kernels import LIMIT, EarlyWeights, FloatVector, HeadWeights, LateWeights, Packed
 from decoding.errors import UserError
 
 FORMAT = "dsbd-controller"  # what config.json says it is
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _SIZES = ("features", "draft_width", "target_width", "draft_hidden", "target_hidden", "target_features")
-_ARGUMENTS = (*_SIZES, "hidden", "layers", "dropout", "late_hidden")
-_LATER_ARGUMENTS = ("projected", "pass_hidden")  # older controllers do not name them: they have the defaults
+_ARGUMENTS = (*_SIZES, "hidden", "layers", "dropout", "late_hidden", "projected")
 _CALIBRATED = (
     "accept_temperature",
     "survivor_temperature",
@@ -47,7 +46,6 @@ class WidthLogits(NamedTuple):
     regret: Tensor  # [N, R - 1] log of the nats that slot k + 1 adds to slots 1..k
     late_survivor: Tensor  # [N, R]
     late_regret: Tensor  # [N, R - 1]
-    top: Tensor  # [N, hidden] what the pass head starts from
 
 
 class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["speculative-decoding", "beam-sampling"]):
@@ -65,7 +63,6 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         hidden, layers, dropout: of the first MLP.
         late_hidden: width of the second, which has two layers.
         projected: what each hidden vector is projected to, at most.
-        pass_hidden: width of the pass head.
     """
 
     feature_mean: Tensor
@@ -91,13 +88,12 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         dropout: float = 0.0,
         late_hidden: int = 48,
         projected: int = 32,
-        pass_hidden: int = 32,
     ) -> None:
         super().__init__()
         sizes = (features, draft_width, target_width, draft_hidden, target_hidden, target_features)
         self.sizes: dict[str, int] = dict(zip(_SIZES, sizes, strict=True))
         sized = {"hidden": hidden, "layers": layers, "dropout": dropout, "late_hidden": late_hidden}
-        self.arguments = {**self.sizes, **sized, "projected": projected, "pass_hidden": pass_hidden}
+        self.arguments = {**self.sizes, **sized, "projected": projected}
         self.draft_projection = _projection(draft_hidden, projected)
         self.target_projection = _projection(target_hidden, projected)
         self.projection_dropout = nn.Dropout(dropout)
@@ -113,9 +109,6 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         self.late_trunk = nn.Sequential(
             nn.Linear(target_features, late_hidden), nn.ReLU(), nn.Linear(late_hidden, late_hidden), nn.ReLU()
         )
-        self.pass_in, self.pass_out = nn.Linear(top, pass_hidden), nn.Linear(pass_hidden, 2)
-        self.pass_price = nn.Parameter(torch.randn(pass_hidden) * 0.1)
-        self.pass_width = nn.Parameter(torch.randn(draft_width, pass_hidden) * 0.1)
         self.late_survivor_head = nn.Linear(late_hidden, target_width)
         self.late_regret_head = nn.Linear(late_hidden, target_width - 1)
         quality = (self.survivor_head, self.regret_head, self.late_survivor_head, self.late_regret_head)
@@ -152,22 +145,7 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
             self.regret_head(top) + self.regret_shift,
             self.late_survivor_head(late) / self.late_survivor_temperature,
             self.late_regret_head(late) + self.late_regret_shift,
-            top,
         )
-
-    def passing(self, top: Tensor, bearable: Tensor, draft_width: Tensor) -> Tensor:
-        """Logits that a layer passes, and of what it brings, if it passes with counts whose loss is bearable.
-
-        Args:
-            top: [N, hidden] of `WidthLogits`.
-            bearable: [N] c > 0: a layer passes with k beams where L(k) <= c once P is known.
-            draft_width: [N] int64, w from 1.
-
-        Returns:
-            [N, 2]: of passing, and of the mean of 1 - L(K) / c, taken as 0 where it fails.
-        """
-        price = bearable.clamp(*PRICES).log()[:, None] * self.pass_price
-        return self.pass_out(F.relu(self.pass_in(top) + price + self.pass_width[draft_width - 1]))
 
     @torch.no_grad()
     def start_from(
@@ -198,7 +176,6 @@ class PackedWeights(NamedTuple):
 
     early: Packed
     heads: Packed
-    passing: Packed
     late: Packed
 
 
@@ -239,17 +216,10 @@ class HostNet:
             host(bias),
             *quality(net.survivor_head, net.survivor_temperature, net.regret_head, net.regret_shift),
         )
-        self.passing = PassWeights(
-            host(net.pass_in.weight.T),
-            host(net.pass_price),
-            host(net.pass_width + net.pass_in.bias),
-            host(net.pass_out.weight.T),
-            host(net.pass_out.bias),
-        )
         late = net.late_survivor_head, net.late_survivor_temperature, net.late_regret_head, net.late_regret_shift
         layers = (*linears(net.late_trunk), quality(*late))
         self.late = LateWeights(host(net.late_mean), host(1.0 / net.late_std), layers)
-        self.packed = PackedWeights(tuple(self.early), tuple(self.heads), tuple(self.passing), tuple(self.late))
+        self.packed = PackedWeights(tuple(self.early), tuple(self.heads), tuple(self.late))
 
 
 def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, Any]) -> Path:
@@ -307,7 +277,7 @@ def load_controller(path: str | Path, revision: str | None = None) -> tuple[Widt
         raise UserError(
             f"{directory / CONFIG} does not describe a width controller; give a directory that train.py wrote."
         )
-    net = WidthNet(**{name: config[name] for name in (*_ARGUMENTS, *_LATER_ARGUMENTS) if name in config})
+    net = WidthNet(**{name: config[name] for name in _ARGUMENTS})
     try:
         net.load_state_dict(load_file(directory / WEIGHTS))
     except (SafetensorError, RuntimeError, OSError) as error:

@@ -245,7 +245,7 @@ class Planner:
             nodes: nodes that the target will score without this layer.
             regret: what loss is in; see `kernels.expected_loss`.
         """
-        plan, at_least, loss = kernels.plan_context_widths(
+        plan, at_least, loss = kernels.plan_context(
             context,
             *hidden,
             host.packed.early,
@@ -262,40 +262,6 @@ class Planner:
             regret,
         )
         return plan, Prediction(at_least, loss)
-
-    def draft_width(
-        self,
-        host: HostNet,
-        context: Packed,
-        hidden: tuple[FloatVector, FloatVector],
-        config: DecodingConfig,
-        outlook: Outlook,
-        rate: float,
-        reach: float,
-        deepest: int,
-        nodes: int,
-    ) -> Decision:
-        """The best w of a layer whose M will be set by the loss that a pass can bear; see `settles_alone`.
-
-        Args:
-            host: its pass head is asked about that loss.
-            others: as for `widths`.
-        """
-        return kernels.plan_context(
-            context,
-            *hidden,
-            host.packed.early,
-            host.packed.passing,
-            outlook.prospect,
-            self._packed,
-            self.width_value,
-            rate,
-            reach,
-            deepest,
-            nodes,
-            config.min_width,
-            _widest(context, config),
-        )
 
     def seconds(self, widths: Sequence[int], roots: int) -> float:
         """`pricing.iteration_seconds` from this planner's own tables."""

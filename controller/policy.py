@@ -46,7 +46,7 @@ class _Seen(NamedTuple):
 
     context: DraftContext
     plan: Decision
-    prediction: Prediction | None  # None: only the chance to pass was asked for
+    prediction: Prediction
 
 
 class LearnedWidth(WidthPolicy):
@@ -326,7 +326,6 @@ class LearnedWidth(WidthPolicy):
     def _planned_width(self, context: TargetContext, config: DecodingConfig) -> tuple[int, FloatArray]:
         """By what was known before the draw."""
         seen, width = self._see(context.draft), context.draft_width
-        assert seen.prediction is not None
         at_least, loss = seen.prediction
         if width == seen.plan.draft_width:
             return seen.plan.target_width, loss
@@ -340,7 +339,7 @@ class LearnedWidth(WidthPolicy):
         place = config, seen.plan.further, self._regret
         if settles_alone(config):
             return self.planner.bearable_width(self._host, known(context), *place)
-        foreseen = seen.prediction.at_least if self.mode == "both" and seen.prediction is not None else None
+        foreseen = seen.prediction.at_least if self.mode == "both" else None
         joints = _entries(context.target), _entries(context.draft.joint)
         return self.planner.counted_width(self._host, known(context), joints, context.draft_width, foreseen, *place)
 
@@ -353,17 +352,14 @@ class LearnedWidth(WidthPolicy):
             seen = self._seen[context.layer] = _Seen(context, *self._plan(context))
         return seen
 
-    def _plan(self, context: DraftContext) -> tuple[Decision, Prediction | None]:
+    def _plan(self, context: DraftContext) -> tuple[Decision, Prediction]:
         config, root = context.root.config, context.root
         above = self._seen.get(context.layer - 1)
         reach = above.plan.onward if above is not None else 1.0  # probability that all layers above pass
         scene, hidden = self.features.of_context(context), self._hidden(context)
         nodes = len(root.weights) + sum(context.widths)
-        known = self._host, scene, hidden, config, self.outlook, self._rate(config), reach, _deepest(root), nodes
-        if self.mode != "before" and self._regret == 1 and settles_alone(config):
-            # Where M will be set by the nats that a pass can bear, only the chance to pass is asked for.
-            return self.planner.draft_width(*known), None
-        return self.planner.widths(*known, self._regret)
+        place = self._rate(config), reach, _deepest(root), nodes
+        return self.planner.widths(self._host, scene, hidden, config, self.outlook, *place, self._regret)
 
     def _rate(self, config: DecodingConfig) -> float:
         """The price of a second of the table that nodes or layers add: all that is ever weighed against a reward."""

@@ -234,7 +234,6 @@ _CURVES = {
     "count_layer3_up": "P(K_w >= M), layer 3 and up",
     "survivor": "best among k slots",
     "late_survivor": "the same, P known",
-    "pass": "the layer passes",
 }
 _CURVES_IN_A_ROW = 5
 

@@ -50,7 +50,7 @@ class Iteration:
 
     roots: int  # input beams
     widths: tuple[int, ...]  # drafts of each layer
-    promised: tuple[float, ...]  # by the pass head before the draw, for each of them
+    promised: tuple[float, ...]  # P(K_w >= M) by the network before the draw, for each of them
     closed: tuple[float, ...]  # P(K_w >= M) given P and Q, for each layer that was reached
     passed: int  # layers that passed
     tokens: int  # layers committed
@@ -112,10 +112,10 @@ class DeepWidth(LearnedWidth):
     def draft_width(self, context: DraftContext) -> int:
         config = context.root.config
         width = config.draft_width if config.replacement else min(config.draft_width, len(context.joint))
-        top = kernels.look(self.features(context), *self._hidden(context), self._host.early)
-        chances = kernels.passing(top, self.bearable, self._host.passing)  # [W, 2]
+        at_least, loss = self.predict(context)
+        asked = self.planner.target_width(loss, None, config, self.bearable)
         self._widths = (*self._widths, width)
-        self._promised.append(float(chances[width - 1, 0]))
+        self._promised.append(float(at_least[width, asked]) if asked <= width else 0.0)
         return width
 
     def target_width(self, context: TargetContext) -> int:

@@ -14,7 +14,6 @@ from controller.counts import (
     count_nll,
     count_table,
     knows_survivor,
-    passes,
     regret_nll,
     regret_steps,
     survivor_nll,
@@ -202,30 +201,3 @@ def test_regret_rates_are_means_over_the_rows_that_saw_a_step() -> None:
     slot, kept = torch.tensor([2, 2, 3]).repeat(1000), torch.tensor([2, 2, 3]).repeat(1000)
     rates = regret_rates({"slot_deficits": deficits, "survivor_slot": slot, "kept_width": kept})
     assert rates.tolist() == pytest.approx([(1 + 3 + 7) / 3, 2.0], rel=2e-3)  # a row of 0.1 is added to each
-
-
-def one_pass(steps: list[float], bits: list[bool], bearable: float, draft_width: int) -> tuple[float, float]:
-    """`passes` of one row, as a policy would go about it."""
-    loss = [sum(steps[k - 1 :]) for k in range(1, len(steps) + 2)]  # of k = 1..R
-    asked = next(k for k, lost in enumerate(loss, start=1) if lost <= bearable)
-    accepted = sum(bits[:draft_width])
-    if accepted < asked:
-        return 0.0, 0.0
-    return 1.0, 1.0 - loss[min(accepted, len(loss)) - 1] / bearable
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4, 7])
-def test_passes_equal_plain_python(ranks: int) -> None:
-    generator = torch.Generator().manual_seed(ranks)
-    rows = 400
-    log_steps = torch.randn(rows, ranks - 1, dtype=torch.float64, generator=generator) * 2 - 1
-    bits = torch.rand(rows, WIDTH, generator=generator) < 0.6
-    bearable = (torch.rand(rows, dtype=torch.float64, generator=generator) * 6 - 4).exp()
-    draft_width = torch.randint(1, WIDTH + 1, (rows,), generator=generator)
-    passed, brought = passes(log_steps, bits, bearable, draft_width)
-    for row in range(rows):
-        expected = one_pass(
-            log_steps[row].exp().tolist(), bits[row].tolist(), bearable[row].item(), int(draft_width[row])
-        )
-        assert (passed[row].item(), brought[row].item()) == pytest.approx(expected)
-    assert 0 < passed.mean() < 1 and (brought <= passed).all() and (brought >= 0).all()

@@ -25,18 +25,39 @@ from decoding.sampling import FloatArray, Joint
 needs_numba = pytest.mark.skipif(not kernels.COMPILED, reason="numba is not installed, or disabled")
 
 
+def loaded_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module once more, under another name."""
+    spec = importlib.util.spec_from_file_location(name, kernels.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module as it is without numba."""
-    spec = importlib.util.spec_from_file_location("plain_kernels", kernels.__file__)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "plain_kernels", module)
     with monkeypatch.context() as patch:  # no longer: numba reads it again wherever it compiles
         patch.setenv("NUMBA_DISABLE_JIT", "1")
-        spec.loader.exec_module(module)
+        module = loaded_anew("plain_kernels", patch)
+    monkeypatch.setitem(sys.modules, "plain_kernels", module)
     assert not module.COMPILED and module.times is np.dot
     return module
+
+
+def decide_by(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies made from now on use these kernels."""
+    from controller import features, network, planner, policy
+
+    for user in (planner, policy):
+        monkeypatch.setattr(user, "kernels", module)
+    for name in ("EarlyWeights", "HeadWeights", "LateWeights"):
+        monkeypatch.setattr(network, name, getattr(module, name))
+    for name in ("CostTable", "Decision"):
+        monkeypatch.setattr(planner, name, getattr(module, name))
+    for name in ("describe_context", "describe_target"):
+        monkeypatch.setattr(features, name, getattr(module, name))
 
 
 def f32(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -70,7 +91,7 @@ def foreseen(rng: np.random.Generator, widest: int) -> np.ndarray:
 
 def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...]]:
     """Arguments of every kernel; records are the module's own."""
-    hidden, pass_hidden, ranks, draft = 9, 7, int(rng.integers(2, 6)), int(rng.choice([0, 4]))
+    hidden, ranks, draft = 9, int(rng.integers(2, 6)), int(rng.choice([0, 4]))
 
     def linear(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
         return f32(rng, inputs, outputs), f32(rng, outputs)
@@ -79,8 +100,6 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
     inputs = 21 + projections[0].shape[1]
     trunk = linear(inputs, hidden), linear(hidden, hidden)
     early = module.EarlyWeights(f32(rng, 21), f32(rng, 21), *projections, trunk)
-    shapes = (hidden, pass_hidden), (pass_hidden,), (6, pass_hidden), (pass_hidden, 2), (2,)
-    head = module.PassWeights(*(f32(rng, *shape) for shape in shapes))
     shapes = (hidden, 36), (6, 6), (hidden, 2 * ranks - 1), (2 * ranks - 1,)
     heads = module.HeadWeights(*(f32(rng, *shape) for shape in shapes))
     layers = linear(36, 8), linear(8, 8), linear(8, 2 * ranks - 1)
@@ -97,7 +116,7 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
     context = *target, 4, 9, 3, 0.4, False
     vectors = f32(rng, draft), np.zeros(0, np.float32)
     value, brought = float(rng.exponential()), float(rng.exponential())
-    packed = tuple(early), tuple(head), tuple(prospect), tuple(costs)
+    packed = tuple(early), tuple(heads), tuple(prospect), tuple(costs)
     rules = module.Rules(1, target_width, bool(rng.integers(2)), bool(rng.integers(2)))
     at_least, draft_width = foreseen(rng, 6), int(rng.integers(1, 7))
     p, q = parents_tokens_probs(rng), parents_tokens_probs(rng)
@@ -110,27 +129,21 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
         "describe_target": (target,),
         "look": (f32(rng, 21), *vectors, early),
         "early": (top, heads),
-        "passing": (top, float(rng.exponential()), head),
         "late": (f32(rng, 36), late),
         "late_loss": (f32(rng, 36), late, target_width, bool(rng.integers(2))),
         "expected_loss": (f32(rng, 2 * ranks - 1), target_width, float(rng.choice([0.0, 0.5, 1.0]))),
         "foreseen_counts": (f32(rng, 6, 6) * 9,),
         "foresee": (top, heads, target_width, regret),
-        "foresee_context": (context, *vectors, packed[0], tuple(heads), target_width, regret),
+        "foresee_context": (context, *vectors, *packed[:2], target_width, regret),
         "matched": (p, q),
         "accept_chances": (rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(5)), draft_width),
         "renewed_counts": (rng.random(draft_width),),
         "ahead": (prospect, costs, layer, 4, 7, 5, 3),
         "worth_drafting": (*packed[2:], rate, reach, layer, 4, 3, 7, 5),
-        "plan_width": (top, head, prospect, costs, value, rate, reach, layer, 4, 7, 1, 6),
-        "plan_context": (context, *vectors, *packed, value, rate, reach, 4, 7, 1, 6),
         "best_depth": (reach, gained, rate, spent),
         "kept_loss": (at_least[draft_width, : draft_width + 1], loss, rules),
         "plan_widths": (at_least, loss, prospect, costs, rules, *place, layer, 4, 7, 6),
-        "plan_context_widths": (
-            *(context, *vectors, packed[0], tuple(heads), *packed[2:], tuple(rules)),
-            *(*place, 4, 7, 6, regret),
-        ),
+        "plan_context": (context, *vectors, *packed, tuple(rules), *place, 4, 7, 6, regret),
         "best_width": (loss, at_least[draft_width, : draft_width + 1], value, brought, tuple(rules)),
         "judge_bearable": (target, tuple(late), value, brought, 1, target_width, regret),
         "judge_counted": (target, p, q, draft_width, said, tuple(late), value, brought, tuple(rules), regret),
@@ -168,7 +181,6 @@ def test_a_learned_policy_works_without_numba(
     plain: ModuleType, monkeypatch: pytest.MonkeyPatch, mode: str, exact: bool
 ) -> None:
     """The plain kernels decide as the compiled ones do."""
-    from controller import features, network, planner, policy
     from decoding import DSBDDecoder
     from tests.controller.test_learned_decoding import PROMPTS, config_of, learned
     from tests.decoding.stubs import random_pair
@@ -181,14 +193,7 @@ def test_a_learned_policy_works_without_numba(
         return [result.stats.target_widths + result.stats.draft_widths for result in results]
 
     compiled = widths()
-    for module in (planner, policy):
-        monkeypatch.setattr(module, "kernels", plain)
-    for name in ("EarlyWeights", "HeadWeights", "PassWeights", "LateWeights"):
-        monkeypatch.setattr(network, name, getattr(plain, name))
-    for name in ("CostTable", "Decision"):
-        monkeypatch.setattr(planner, name, getattr(plain, name))
-    for name in ("describe_context", "describe_target"):
-        monkeypatch.setattr(features, name, getattr(plain, name))
+    decide_by(plain, monkeypatch)
     assert widths() == compiled
 
 

@@ -10,7 +10,7 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from controller.calibration import calibrate, inputs, reliability, survivor_events, width_events
-from controller.counts import bernoulli_nll, count_table, passes, tails
+from controller.counts import bernoulli_nll, count_table, tails
 from controller.data import TraceDataModule
 from controller.module import ControllerModule, accept_rates
 from decoding.errors import UserError
@@ -22,7 +22,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TraceDataModule:
     return TraceDataModule(write_traces(tmp_path_factory.mktemp("traces"), prompts=150), batch_size=128)
 
 
-WEIGHTS = {"survivor_weight": 0.5, "regret_weight": 0.5, "pass_weight": 0.5}
+WEIGHTS = {"survivor_weight": 0.5, "regret_weight": 0.5}
 
 
 def trainer(directory: Path, epochs: int, **options: object) -> Trainer:
@@ -51,12 +51,11 @@ def test_metrics_of_batches_equal_those_of_all_rows(data: TraceDataModule) -> No
     whole = module.evaluate(data.rows["val"].columns)
     with torch.no_grad():
         for batch in data.val_dataloader():
-            module.val_metrics.update(batch, module.net(*inputs(batch)), module.net)
+            module.val_metrics.update(batch, module.net(*inputs(batch)))
     parts = module.val_metrics.compute()
     assert {f"val/{name}" for name in parts} == set(whole) - {"val/loss"}
     for name, value in parts.items():
-        if name != "pass_nll":  # of prices and widths drawn anew for each batch
-            assert value == pytest.approx(whole[f"val/{name}"], rel=1e-4, abs=1e-5), name
+        assert value == pytest.approx(whole[f"val/{name}"], rel=1e-4, abs=1e-5), name
 
 
 def test_each_heads_calibration_goes_by_its_own_name(data: TraceDataModule) -> None:
@@ -97,7 +96,7 @@ def test_learns_what_there_is_to_learn(data: TraceDataModule, tmp_path: Path, so
     features = data.rows["val"].columns["features"][:1].repeat(2, 1)
     features[:, U] = torch.tensor([0.2, 0.8])
     accept = module.net(features).accept.sigmoid()
-    assert accept[:, 0, 0].tolist() == pytest.approx([0.26, 0.74], abs=0.08)
+    assert accept[:, 0, 0].tolist() == pytest.approx([0.26, 0.74], abs=0.08 if soft else 0.1)
     check_late_heads(module, data)
 
 
@@ -120,30 +119,6 @@ def check_late_heads(module: ControllerModule, data: TraceDataModule) -> None:
         assert steps[0].item() == pytest.approx(expected_step(v, 1), abs=0.12)
         found.append((shares[0].item(), -steps[0].item()))
     assert found == sorted(found)
-
-
-def test_the_pass_head_says_what_the_bits_do(data: TraceDataModule, tmp_path: Path) -> None:
-    """At prices and widths it was not shown together: mean of what it says against mean of what happens."""
-    seed_everything(0, verbose=False)
-    module = ControllerModule(**data.sizes, **WEIGHTS, use_hidden=False, lr=1e-2, dropout=0.0)
-    trainer(tmp_path, 12, enable_checkpointing=False).fit(module, data)
-    rows = data.rows["val"].columns
-    module.eval()
-    with torch.no_grad():
-        logits = module.net(*inputs(rows))
-        for bearable in (0.05, 0.3, 1.5):
-            for width in (2, 5):
-                wide = rows["draft_width"] >= width
-                c, w = torch.full((int(wide.sum()),), bearable), torch.full((int(wide.sum()),), width)
-                happened = torch.stack(passes(logits.late_regret[wide], rows["bits"][wide], c, w), -1).mean(0)
-                said = module.net.passing(logits.top[wide], c, w).sigmoid().mean(0)
-                # 160 rows or more: two standard errors of a mean of zeros and ones are below 0.08.
-                torch.testing.assert_close(said, happened, atol=0.13, rtol=0)
-        top = logits.top[:1].expand(6, -1)
-        dear, cheap = (
-            module.net.passing(top, torch.full((6,), c), torch.arange(1, 7)).sigmoid()[:, 0] for c in (0.05, 1.5)
-        )
-        assert (cheap > dear).all() and cheap[5] > cheap[0]  # more can be borne, more is drafted: it passes rather
 
 
 def test_one_beam_has_no_survivors_or_regrets(tmp_path: Path) -> None:

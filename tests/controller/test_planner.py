@@ -77,7 +77,7 @@ class Saying:
         accept_bias, quality_bias = (bias.astype(np.float32) for bias in biases)
         sizes = accept_bias.size, quality_bias.size
         heads = kernels.HeadWeights(nothing(2, sizes[0]), accept_bias, nothing(2, sizes[1]), quality_bias)
-        self.packed = PackedWeights(tuple(early), tuple(heads), (), ())
+        self.packed = PackedWeights(tuple(early), tuple(heads), ())
 
 
 def prediction(accept: float = 0.6, survivors: tuple[float, ...] = (0.6, 0.2, 0.1, 0.1)) -> Saying:
@@ -152,6 +152,17 @@ def test_free_widths_are_wide_and_dear_ones_narrow() -> None:
     assert plan(Planner(UnitCosts(0.25, 1.0, 5.0), 1.0), prediction()).draft_width == 1
 
 
+@pytest.mark.parametrize(("changes", "support", "widest"), [
+    ({}, 10, 6), ({}, 4, 4), ({}, 1, 1), ({"min_width": 3}, 2, 3), ({"replacement": True}, 2, 6),
+])  # fmt: skip
+def test_no_more_is_drafted_than_there_is(changes: dict[str, Any], support: int, widest: int) -> None:
+    """Free drafts: as many as Q has entries and the config allows, but no fewer than min_width."""
+    assert (
+        plan(Planner(FREE, 1.0), prediction(), config=CONFIG.with_changes(**changes), support=support).draft_width
+        == widest
+    )
+
+
 @rules
 def test_chosen_pair_is_the_best_of_all_pairs(surplus: str, refill: str) -> None:
     """Against the expected reward of every pair, written out: this layer, the next, and the best depth below."""
@@ -187,75 +198,6 @@ def test_chosen_pair_is_the_best_of_all_pairs(surplus: str, refill: str) -> None
         assert chosen.further == pytest.approx(outlook.earned + promised)
         pairs.add((chosen.draft_width, chosen.target_width))
     assert len(pairs) > 5
-
-
-class Alike:
-    """A host network with random weights: its answers depend on the loss and on the width."""
-
-    def __init__(self, rng: np.random.Generator) -> None:
-        def drawn(*shape: int) -> FloatVector:
-            return rng.normal(size=shape).astype(np.float32)
-
-        none = np.zeros((0, 0), np.float32)
-        layers = (drawn(21, 5), drawn(5)), (drawn(5, 5), drawn(5))
-        self.early = kernels.EarlyWeights(drawn(21), drawn(21), none, none, layers)
-        self.head = kernels.PassWeights(drawn(5, 7), drawn(7), drawn(6, 7), drawn(7, 2), drawn(2))
-        self.packed = PackedWeights(tuple(self.early), (), tuple(self.head), ())
-
-    def passing(self, scene: Packed, bearable: float) -> FloatVector:
-        features = kernels.describe_context(scene)
-        return kernels.passing(kernels.look(features, NO_HIDDEN, NO_HIDDEN, self.early), bearable, self.head)
-
-
-def draft_width(
-    planner: Planner,
-    host: Any,
-    scene: Packed,
-    config: DecodingConfig,
-    outlook: Outlook,
-    rate: float,
-    reach: float,
-) -> Decision:
-    return planner.draft_width(host, scene, (NO_HIDDEN, NO_HIDDEN), config, outlook, rate, reach, deepest=3, nodes=9)
-
-
-def test_chosen_draft_width_is_the_best_of_all() -> None:
-    """With the chances to pass at the loss that what comes further can bear."""
-    rng, costs, widths, deepened = np.random.default_rng(2), UnitCosts(), set(), []
-    for _ in range(400):
-        config = CONFIG.with_changes(min_width=int(rng.integers(1, 4)))
-        outlook, rate, reach = some_outlook(rng), rng.uniform(0.1, 2.0), rng.uniform(0.3, 1.0)
-        layer, value, support = int(rng.integers(1, 4)), float(rng.exponential()), int(rng.integers(1, 9))
-        host, scene, planner = Alike(rng), scene_of(layer, support), Planner(costs, value)
-        chosen = draft_width(planner, host, scene, config, outlook, rate, reach)
-        most = max(config.min_width, min(6, support))
-        deeper = range(layer + 1, 4)
-        further = outlook.earned
-        further += below(costs, outlook, rate, reach * outlook.passing(layer), deeper, 9 + most, most)[1]
-        assert chosen.further == pytest.approx(further)
-        passing, brought = host.passing(scene, further / value).T
-
-        gains = {}
-        for w in range(config.min_width, most + 1):
-            seconds = costs.target_seconds(9 + w) - costs.target_seconds(9)
-            seconds += costs.draft_seconds(w) - costs.draft_seconds(1) if layer < 3 else 0.0
-            more, _ = below(costs, outlook, rate, reach * brought[w - 1], deeper, 9 + most, most)
-            gains[w] = reach * brought[w - 1] * outlook.earned - rate * seconds + more
-        w = chosen.draft_width
-        assert gains[w] == pytest.approx(max(gains.values()))
-        assert chosen.target_width == config.min_width and chosen.passing == pytest.approx(passing[w - 1], rel=1e-5)
-        assert chosen.onward == pytest.approx(reach * min(1.0, chosen.passing * outlook.correction))
-        deepened.append(chosen.deeper)
-        assert chosen.deeper == planner.worth_drafting(outlook, rate, chosen.onward, layer + 1, 3, w, 9 + w, w)
-        widths.add(w)
-    assert widths == set(range(1, 7)) and {*deepened} == {False, True}
-
-
-def test_a_width_value_of_nothing_can_bear_any_loss() -> None:
-    host, scene = Alike(np.random.default_rng(0)), scene_of(1, 10)
-    chosen = draft_width(Planner(FREE, 0.0), host, scene, CONFIG, Outlook(), 1.0, 1.0)
-    chances = host.passing(scene, 1e9)
-    assert chosen.passing == pytest.approx(chances[chosen.draft_width - 1, 0])
 
 
 @dataclass(frozen=True)

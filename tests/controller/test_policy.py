@@ -58,11 +58,6 @@ def network(hidden: bool = True, accept: float = 0.7) -> WidthNet:
         torch.nn.init.normal_(head.weight, std=0.1)
     for head in (net.late_survivor_head, net.late_regret_head):
         torch.nn.init.normal_(head.weight, std=0.3)
-    with torch.no_grad():  # a layer passes the rather, the more is drafted and the more can be borne
-        net.pass_width.copy_(torch.arange(CONFIG.draft_width)[:, None].expand_as(net.pass_width))
-        net.pass_price.fill_(0.3)
-        net.pass_out.weight.fill_(0.03)
-        net.pass_out.bias.fill_(-2.0)
     return net.eval()
 
 

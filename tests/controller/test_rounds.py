@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from omegaconf import DictConfig
 
 import train
 from controller import LearnedWidth, ablations
-from controller.calibration import inputs, pass_events, reliability_curves
+from controller.calibration import reliability_curves
 from controller.data import TraceDataModule
 from controller.module import ControllerModule
-from controller.network import CONFIG as CONFIG_FILE
-from controller.network import WidthNet, load_controller, save_controller
+from controller.network import WidthNet, load_controller
 from controller.report import calibration_curves
 from decoding import UserError
 from decoding.collect import _describe
@@ -159,16 +157,13 @@ def test_curves_of_every_head(fitted: tuple[WidthNet, TraceDataModule]) -> None:
     rows = data.rows["val"].columns
     curves = reliability_curves(net, rows)
     assert set(curves) == {
-        "count", "count_w1_2", "count_w3_5", "count_w6_up", "count_layer1", "survivor", "late_survivor", "pass"
+        "count", "count_w1_2", "count_w3_5", "count_w6_up", "count_layer1", "survivor", "late_survivor"
     }  # fmt: skip
     width = rows["draft_width"]
     assert curves["count"].bins.rows.sum() == width.sum()
     for name, widths in (("1_2", (1, 2)), ("3_5", (3, 4, 5)), ("6_up", (6,))):
         events = sum(w * int((width >= w).sum()) for w in widths)  # of all rows with as many drafts
         assert curves[f"count_w{name}"].bins.rows.sum() == events
-    with torch.no_grad():
-        predicted, labels = pass_events(net, rows, net(*inputs(rows)), seed=0)
-    assert curves["pass"].score == pytest.approx((predicted.sigmoid() - labels).square()[:, 0].mean().item())
     assert curves["count"].bins.error < 0.1  # the constants are calibrated on average
 
 
@@ -188,7 +183,7 @@ def test_what_is_saved_of_the_curves(tmp_path: Path, collected: list[DictConfig]
     train.main(config(tmp_path))
     _, about = load_controller(tmp_path / "controller")
     saved = about["reliability"]
-    assert saved["split"] == "val" and {"pass", "survivor", "count_w1_2"} <= set(saved["curves"])
+    assert saved["split"] == "val" and {"survivor", "count_w1_2"} <= set(saved["curves"])
     assert saved["predicted"] == saved["curves"]["count"]["predicted"]
     assert calibration_curves(about)["P(K_w >= M)"]["rows"] == saved["rows"]
     for name, curve in saved["curves"].items():
@@ -209,22 +204,7 @@ def test_test_rows_are_what_reliability_is_measured_on(
     train.main(config(tmp_path / "run"))
     _, about = load_controller(tmp_path / "run" / "controller")
     assert about["reliability"]["split"] == "test"
-    assert "test/pass_ece" in about["metrics"] and "val/pass_ece" not in about["metrics"]
-
-
-# Sizes that older controllers do not name.
-
-
-def test_controllers_saved_before_a_size_could_be_chosen_still_load(tmp_path: Path) -> None:
-    made = WidthNet(3, 6, 4, 5, 7, 8).eval()
-    provenance = {"features": {"version": 2, "names": []}, "pair": PAIR, "decoding": {}}
-    save_controller(made, tmp_path / "controller", provenance)
-    path = tmp_path / "controller" / CONFIG_FILE
-    path.write_text(
-        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ("projected", "pass_hidden")})
-    )
-    loaded, _ = load_controller(tmp_path / "controller")
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in made.state_dict().items())
+    assert "test/count_w1_2_ece" in about["metrics"] and "val/count_w1_2_ece" not in about["metrics"]
 
 
 # Ablations.
@@ -249,7 +229,7 @@ def test_tables_of_a_folder(tmp_path: Path, collected: list[DictConfig], capsys:
     capsys.readouterr()
     ablations.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("| controller | train rows | seconds | pass_nll |")
+    assert lines[0].startswith("| controller | train rows | seconds | count_explained |")
     assert lines[2].startswith("| small | 320 | ") and lines[3].startswith("| constant | - |")
     with pytest.raises(UserError, match="has neither"):
         ablations.main([str(tmp_path / "small" / "checkpoints")])
