@@ -150,6 +150,6 @@ def _head(joint: Distribution) -> tuple[FloatArray, IntArray, int]:
     """Probabilities and parents of the likeliest entries, in any order, and the number of all."""
     probs, support = joint.probs, len(joint.probs)
     if support <= _HEAD:
-        return probs, joint.parents, support
+        return probs.copy(), joint.parents, support  # a copy as below: one kind of array, for which numba compiles
     head = np.argpartition(probs, -_HEAD)[-_HEAD:]
     return probs[head], joint.parents[head], support

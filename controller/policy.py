@@ -108,6 +108,7 @@ class LearnedWidth(WidthPolicy):
         self.use_latency(latency)
         self._checked: DecodingConfig | None = None
         self._widths: tuple[int, ...]
+        self._compile()
         self._new_prompt()
 
     @classmethod
@@ -366,6 +367,29 @@ class LearnedWidth(WidthPolicy):
         if self.throughput is None:
             self.throughput = Throughput.expected(self.planner.costs, config)
         return self.throughput.rate * self.pace.of_added
+
+    def _compile(self) -> None:
+        """Ask everything once, so that no prompt waits for numba: 20 seconds on a new machine, then a blink."""
+        if not kernels.COMPILED:
+            return
+        config, outlook, sizes = DecodingConfig(target_width=1, draft_width=1), Outlook(), self.net.sizes
+        vectors = np.zeros(sizes["draft_hidden"], np.float32), np.zeros(sizes["target_hidden"], np.float32)
+        probs, first = np.ones(1), np.zeros(1, np.int64)
+        target = True, 1, 1, np.zeros(1), probs, first, 1
+        shown = np.ones(1)
+        shown.flags.writeable = False  # as policies are shown P and Q
+        joints = (first, first, shown), (first, first, shown)
+        planner, scene = self.planner, (*target, 0, 0, 0, 0.0, False)
+        planner.worth_drafting(outlook, 1.0, 1.0, 1, 1, parents=1, nodes=1, width=1)
+        place = config, outlook, 1.0, 1.0, 1, 1, self._regret
+        _, (at_least, loss) = planner.widths(self._host, scene, vectors, *place)
+        kernels.foresee_context(scene, *vectors, self._host.packed.early, self._host.packed.heads, 1, self._regret)
+        planner.counted_width(self._host, target, joints, 1, None, config, 1.0, self._regret)
+        planner.bearable_width(self._host, target, config, 1.0, self._regret)
+        planner.final_width(self._host, target, config, 1.0, self._regret)
+        planner.cheapest_width(loss, config, 1.0)
+        planner.target_width(loss, None, config)
+        planner.target_width(loss, at_least[1, :2], config)
 
     def _new_prompt(self) -> None:
         self._seen: dict[int, _Seen] = {}  # of this iteration's drafted layers

@@ -197,6 +197,31 @@ def test_a_learned_policy_works_without_numba(
     assert widths() == compiled
 
 
+@needs_numba
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_no_prompt_waits_for_the_compiler(
+    monkeypatch: pytest.MonkeyPatch, mode: str, exact: bool, hidden: bool
+) -> None:
+    """All that decoding calls is compiled when the policy is made."""
+    from decoding import DSBDDecoder
+    from tests.controller.test_learned_decoding import PROMPTS, config_of, learned, net_of_llamas
+    from tests.decoding.stubs import llama_pair, random_pair
+
+    fresh = loaded_anew("fresh_kernels", monkeypatch)
+    decide_by(fresh, monkeypatch)
+    pair = llama_pair() if hidden else random_pair(6, seed=1, closeness=0.7)
+    policy = learned(pair, mode=mode, **({"net": net_of_llamas()} if hidden else {}))
+
+    def compiled() -> dict[str, int]:
+        return {name: len(f.signatures) for name, f in vars(fresh).items() if hasattr(f, "signatures")}
+
+    before = compiled()
+    DSBDDecoder(pair, config_of(exact=exact), policy).generate(PROMPTS, torch.Generator().manual_seed(0))
+    assert compiled() == before and before["plan_context"] == 1
+
+
 RULES = [(keep, full) for keep in (True, False) for full in (True, False)]
 rules = pytest.mark.parametrize(("keep", "full"), RULES)
 
