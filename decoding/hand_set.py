@@ -6,6 +6,7 @@ They are what to try before training anything, and what learned widths are compa
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from decoding.sampling import Distribution
 from decoding.widths import DraftContext, RootContext, TargetContext, WidthPolicy, check_final_width
 
 
-class HandSetWidth(WidthPolicy):
+class HandSetWidth(WidthPolicy, ABC):
     """M by a rule of `asked`; the draft as wide as it may be, and as deep, or until it is unsure.
 
     Args:
@@ -51,9 +52,9 @@ class HandSetWidth(WidthPolicy):
             return self.final_width
         return min(self.asked(context), context.draft.root.config.target_width)
 
+    @abstractmethod
     def asked(self, context: TargetContext) -> int:
         """M by the rule, 1 or more; the config's target_width limits it."""
-        raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "final_width": self.final_width, "stop_entropy": self.stop_entropy}
