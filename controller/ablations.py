@@ -68,13 +68,17 @@ def decision_table(evaluated: Mapping[str, Mapping[str, Any]], seed: int = 0) ->
     """Markdown: tokens per modelled second of learned widths at the log-probability of the narrowest beam sampling.
 
     Args:
-        evaluated: what results.json holds, by name; of those that were decoded with the same prompts as the first. A
-            row's speed is read off its learned rows, linear in between.
+        evaluated: what results.json holds, by name. A row's speed is read off its learned rows, linear in between.
+            Those that cannot stand beside the first that can be in the table are named below it.
         seed: of the resamples.
     """
-    names = [name for name, results in evaluated.items() if _comparable(results, next(iter(evaluated.values())))]
+    able = [name for name, results in evaluated.items() if _has_what_it_takes(results)]
+    names = [name for name in able if _about(evaluated[name]) == _about(evaluated[able[0]])]
+    if left := [name for name in evaluated if name not in names]:
+        reason = "learned widths, beam sampling and a modelled device are needed, all on the same prompts"
+        left = ["", f"Left out: {', '.join(left)} ({reason})."]
     if not names:
-        return []
+        return left[1:]
     count = len(evaluated[names[0]]["rows"][0]["prompts"])
     draws = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))  # [B, P] the same for all
     draws = np.concatenate([np.arange(count)[None], draws])
@@ -84,7 +88,7 @@ def decision_table(evaluated: Mapping[str, Mapping[str, Any]], seed: int = 0) ->
         ratio = found / speeds[names[0]]
         cells = [f"{found[0]:.0f} {interval(found, '.0f')}", f"{ratio[0]:.3f} {interval(ratio, '.3f')}"]
         body.append([name, ", ".join(f"{value:g}" for value in _width_values(evaluated[name])), *cells])
-    return markdown(["evaluation", "width values", "tokens/s", f"x {names[0]}"], body)
+    return markdown(["evaluation", "width values", "tokens/s", f"x {names[0]}"], body) + left
 
 
 def _speeds(results: Mapping[str, Any], draws: NDArray[np.int64]) -> FloatArray:
@@ -114,19 +118,18 @@ def _seconds(stats: Mapping[str, Any], table: LatencyTable) -> float:
     return sum(iteration_seconds(table, forest, roots) for roots, forest in pairs)
 
 
-def _comparable(results: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
-    """Whether both have what the table needs, of the same prompts and the same modelled device."""
-    about = [(found["provenance"].get("latency"), _prompts(found)) for found in (results, first)]
-    methods = {row["method"] for row in results["rows"]}
-    return about[0] == about[1] and about[0][0] is not None and {_REFERENCE, _OURS} <= methods
+def _has_what_it_takes(results: Mapping[str, Any]) -> bool:
+    return bool(results["provenance"].get("latency")) and {_REFERENCE, _OURS} <= {r["method"] for r in results["rows"]}
 
 
-def _prompts(results: Mapping[str, Any]) -> list[str]:
-    return [prompt["prompt_id"] for prompt in results["rows"][0]["prompts"]]
+def _about(results: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """The modelled device, and the prompts."""
+    return results["provenance"]["latency"], [prompt["prompt_id"] for prompt in results["rows"][0]["prompts"]]
 
 
 def _width_values(results: Mapping[str, Any]) -> list[float]:
-    return [row["settings"]["width_value"] for row in results["rows"] if row["method"] == _OURS]
+    settings = (row["settings"] for row in results["rows"] if row["method"] == _OURS)
+    return [about["width_value"] for about in settings if "width_value" in about]  # else the controller's own
 
 
 def interval(values: FloatArray, form: str) -> str:

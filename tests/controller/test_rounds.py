@@ -260,10 +260,17 @@ def evaluation(depth: int, device: str = "some", prompts: int = 12) -> dict[str,
 
 
 def test_decisions_are_compared_without_a_clock() -> None:
-    lines = ablations.decision_table({"none": evaluation(0), "two": evaluation(2), "other": evaluation(2, "another")})
+    bare, own = evaluation(1), evaluation(2)
+    bare["rows"] = [row for row in bare["rows"] if row["method"] != "learned"]
+    for row in own["rows"]:
+        row["settings"].pop("width_value", None)
+    made = {"bare": bare, "none": evaluation(0), "two": evaluation(2), "own": own, "other": evaluation(2, "another")}
+    lines = ablations.decision_table(made)
     iteration = iteration_seconds(TABLE, [2, 2], 2)
     alone, two = 1 / iteration_seconds(TABLE, [], 2), 3 / iteration
     assert lines[2] == f"| none | 1, 2, 3 | {alone:.0f} [{alone:.0f}, {alone:.0f}] | 1.000 [1.000, 1.000] |"
     ratio = f"{two / alone:.3f}"
     assert lines[3] == f"| two | 1, 2, 3 | {two:.0f} [{two:.0f}, {two:.0f}] | {ratio} [{ratio}, {ratio}] |"
-    assert len(lines) == 4  # what was modelled for another device is left out
+    assert lines[4].startswith("| own |  | ")  # a controller's own value is not known here
+    assert lines[5:7] == ["", lines[6]] and lines[6].startswith("Left out: bare, other (") and len(lines) == 7
+    assert ablations.decision_table({"bare": bare})[0].startswith("Left out: bare (")
