@@ -14,7 +14,7 @@ import numpy as np
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.sampling import Distribution
-from decoding.widths import DraftContext, RootContext, TargetContext, WidthPolicy, check_final_width
+from decoding.widths import DraftContext, RootContext, TargetContext, WidthPolicy, check_final_width, check_share
 
 
 class HandSetWidth(WidthPolicy, ABC):
@@ -75,8 +75,7 @@ class MassWidth(HandSetWidth):
 
     def __init__(self, share: float = 0.8, final_width: int | None = None, stop_entropy: float | None = None) -> None:
         super().__init__(final_width, stop_entropy)
-        if isinstance(share, bool) or not 0 < share <= 1:
-            raise UserError(f"share is {share!r}; give a number in (0, 1] (0.6 to 0.95 are worth trying).")
+        check_share("share", share, hint="0.6 to 0.95 are worth trying")
         self.share = share
 
     def asked(self, context: TargetContext) -> int:
@@ -141,7 +140,7 @@ class EntropyWidth(HandSetWidth):
 
 def entropy(joint: Distribution) -> float:
     """In nats; 0 where one entry holds everything."""
-    probs = joint.probs
+    probs = joint.probs[joint.probs > 0]  # shares of a beam search may be too small for a float
     return float(-(probs * np.log(probs)).sum())
 
 

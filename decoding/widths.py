@@ -212,8 +212,7 @@ class ThresholdWidth(WidthPolicy):
     name: str = field(default="threshold", init=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool) or not 0 < self.threshold <= 1:
-            raise UserError(f"threshold is {self.threshold!r}; give a number in (0, 1] (the paper uses 0.7 to 0.9).")
+        check_share("threshold", self.threshold, hint="the paper uses 0.7 to 0.9")
 
     def target_width(self, context: TargetContext) -> int:
         config = context.draft.root.config
@@ -228,6 +227,12 @@ class ThresholdWidth(WidthPolicy):
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "threshold": self.threshold, "as_shipped": self.as_shipped}
+
+
+def check_share(name: str, value: Any, hint: str) -> None:
+    """Refuse what is no number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise UserError(f"{name} is {value!r}; give a number in (0, 1] ({hint}).")
 
 
 def check_final_width(width: int | None, config: DecodingConfig) -> None:
@@ -259,6 +264,11 @@ class RandomWidth(WidthPolicy):
     name: str = field(default="random", init=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise UserError(f"seed is {self.seed!r}; give a whole number of 0 or more.")
+        share = self.full_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise UserError(f"full_share is {share!r}; give a number in [0, 1] (0.1 shows survivors now and then).")
         self._random = np.random.default_rng(self.seed)
         self._full, self._most, self._depth = False, 1, 0  # of the prompt, of the iteration
 

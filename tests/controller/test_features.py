@@ -9,6 +9,7 @@ import pytest
 
 from controller.features import ContextFeatures, check_features, hidden_vectors
 from decoding.errors import UserError
+from decoding.hand_set import entropy
 from decoding.sampling import Joint
 from decoding.widths import LayerRecord, TargetContext
 from tests.controller.synthetic import H_P, H_Q, draft_context, joint, target_context
@@ -48,6 +49,16 @@ def test_same_context_same_bits_and_float32() -> None:
     first, second = features(draft_context(3)), features(draft_context(3))
     assert first.dtype == np.float32 and first.shape == (len(features.names),)
     assert first.tobytes() == second.tobytes()
+
+
+def test_shares_that_underflowed_are_finite() -> None:
+    """Beam search shows entries whose share no float can hold."""
+    probs = np.array([1.0, 0.0, 0.0])
+    known = Joint(np.zeros(3, np.int64), np.arange(3), probs, np.array([0.0, -800.0, -1e9]))
+    context = dataclasses.replace(draft_context(), joint=known)
+    assert named(context)["joint_entropy"] == 0 and entropy(known) == 0
+    values = of_target(dataclasses.replace(target_context(context, 2), target=known))
+    assert values["target_prob_1"] == 1 and np.isfinite(list(values.values())).all()
 
 
 @pytest.mark.parametrize("support", [1, 2, 63, 65, 5000])

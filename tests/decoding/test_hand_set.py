@@ -37,7 +37,7 @@ def test_mass_is_the_fewest_beams_that_hold_the_share(p: list[float], share: flo
     assert found == expected
 
 
-@pytest.mark.parametrize("share", [0, 1.2, True, float("nan")])
+@pytest.mark.parametrize("share", [0, 1.2, True, float("nan"), "0.5"])
 def test_mass_refuses_what_is_no_share(share: float) -> None:
     with pytest.raises(UserError, match=r"share is .*; give a number in \(0, 1\]"):
         MassWidth(share)

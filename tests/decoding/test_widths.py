@@ -103,10 +103,21 @@ def test_as_shipped_gives_other_widths_somewhere() -> None:
     assert sound != shipped
 
 
-@pytest.mark.parametrize("threshold", [0, 1.2, -0.5, True, float("nan")])
+@pytest.mark.parametrize("threshold", [0, 1.2, -0.5, True, float("nan"), "0.9"])
 def test_threshold_refuses_what_is_no_probability(threshold: float) -> None:
     with pytest.raises(UserError, match=r"threshold is .*; give a number in \(0, 1\]"):
         ThresholdWidth(threshold)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"full_share": 10}, r"full_share is 10; give a number in \[0, 1\]"),
+    ({"full_share": "0.1"}, "full_share is '0.1'"),
+    ({"seed": -1}, "seed is -1; give a whole number"),
+    ({"seed": None}, "seed is None"),
+])  # fmt: skip
+def test_random_refusals(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RandomWidth(**options)
 
 
 def test_random_covers_its_range_and_is_reproducible() -> None:
