@@ -122,7 +122,7 @@ def describe_context(packed: Packed) -> FloatVector:
     for place, entry in enumerate(order):
         prob = probs[entry]
         mass += prob
-        entropy -= prob * math.log(prob)
+        entropy -= prob * math.log(prob) if prob > 0 else 0.0  # shares of a beam search may be too small for a float
         if place <= 1:
             out[10] = mass
         if place <= 3:
@@ -167,7 +167,7 @@ def describe_target(packed: Packed) -> FloatVector:
     order = np.argsort(-probs, kind="mergesort")[:TOP]
     for place, entry in enumerate(order):
         out[7 + place] = probs[entry]
-        out[7 + TOP + place] = max(math.log(probs[entry]), LEAST_LOG)
+        out[7 + TOP + place] = max(math.log(probs[entry]), LEAST_LOG) if probs[entry] > 0 else LEAST_LOG
         if place > 0:
             out[6 + 2 * TOP + place] = parents[entry] == parents[order[0]]
     return out
@@ -177,21 +177,16 @@ def describe_target(packed: Packed) -> FloatVector:
 
 
 class EarlyWeights(NamedTuple):
-    """Of a WidthNet: what turns a context into what its heads start from. Matrices are [inputs, outputs]."""
+    """Of the network that sees a layer before its drafts are drawn. Matrices are [inputs, outputs]."""
 
     mean: FloatVector  # [F]
     scale: FloatVector  # [F]
     draft_projection: FloatVector  # [H_q, p]; p is 0 where that hidden vector is not used
     target_projection: FloatVector  # [H_p, p]
     layers: tuple[tuple[FloatVector, FloatVector], ...]  # weight, bias
-
-
-class HeadWeights(NamedTuple):
-    """Of its early heads: accept logits, and survivor logits before log regret steps."""
-
-    accept: FloatVector  # [hidden, W * W]
+    accept: FloatVector  # [hidden, W * W] logits
     accept_bias: FloatVector  # [W, W]
-    quality: FloatVector  # [hidden, 2 R - 1]
+    quality: FloatVector  # [hidden, 2 R - 1] survivor logits before log regret steps
     quality_bias: FloatVector  # [2 R - 1]
 
 
@@ -218,10 +213,10 @@ def _normalised(vector: FloatVector) -> FloatVector:
 
 
 @compiled
-def look(
+def early(
     features: FloatVector, draft_hidden: FloatVector, target_hidden: FloatVector, weights: EarlyWeights
-) -> FloatVector:
-    """[F], [H_q], [H_p] -> [hidden], what the early heads start from."""
+) -> tuple[FloatVector, FloatVector]:
+    """[F], [H_q], [H_p] -> accept logits [W, W]; survivor logits and log regret steps [R + R - 1]."""
     row = np.concatenate(
         (
             _standardised(features, weights.mean, weights.scale),
@@ -231,13 +226,6 @@ def look(
     ).reshape(1, -1)
     for weight, bias in weights.layers:
         row = np.maximum(times(row, weight) + bias, np.float32(0))
-    return row[0]
-
-
-@compiled
-def early(top: FloatVector, weights: HeadWeights) -> tuple[FloatVector, FloatVector]:
-    """[hidden] -> accept logits [W, W]; survivor logits and log regret steps [R + R - 1]."""
-    row = top.reshape(1, -1)
     accept = times(row, weights.accept)[0].reshape(weights.accept_bias.shape) + weights.accept_bias
     return accept, times(row, weights.quality)[0] + weights.quality_bias
 
@@ -297,25 +285,17 @@ def foreseen_counts(accept_logits: FloatVector) -> FloatArray:
 
 
 @compiled
-def foresee(top: FloatVector, weights: HeadWeights, target_width: int, regret: float) -> tuple[FloatArray, FloatArray]:
-    """P(K_w >= M) and L(k) by the early heads; [hidden] -> [W + 1, W + 1], [R + 1]. See `expected_loss`."""
-    accept_logits, quality = early(top, weights)
-    return foreseen_counts(accept_logits), expected_loss(quality, target_width, regret)
-
-
-@compiled
-def foresee_context(
+def foresee(
     context: Packed,
     draft_hidden: FloatVector,
     target_hidden: FloatVector,
     weights: Packed,
-    heads: Packed,
     target_width: int,
     regret: float,
 ) -> tuple[FloatArray, FloatArray]:
-    """`foresee` of a `Context`, in one call; of `EarlyWeights` and `HeadWeights`."""
-    top = look(describe_context(context), draft_hidden, target_hidden, EarlyWeights(*weights))
-    return foresee(top, HeadWeights(*heads), target_width, regret)
+    """P(K_w >= M) and L(k) of a `Context` by `EarlyWeights`; [W + 1, W + 1], [R + 1]. See `expected_loss`."""
+    said = early(describe_context(context), draft_hidden, target_hidden, EarlyWeights(*weights))
+    return foreseen_counts(said[0]), expected_loss(said[1], target_width, regret)
 
 
 @compiled
@@ -460,7 +440,7 @@ class Decision(NamedTuple):
     """A layer's decision before its drafts are drawn."""
 
     draft_width: int  # w
-    target_width: int  # M, where it is known by then; else the least
+    target_width: int  # M, as far as it is known by then
     passing: float  # P(K_w >= M)
     further: float  # reward that a pass brings: of the next layer, and of those planned below it
     onward: float  # probability that this layer and all above it pass
@@ -497,46 +477,25 @@ def plan_widths(
     widest: int,
 ) -> Decision:
     """See `Planner.widths`; [W + 1, W + 1] P(K_w >= M), [R + 1] L(k)."""
-    gained, spent = ahead(prospect, costs, layer + 1, deepest, nodes + widest, widest, widest)
+    last = len(costs.target) - 1
+    gained, spent = ahead(prospect, costs, layer + 1, deepest, nodes + widest, widest, rules.least)
     w, m, below, best = rules.least, rules.least, 0, -math.inf
     for width in range(rules.least, widest + 1):
-        seconds = _added_seconds(costs, nodes, width, layer < deepest)
+        if width > rules.least:  # what is drafted below begins with a pass over this layer
+            spent[1:] += costs.draft[width] - costs.draft[width - 1]
+        seconds = costs.target[min(nodes + width, last)] - costs.target[min(nodes, last)]
         lost = kept_loss(at_least[width], loss, rules)
         for asked in range(rules.least, min(width, rules.most) + 1):
-            chance = at_least[width, asked]
+            chance = min(1.0, at_least[width, asked] * prospect.correction)
             depth, more = best_depth(reach * chance, gained, rate, spent)
             net = reach * (chance * prospect.earned - width_value * lost[asked]) - rate * seconds + more
             if net > best:
                 w, m, below, best = width, asked, depth, net
     promised = float(at_least[w, m])
-    onward, deeper = _onwards(prospect, costs, rate, reach, promised, layer, deepest, nodes, w)
-    return Decision(w, m, promised, prospect.earned + gained[below], onward, deeper)
-
-
-@compiled
-def _added_seconds(costs: CostTable, nodes: int, width: int, followed: bool) -> float:
-    """What a layer adds to the target's pass and, if layers may follow, to the draft's; beside a single node."""
-    last = len(costs.target) - 1
-    seconds = costs.target[min(nodes + width, last)] - costs.target[min(nodes, last)]
-    return seconds + (costs.draft[width] - costs.draft[1] if followed else 0.0)
-
-
-@compiled
-def _onwards(
-    prospect: Prospect,
-    costs: CostTable,
-    rate: float,
-    reach: float,
-    promised: float,
-    layer: int,
-    deepest: int,
-    nodes: int,
-    width: int,
-) -> tuple[float, bool]:
-    """`onward` and `deeper` of a layer's `Decision`, whose probability to pass was promised."""
     onward = reach * min(1.0, promised * prospect.correction)
-    gained, spent = ahead(prospect, costs, layer + 1, deepest, nodes + width, width, width)
-    return onward, bool(best_depth(onward, gained, rate, spent)[1] > 0)
+    gains, seconds_below = ahead(prospect, costs, layer + 1, deepest, nodes + w, w, w)
+    deeper = best_depth(onward, gains, rate, seconds_below)[1] > 0
+    return Decision(w, m, promised, prospect.earned + gained[below], onward, bool(deeper))
 
 
 @compiled
@@ -545,7 +504,6 @@ def plan_context(
     draft_hidden: FloatVector,
     target_hidden: FloatVector,
     weights: Packed,
-    heads: Packed,
     prospect: Packed,
     costs: Packed,
     rules: Packed,
@@ -557,12 +515,12 @@ def plan_context(
     widest: int,
     regret: float,
 ) -> tuple[Decision, FloatArray, FloatArray]:
-    """`plan_widths` of a `Context`, in one call, with what `foresee_context` says of it.
+    """`plan_widths` of a `Context`, in one call, with what `foresee` says of it.
 
-    Of `EarlyWeights`, `HeadWeights`, a `Prospect`, a `CostTable` and `Rules`.
+    Of `EarlyWeights`, a `Prospect`, a `CostTable` and `Rules`.
     """
     choice = Rules(*rules)
-    at_least, loss = foresee_context(context, draft_hidden, target_hidden, weights, heads, choice.most, regret)
+    at_least, loss = foresee(context, draft_hidden, target_hidden, weights, choice.most, regret)
     known = Prospect(*prospect), CostTable(*costs), choice
     layer = context[1]
     decision = plan_widths(at_least, loss, *known, width_value, rate, reach, layer, deepest, nodes, widest)

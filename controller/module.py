@@ -1,4 +1,4 @@
-"""ControllerModule: the two losses of WidthNet, and what they are worth beside a constant and a perfect predictor."""
+"""ControllerModule: the losses of WidthNet, and what they are worth beside a constant and a perfect predictor."""
 
 from __future__ import annotations
 

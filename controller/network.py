@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from controller.kernels import LIMIT, EarlyWeights, FloatVector, HeadWeights, LateWeights, Packed
+from controller.kernels import LIMIT, EarlyWeights, FloatVector, LateWeights
 from decoding.errors import UserError
 
 FORMAT = "dsbd-controller"  # what config.json says it is
@@ -171,16 +171,10 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-class PackedWeights(NamedTuple):
-    """Of a HostNet: the fields of its records, as the kernels take them."""
-
-    early: Packed
-    heads: Packed
-    late: Packed
-
-
 class HostNet:
     """A WidthNet's weights for `controller.kernels`: one row at a time, at a fraction of the call overhead.
+
+    `early` and `late` have the fields of `EarlyWeights` and `LateWeights`.
 
     Args:
         net: its weights are copied; later changes to it are not seen.
@@ -201,25 +195,24 @@ class HostNet:
             weight = torch.cat([survivor.weight / temperature, regret.weight])  # [2 R - 1, hidden]
             return host(weight.T), host(torch.cat([survivor.bias / temperature, regret.bias + shift]))
 
-        self.early = EarlyWeights(
+        # The accept head and its basis are two linear maps in a row, and temperatures only scale: one map each.
+        accept = net.accept_basis.T / net.accept_temperature  # [W * W, bases]
+        bias = (accept @ net.accept_head.bias).view_as(net.accept_bias) + net.accept_bias / net.accept_temperature
+        early = EarlyWeights(
             host(net.feature_mean),
             host(1.0 / net.feature_std),
             projection(net.draft_projection),
             projection(net.target_projection),
             tuple(linears(net.trunk)),
-        )
-        # The accept head and its basis are two linear maps in a row, and temperatures only scale: one map each.
-        accept = net.accept_basis.T / net.accept_temperature  # [W * W, bases]
-        bias = (accept @ net.accept_head.bias).view_as(net.accept_bias) + net.accept_bias / net.accept_temperature
-        self.heads = HeadWeights(
             host((accept @ net.accept_head.weight).T),
             host(bias),
             *quality(net.survivor_head, net.survivor_temperature, net.regret_head, net.regret_shift),
         )
         late = net.late_survivor_head, net.late_survivor_temperature, net.late_regret_head, net.late_regret_shift
         layers = (*linears(net.late_trunk), quality(*late))
-        self.late = LateWeights(host(net.late_mean), host(1.0 / net.late_std), layers)
-        self.packed = PackedWeights(tuple(self.early), tuple(self.heads), tuple(self.late))
+        # Plain tuples, as the kernels take them: numba works out the type of a named one anew each time.
+        self.early = tuple(early)
+        self.late = tuple(LateWeights(host(net.late_mean), host(1.0 / net.late_std), layers))
 
 
 def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, Any]) -> Path:
@@ -273,19 +266,28 @@ def load_controller(path: str | Path, revision: str | None = None) -> tuple[Widt
     except ValueError as error:
         raise UserError(f"{directory / CONFIG} is not JSON ({error}); train the controller again.") from error
     provenance = config.get("provenance") if isinstance(config, dict) else None
-    if not isinstance(provenance, dict) or config.get("format") != FORMAT or set(_ARGUMENTS) - set(config):
+    if not isinstance(provenance, dict) or config.get("format") != FORMAT:
         raise UserError(
             f"{directory / CONFIG} does not describe a width controller; give a directory that train.py wrote."
         )
+    if lacking := [name for name in _ARGUMENTS if name not in config]:
+        raise _of_another_version(path, f"{CONFIG} says nothing of {', '.join(lacking)}")
     net = WidthNet(**{name: config[name] for name in _ARGUMENTS})
     try:
-        net.load_state_dict(load_file(directory / WEIGHTS))
+        weights = load_file(directory / WEIGHTS)
+        if strange := sorted(set(weights) ^ set(net.state_dict())):
+            raise _of_another_version(path, f"of {', '.join(strange)} only one of the two has weights")
+        net.load_state_dict(weights)
     except (SafetensorError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[-1].strip()
         raise UserError(
             f"{directory / WEIGHTS} is damaged or of another network ({reason}); train it again."
         ) from error
     return net.eval().requires_grad_(False), provenance
+
+
+def _of_another_version(path: str | Path, found: str) -> UserError:
+    return UserError(f"{path} was trained by another version of this code: {found}. Train it again with train.py.")
 
 
 def _locate(path: str | Path, revision: str | None) -> Path:

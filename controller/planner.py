@@ -231,7 +231,7 @@ class Planner:
         reach: float,
         deepest: int,
         nodes: int,
-        regret: float = 1.0,
+        regret: float,
     ) -> tuple[Decision, Prediction]:
         """The best (w, M) of a layer, by what is known before its drafts are drawn.
 
@@ -248,8 +248,7 @@ class Planner:
         plan, at_least, loss = kernels.plan_context(
             context,
             *hidden,
-            host.packed.early,
-            host.packed.heads,
+            host.early,
             outlook.prospect,
             self._packed,
             rules_of(config),
@@ -289,11 +288,11 @@ class Planner:
         return kernels.best_width(loss, at_least, self.width_value, further, rules_of(config))
 
     def bearable_width(
-        self, host: HostNet, target: Packed, config: DecodingConfig, further: float, regret: float = 1.0
+        self, host: HostNet, target: Packed, config: DecodingConfig, further: float, regret: float
     ) -> tuple[int, FloatArray]:
         """`target_width` where it settles alone, with the late loss that it is set by."""
         ends = config.min_width, config.target_width
-        return kernels.judge_bearable(target, host.packed.late, self.width_value, further, *ends, regret)
+        return kernels.judge_bearable(target, host.late, self.width_value, further, *ends, regret)
 
     def counted_width(
         self,
@@ -304,7 +303,7 @@ class Planner:
         foreseen: FloatArray | None,
         config: DecodingConfig,
         further: float,
-        regret: float = 1.0,
+        regret: float,
     ) -> tuple[int, FloatArray]:
         """`target_width` where P(K_w >= M) matters, in closed form, with the late loss that it is set by.
 
@@ -318,7 +317,7 @@ class Planner:
             *joints,
             draft_width,
             _NOTHING if foreseen is None else foreseen,
-            host.packed.late,
+            host.late,
             self.width_value,
             further,
             rules_of(config),
@@ -326,20 +325,22 @@ class Planner:
         )
 
     def final_width(
-        self, host: HostNet, target: Packed, config: DecodingConfig, rate: float, regret: float = 1.0
+        self, host: HostNet, target: Packed, config: DecodingConfig, rate: float, regret: float
     ) -> tuple[int, FloatArray]:
         """M of the layer that the target draws, with the late loss that it is set by.
 
         What is lost counts against carrying M beams into the next iteration.
         """
-        ends = config.min_width, config.target_width
+        ends, rate = (config.min_width, config.target_width), _carried(rate, config)
         place = self.width_value, rate, self._packed, config.draft_depth > 0, *ends
-        return kernels.judge_final(target, host.packed.late, *place, regret)
+        return kernels.judge_final(target, host.late, *place, regret)
 
     def cheapest_width(self, loss: FloatArray, config: DecodingConfig, rate: float) -> int:
         """`final_width` by a loss that is known."""
         ends = config.min_width, config.target_width
-        return kernels.cheapest_width(loss, self.width_value, rate, self._packed, config.draft_depth > 0, *ends)
+        return kernels.cheapest_width(
+            loss, self.width_value, _carried(rate, config), self._packed, config.draft_depth > 0, *ends
+        )
 
     def worth_drafting(
         self,
@@ -383,6 +384,11 @@ def kept_width(record: LayerRecord, config: DecodingConfig) -> int:
     if not record.passed:
         return config.target_width if config.refill == "full" else record.target_width
     return min(record.accepted, config.target_width) if config.surplus == "keep" else record.target_width
+
+
+def _carried(rate: float, config: DecodingConfig) -> float:
+    """ρ of beams that the next iteration starts with: nothing where it starts with one."""
+    return 0.0 if config.one_beam_cache else rate
 
 
 def _widest(context: Packed, config: DecodingConfig) -> int:

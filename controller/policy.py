@@ -38,7 +38,10 @@ CLOCKS = ("wall", "table")
 QUALITIES = {"regret": 1.0, "survivors": 0.0, "mixed": 0.5}  # share of the loss that is in nats
 _NO_HIDDEN = np.zeros(0, np.float32), np.zeros(0, np.float32)
 # Settings that shape P and Q: a controller trained under others is used out of its element.
-_TRAINED_UNDER = ("mode", "temperature", "top_k", "top_p", "warp", "replacement", "surplus", "refill")
+_TRAINED_UNDER = (
+    *("mode", "temperature", "top_k", "top_p", "warp"),
+    *("replacement", "surplus", "refill", "one_beam_cache"),
+)
 
 
 class _Seen(NamedTuple):
@@ -221,22 +224,14 @@ class LearnedWidth(WidthPolicy):
         self._new_prompt()
 
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
-        if layer == 1:
-            self._seen.clear()
-            self._roots = len(context.weights)
-        elif layer - 1 in self._seen:
+        if layer > 1:
             return self._seen[layer - 1].plan.deeper
+        self._seen.clear()
         config, roots = context.config, len(context.weights)
-        return self.planner.worth_drafting(
-            self.outlook,
-            self._rate(config),
-            1.0,
-            layer,
-            _deepest(context),
-            parents=widths[-1] if widths else roots,
-            nodes=roots + sum(widths),
-            width=widths[-1] if widths else config.draft_width,
-        )
+        place = self._rate(config), 1.0, layer, _deepest(context)
+        worth = self.planner.worth_drafting(self.outlook, *place, parents=roots, nodes=roots, width=config.draft_width)
+        self._roots, self._declined = roots, not worth
+        return worth
 
     def draft_width(self, context: DraftContext) -> int:
         width = self._see(context).plan.draft_width
@@ -268,7 +263,7 @@ class LearnedWidth(WidthPolicy):
                 outlook.saw(layer.layer, float(layer.passed), plan.passing)
                 if layer.passed:
                     outlook.lost(lost / max(plan.further, 1e-9))
-        if not self._seen:
+        if self._declined:
             outlook.hope()
         if self.throughput is not None:
             plain = self.planner.seconds((), 1)
@@ -278,7 +273,7 @@ class LearnedWidth(WidthPolicy):
             self.throughput.update(earned, plain + self.pace.of_added * added)
         self._seen.clear()
         self._seen_loss.clear()
-        self._widths = ()
+        self._widths, self._declined = (), False
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -296,9 +291,9 @@ class LearnedWidth(WidthPolicy):
 
     def predict(self, context: DraftContext) -> Prediction:
         """Ask the network about one layer, before its drafts are drawn."""
-        scene, hidden, packed = self.features.of_context(context), self._hidden(context), self._host.packed
+        scene, hidden = self.features.of_context(context), self._hidden(context)
         width = context.root.config.target_width
-        return Prediction(*kernels.foresee_context(scene, *hidden, packed.early, packed.heads, width, self._regret))
+        return Prediction(*kernels.foresee(scene, *hidden, self._host.early, width, self._regret))
 
     def _hidden(self, context: DraftContext) -> tuple[FloatVector, FloatVector]:
         """The draft's and the target's hidden vectors, empty where the network does without."""
@@ -383,7 +378,7 @@ class LearnedWidth(WidthPolicy):
         planner.worth_drafting(outlook, 1.0, 1.0, 1, 1, parents=1, nodes=1, width=1)
         place = config, outlook, 1.0, 1.0, 1, 1, self._regret
         _, (at_least, loss) = planner.widths(self._host, scene, vectors, *place)
-        kernels.foresee_context(scene, *vectors, self._host.packed.early, self._host.packed.heads, 1, self._regret)
+        kernels.foresee(scene, *vectors, self._host.early, 1, self._regret)
         planner.counted_width(self._host, target, joints, 1, None, config, 1.0, self._regret)
         planner.bearable_width(self._host, target, config, 1.0, self._regret)
         planner.final_width(self._host, target, config, 1.0, self._regret)
@@ -395,7 +390,7 @@ class LearnedWidth(WidthPolicy):
         self._seen: dict[int, _Seen] = {}  # of this iteration's drafted layers
         self._seen_loss: dict[int, FloatArray] = {}  # L that M of a layer was set by
         self._widths = ()  # drafted in this iteration
-        self._roots = 1
+        self._roots, self._declined = 1, False  # input beams; whether nothing was to be drafted for them
 
 
 def _deepest(root: RootContext) -> int:
@@ -420,7 +415,10 @@ def _costs(latency: Costs | dict[str, Any] | str | Path | None) -> Costs:
         return UnitCosts()
     if isinstance(latency, str | Path):
         return LatencyTable.load(latency)
-    return LatencyTable.from_dict(latency) if isinstance(latency, dict) else latency
+    costs = LatencyTable.from_dict(latency) if isinstance(latency, dict) else latency
+    if not all(hasattr(costs, name) for name in ("draft_seconds", "target_seconds", "host_seconds")):
+        raise UserError(f"latency is {latency!r}; give a LatencyTable, its dict, the path of its JSON, or None.")
+    return costs
 
 
 def _check_arguments(width_value: Any, mode: str, clock: str | None, quality: str) -> None:
@@ -429,5 +427,5 @@ def _check_arguments(width_value: Any, mode: str, clock: str | None, quality: st
         raise UserError(f"width_value is {width_value!r}; give a number of 0 or more (0: speed alone).")
     choices = (("mode", mode, MODES), ("clock", clock, (None, *CLOCKS)), ("quality", quality, QUALITIES))
     for name, value, allowed in choices:
-        if value not in allowed:
+        if value not in tuple(allowed):
             raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")

@@ -82,10 +82,11 @@ class DeepWidth(LearnedWidth):
     name = "deep"
 
     def __init__(self, net: WidthNet, provenance: dict[str, Any], bearable: float = 1.2) -> None:
+        number = isinstance(bearable, int | float) and not isinstance(bearable, bool)
+        if not number or not 0 < bearable < math.inf:
+            raise UserError(f"bearable is {bearable!r}; give a number of nats above 0 (0.5 to 3 are worth trying).")
         # A token a nat: what a pass brings is what it can bear.
         super().__init__(net, provenance, width_value=1.0, quality="regret")
-        if isinstance(bearable, bool) or not 0 < bearable < math.inf:
-            raise UserError(f"bearable is {bearable!r}; give a number of nats above 0 (0.5 to 3 are worth trying).")
         self.bearable = bearable
         self.prompts: list[list[Iteration]] = []  # of all forks
         self._iterations: list[Iteration] = []  # of this one
@@ -123,7 +124,7 @@ class DeepWidth(LearnedWidth):
         self._roots = len(context.draft.root.weights)
         if context.draft_width == 0:
             return config.target_width
-        asked, _ = self.planner.bearable_width(self._host, known(context), config, self.bearable)
+        asked, _ = self.planner.bearable_width(self._host, known(context), config, self.bearable, self._regret)
         at_least = closed_form(context)  # [w + 1]
         self._closed.append(float(at_least[asked]) if asked < len(at_least) else 0.0)
         return asked

@@ -6,8 +6,10 @@ What else they compute is tested where it is used.
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,23 +27,16 @@ from decoding.sampling import FloatArray, Joint
 needs_numba = pytest.mark.skipif(not kernels.COMPILED, reason="numba is not installed, or disabled")
 
 
-def loaded_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module once more, under another name."""
-    spec = importlib.util.spec_from_file_location(name, kernels.__file__)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module as it is without numba."""
+    spec = importlib.util.spec_from_file_location("plain_kernels", kernels.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "plain_kernels", module)
     with monkeypatch.context() as patch:  # no longer: numba reads it again wherever it compiles
         patch.setenv("NUMBA_DISABLE_JIT", "1")
-        module = loaded_anew("plain_kernels", patch)
-    monkeypatch.setitem(sys.modules, "plain_kernels", module)
+        spec.loader.exec_module(module)
     assert not module.COMPILED and module.times is np.dot
     return module
 
@@ -52,7 +47,7 @@ def decide_by(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for user in (planner, policy):
         monkeypatch.setattr(user, "kernels", module)
-    for name in ("EarlyWeights", "HeadWeights", "LateWeights"):
+    for name in ("EarlyWeights", "LateWeights"):
         monkeypatch.setattr(network, name, getattr(module, name))
     for name in ("CostTable", "Decision"):
         monkeypatch.setattr(planner, name, getattr(module, name))
@@ -99,9 +94,9 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
     projections = f32(rng, draft, 3 if draft else 0), np.zeros((0, 0), np.float32)
     inputs = 21 + projections[0].shape[1]
     trunk = linear(inputs, hidden), linear(hidden, hidden)
-    early = module.EarlyWeights(f32(rng, 21), f32(rng, 21), *projections, trunk)
     shapes = (hidden, 36), (6, 6), (hidden, 2 * ranks - 1), (2 * ranks - 1,)
-    heads = module.HeadWeights(*(f32(rng, *shape) for shape in shapes))
+    heads = (f32(rng, *shape) for shape in shapes)
+    early = module.EarlyWeights(f32(rng, 21), f32(rng, 21), *projections, trunk, *heads)
     layers = linear(36, 8), linear(8, 8), linear(8, 2 * ranks - 1)
     late = module.LateWeights(f32(rng, 36), f32(rng, 36), layers)
     nodes = np.arange(64.0)
@@ -111,12 +106,12 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
     loss = np.append(np.sort(rng.exponential(size=ranks))[::-1], 0.0)
     weights, probs, parents, support = joint(rng)
     rate, reach, layer = rng.uniform(0.1, 2.0), rng.random(), int(rng.integers(1, 5))
-    top, target_width = f32(rng, hidden), int(rng.integers(1, ranks + 1))
+    target_width = int(rng.integers(1, ranks + 1))
     target = True, layer, 30, weights, probs, parents, support
     context = *target, 4, 9, 3, 0.4, False
     vectors = f32(rng, draft), np.zeros(0, np.float32)
     value, brought = float(rng.exponential()), float(rng.exponential())
-    packed = tuple(early), tuple(heads), tuple(prospect), tuple(costs)
+    packed = tuple(early), tuple(prospect), tuple(costs)
     rules = module.Rules(1, target_width, bool(rng.integers(2)), bool(rng.integers(2)))
     at_least, draft_width = foreseen(rng, 6), int(rng.integers(1, 7))
     p, q = parents_tokens_probs(rng), parents_tokens_probs(rng)
@@ -127,19 +122,17 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
     return {
         "describe_context": (context,),
         "describe_target": (target,),
-        "look": (f32(rng, 21), *vectors, early),
-        "early": (top, heads),
+        "early": (f32(rng, 21), *vectors, early),
         "late": (f32(rng, 36), late),
         "late_loss": (f32(rng, 36), late, target_width, bool(rng.integers(2))),
         "expected_loss": (f32(rng, 2 * ranks - 1), target_width, float(rng.choice([0.0, 0.5, 1.0]))),
         "foreseen_counts": (f32(rng, 6, 6) * 9,),
-        "foresee": (top, heads, target_width, regret),
-        "foresee_context": (context, *vectors, *packed[:2], target_width, regret),
+        "foresee": (context, *vectors, packed[0], target_width, regret),
         "matched": (p, q),
         "accept_chances": (rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(5)), draft_width),
         "renewed_counts": (rng.random(draft_width),),
         "ahead": (prospect, costs, layer, 4, 7, 5, 3),
-        "worth_drafting": (*packed[2:], rate, reach, layer, 4, 3, 7, 5),
+        "worth_drafting": (*packed[1:], rate, reach, layer, 4, 3, 7, 5),
         "best_depth": (reach, gained, rate, spent),
         "kept_loss": (at_least[draft_width, : draft_width + 1], loss, rules),
         "plan_widths": (at_least, loss, prospect, costs, rules, *place, layer, 4, 7, 6),
@@ -147,9 +140,9 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
         "best_width": (loss, at_least[draft_width, : draft_width + 1], value, brought, tuple(rules)),
         "judge_bearable": (target, tuple(late), value, brought, 1, target_width, regret),
         "judge_counted": (target, p, q, draft_width, said, tuple(late), value, brought, tuple(rules), regret),
-        "judge_final": (target, tuple(late), value, rate, packed[3], True, 1, target_width, regret),
+        "judge_final": (target, tuple(late), value, rate, packed[2], True, 1, target_width, regret),
         "least_bearable": (loss, value, brought, 1, target_width),
-        "cheapest_width": (loss, value, rate, packed[3], bool(rng.integers(2)), 1, target_width),
+        "cheapest_width": (loss, value, rate, packed[2], bool(rng.integers(2)), 1, target_width),
     }
 
 
@@ -197,29 +190,38 @@ def test_a_learned_policy_works_without_numba(
     assert widths() == compiled
 
 
+DECODE_IN_ALL_WAYS = """
+import torch
+from controller import kernels
+from controller.policy import MODES
+from decoding import DSBDDecoder
+from tests.controller.test_learned_decoding import PROMPTS, config_of, learned, net_of_llamas
+from tests.decoding.stubs import llama_pair, random_pair
+
+def compiled():
+    return {name: len(f.signatures) for name, f in vars(kernels).items() if hasattr(f, "signatures")}
+
+random, llamas = random_pair(6, seed=1, closeness=0.7), llama_pair()
+assert compiled()["plan_context"] == 0
+learned(random)
+before = compiled()
+assert before["plan_context"] == 1
+for mode in MODES:
+    looking = learned(llamas, mode=mode, net=net_of_llamas())
+    for policy, pair in ((learned(random, mode=mode), random), (looking, llamas)):
+        for exact in (False, True):
+            for batch in (PROMPTS, PROMPTS[:1]):
+                DSBDDecoder(pair, config_of(exact=exact), policy).generate(batch, torch.Generator().manual_seed(0))
+        assert compiled() == before, (mode, {n: c for n, c in compiled().items() if c != before[n]})
+"""
+
+
 @needs_numba
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("hidden", [False, True])
-def test_no_prompt_waits_for_the_compiler(
-    monkeypatch: pytest.MonkeyPatch, mode: str, exact: bool, hidden: bool
-) -> None:
-    """All that decoding calls is compiled when the policy is made."""
-    from decoding import DSBDDecoder
-    from tests.controller.test_learned_decoding import PROMPTS, config_of, learned, net_of_llamas
-    from tests.decoding.stubs import llama_pair, random_pair
-
-    fresh = loaded_anew("fresh_kernels", monkeypatch)
-    decide_by(fresh, monkeypatch)
-    pair = llama_pair() if hidden else random_pair(6, seed=1, closeness=0.7)
-    policy = learned(pair, mode=mode, **({"net": net_of_llamas()} if hidden else {}))
-
-    def compiled() -> dict[str, int]:
-        return {name: len(f.signatures) for name, f in vars(fresh).items() if hasattr(f, "signatures")}
-
-    before = compiled()
-    DSBDDecoder(pair, config_of(exact=exact), policy).generate(PROMPTS, torch.Generator().manual_seed(0))
-    assert compiled() == before and before["plan_context"] == 1
+def test_no_prompt_waits_for_a_compiler() -> None:
+    """All that decoding calls is compiled when a policy is made; in a process in which nothing is yet."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", DECODE_IN_ALL_WAYS], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 RULES = [(keep, full) for keep in (True, False) for full in (True, False)]
@@ -248,15 +250,15 @@ def random_loss(rng: np.random.Generator, ranks: int, target_width: int) -> Floa
 
 
 def gains_below(
-    prospect: Prospect, costs: CostTable, layers: range, nodes: int, width: int
+    prospect: Prospect, costs: CostTable, layers: range, nodes: int, width: int, parents: int
 ) -> list[tuple[float, float]]:
-    """What drafting the first d of these layers promises, and its seconds; d from 0."""
+    """What drafting the first d of these layers promises, and its seconds; d from 0. The first continues `parents`."""
     found, passed = [(0.0, 0.0)], prospect.left * prospect.earned
     for layer in layers:
         gained, spent = found[-1]
         passed *= prospect.passing[layer - 1] if layer <= len(prospect.passing) else prospect.start
-        seconds = costs.layer + costs.draft[width] + costs.target[nodes + width] - costs.target[nodes]
-        nodes += width
+        seconds = costs.layer + costs.draft[parents] + costs.target[nodes + width] - costs.target[nodes]
+        nodes, parents = nodes + width, width
         found.append((gained + passed, spent + seconds))
     return found
 
@@ -278,28 +280,30 @@ def test_planned_widths_are_the_best_of_every_width_and_depth(keep: bool, full: 
         value, rate, reach = rng.exponential(0.5) * (rng.random() < 0.9), rng.uniform(0.1, 1.5), rng.random()
         layer, deepest, scored = int(rng.integers(1, 5)), int(rng.integers(1, 6)), int(rng.integers(1, 9))
 
-        rest = gains_below(prospect, costs, range(layer + 1, deepest + 1), scored + widest, widest)
         nets: dict[tuple[int, int, int], float] = {}
         for w in range(least, widest + 1):
             counts = at_least[w] - np.append(at_least[w, 1:], 0.0)
-            seconds = target[scored + w] - target[scored] + (draft[w] - draft[1] if layer < deepest else 0.0)
+            seconds = target[scored + w] - target[scored]
+            rest = gains_below(prospect, costs, range(layer + 1, deepest + 1), scored + widest, widest, w)
             for m in range(least, min(w, most) + 1):
-                now = at_least[w, m] * prospect.earned - value * mean_loss(counts, loss, m, rules)
+                passing = min(1.0, at_least[w, m] * prospect.correction)
+                now = passing * prospect.earned - value * mean_loss(counts, loss, m, rules)
                 for d, (gained, spent) in enumerate(rest):
-                    nets[w, m, d] = reach * (now + at_least[w, m] * gained) - rate * (seconds + spent)
+                    nets[w, m, d] = reach * (now + passing * gained) - rate * (seconds + spent)
         place = value, rate, reach, layer, deepest, scored, widest
         plan = kernels.plan_widths(at_least, loss, prospect, costs, rules, *place)
 
         best = max(nets.values())
-        w, m, d = min(pair for pair, net in nets.items() if net > best - 1e-9)  # the narrowest of equals
-        assert (plan.draft_width, plan.target_width) == (w, m)
-        assert plan.passing == at_least[w, m] and plan.further == pytest.approx(prospect.earned + rest[d][0])
+        equals = {pair for pair, net in nets.items() if net > best - 1e-9}  # more than one where passing is certain
+        w, m = plan.draft_width, plan.target_width
+        furthers = [prospect.earned + rest[d][0] for *pair, d in equals if pair == [w, m]]
+        assert plan.passing == at_least[w, m] and any(plan.further == pytest.approx(one) for one in furthers)
         assert plan.onward == pytest.approx(reach * min(1.0, at_least[w, m] * prospect.correction))
-        below = gains_below(prospect, costs, range(layer + 1, deepest + 1), scored + w, w)
+        below = gains_below(prospect, costs, range(layer + 1, deepest + 1), scored + w, w, w)
         assert plan.deeper == any(plan.onward * gained > rate * spent for gained, spent in below[1:])
         chosen.add((w, m))
         deeper.add(plan.deeper)
-    assert len(chosen) > 15 and {w for w, _ in chosen} == set(range(1, 9)) and deeper == {False, True}
+    assert len(chosen) > 15 and {w for w, _ in chosen} >= set(range(1, 8)) and deeper == {False, True}
 
 
 def as_joint(entries: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Joint:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from controller import kernels
 from controller.network import _CALIBRATED, CONFIG, WEIGHTS, HostNet, WidthNet, load_controller, save_controller
@@ -86,6 +87,15 @@ def test_early_heads_do_not_see_p_and_late_ones_see_nothing_else() -> None:
     assert torch.equal(unknown.late_regret, mean.late_regret)
 
 
+def host_says(host: HostNet, row: list[torch.Tensor]) -> list[np.ndarray]:
+    """Accept logits, and both qualities."""
+    *early, late = (vector.numpy() for vector in row)
+    return [
+        *kernels.early(*early, kernels.EarlyWeights(*host.early)),
+        kernels.late(late, kernels.LateWeights(*host.late)),
+    ]
+
+
 HIDDEN = [{}, {"draft_hidden": 0, "target_hidden": 0}, {"draft_hidden": 0}]
 
 
@@ -97,8 +107,7 @@ def test_one_row_on_the_host_is_the_same_network(sizes: dict[str, int]) -> None:
     rows[2][0] = 0  # unknown hidden state
     logits, host = made(*rows), HostNet(made)
     for i in range(5):
-        top = kernels.look(*(row[i].numpy() for row in rows[:3]), host.early)
-        ours = [*kernels.early(top, host.heads), kernels.late(rows[3][i].numpy(), host.late)]
+        ours = host_says(host, [row[i] for row in rows])
         late = torch.cat([logits.late_survivor, logits.late_regret], -1)
         theirs = [logits.accept, torch.cat([logits.survivor, logits.regret], -1), late]
         for our, their in zip(ours, theirs, strict=True):
@@ -110,8 +119,7 @@ def test_the_host_keeps_a_copy() -> None:
     host, rows = HostNet(made), rows_of(made)
 
     def answers(row: int) -> list[np.ndarray]:
-        top = kernels.look(*(column[row].numpy() for column in rows[:3]), host.early)
-        return [*kernels.early(top, host.heads), kernels.late(rows[3][0].numpy(), host.late)]
+        return host_says(host, [*(column[row] for column in rows[:3]), rows[3][0]])
 
     before, other = answers(0), answers(1)
     assert not any(np.allclose(a, b) for a, b in zip(before[:2], other[:2], strict=True))
@@ -179,7 +187,15 @@ def test_what_is_not_a_controller_is_refused(tmp_path: Path) -> None:
     (path / CONFIG).write_text(json.dumps(config | {"hidden": 64}))
     with pytest.raises(UserError, match="damaged or of another network"):
         load_controller(path)
+    (path / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if k != "projected"}))
+    with pytest.raises(UserError, match=r"another version of this code: config\.json says nothing of projected"):
+        load_controller(path)
     (path / CONFIG).write_text(json.dumps(config))
+    weights = load_file(path / WEIGHTS)
+    save_file({**weights, "pass_in.bias": torch.zeros(2)}, path / WEIGHTS)
+    with pytest.raises(UserError, match=r"another version of this code: of pass_in\.bias only one of the two"):
+        load_controller(path)
+    save_file(weights, path / WEIGHTS)
     (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:100])
     with pytest.raises(UserError, match="damaged"):
         load_controller(path)

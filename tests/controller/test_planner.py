@@ -14,7 +14,6 @@ import torch
 from controller import kernels
 from controller.counts import count_table, tails
 from controller.kernels import Context, Decision, FloatVector, Packed
-from controller.network import PackedWeights
 from controller.planner import (
     Outlook,
     Pace,
@@ -73,11 +72,11 @@ class Saying:
             return np.zeros(shape, np.float32)
 
         layers = (nothing(21, 2), nothing(2)), (nothing(2, 2), nothing(2))
-        early = kernels.EarlyWeights(nothing(21), nothing(21), nothing(0, 0), nothing(0, 0), layers)
         accept_bias, quality_bias = (bias.astype(np.float32) for bias in biases)
         sizes = accept_bias.size, quality_bias.size
-        heads = kernels.HeadWeights(nothing(2, sizes[0]), accept_bias, nothing(2, sizes[1]), quality_bias)
-        self.packed = PackedWeights(tuple(early), tuple(heads), ())
+        heads = nothing(2, sizes[0]), accept_bias, nothing(2, sizes[1]), quality_bias
+        none = nothing(0, 0)
+        self.early = tuple(kernels.EarlyWeights(nothing(21), nothing(21), none, none, layers, *heads))
 
 
 def prediction(accept: float = 0.6, survivors: tuple[float, ...] = (0.6, 0.2, 0.1, 0.1)) -> Saying:
@@ -93,7 +92,7 @@ def plan(
     config: DecodingConfig = CONFIG,
     outlook: Outlook | None = None,
 ) -> Decision:
-    place = rate, reach, 3, 8
+    place = rate, reach, 3, 8, 1.0
     scene, outlook = scene_of(1, support), outlook or Outlook()
     decision, said = planner.widths(host, scene, (NO_HIDDEN, NO_HIDDEN), config, outlook, *place)
     np.testing.assert_allclose(said.at_least, host.at_least, atol=1e-6)
@@ -124,15 +123,26 @@ def worth(
 
 
 def below(
-    costs: UnitCosts, outlook: Outlook, rate: float, reach: float, layers: range, nodes: int, width: int
+    costs: UnitCosts,
+    outlook: Outlook,
+    rate: float,
+    reach: float,
+    layers: range,
+    nodes: int,
+    width: int,
+    parents: int | None = None,
 ) -> tuple[float, float]:
-    """The best depth to go on to: what that gains in all, and the reward that it promises once reached."""
+    """The best depth to go on to: what that gains in all, and the reward that it promises once reached.
+
+    The first of the layers continues `parents` nodes, as many as the others if it is not said.
+    """
+    parents = width if parents is None else parents
     best, promised, gained, passed, seconds = 0.0, 0.0, 0.0, 1.0, 0.0
     for layer in layers:
         passed *= outlook.passing(layer)
         gained += passed * outlook.left * outlook.earned
-        seconds += costs.draft_seconds(width) + costs.target_seconds(nodes + width) - costs.target_seconds(nodes)
-        nodes += width
+        seconds += costs.draft_seconds(parents) + costs.target_seconds(nodes + width) - costs.target_seconds(nodes)
+        nodes, parents = nodes + width, width
         if reach * gained - rate * seconds > best:
             best, promised = reach * gained - rate * seconds, gained
     return best, promised
@@ -184,11 +194,12 @@ def test_chosen_pair_is_the_best_of_all_pairs(surplus: str, refill: str) -> None
         ) -> tuple[float, float]:
             at_least = predicted.at_least[w]
             counts = at_least - np.append(at_least[1:], 0)
+            passing = min(1.0, at_least[m] * outlook.correction)
             now = worth(m, counts, predicted.loss, outlook.earned, value, config)
+            now += (passing - at_least[m]) * outlook.earned
             seconds = costs.target_seconds(8 + w) - costs.target_seconds(8)
-            seconds += costs.draft_seconds(w) - costs.draft_seconds(1)
             # Layers 2 and 3 would be as wide as can be.
-            more, promised = below(costs, outlook, rate, reach * at_least[m], range(2, 4), 8 + 6, 6)
+            more, promised = below(costs, outlook, rate, reach * passing, range(2, 4), 8 + 6, 6, w)
             return reach * now - rate * seconds + more, promised
 
         best = max(gain(w, m)[0] for w in range(1, 7) for m in range(1, min(w, 4) + 1))
@@ -301,6 +312,8 @@ def test_final_width_is_the_best_of_all() -> None:
         chosen = Planner(costs, value).cheapest_width(loss, config, rate)
         assert price[chosen] == pytest.approx(min(price.values()))
         seen.add(chosen)
+        free = Planner(costs, value).cheapest_width(loss, config.with_changes(one_beam_cache=True), rate)
+        assert loss[free] == loss[config.min_width : most + 1].min()  # one beam goes on, whatever M is
     assert seen == set(range(1, 7))
 
 

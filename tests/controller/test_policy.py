@@ -240,6 +240,17 @@ def test_a_first_layer_that_did_not_pay_is_tried_again() -> None:
     assert not tried[0] and any(tried)
 
 
+def test_a_draft_with_nothing_to_propose_is_no_refusal() -> None:
+    """Nothing was drafted, though it was asked for: that raises no hopes of the first layer."""
+    learned = policy(latency=dataclasses.replace(TABLE, draft=(1e-4, 1e-4, 1e-4)))
+    before = learned.outlook.passing(1)
+    for _ in range(20):
+        assert learned.draft_further(draft_context().root, 1, ())
+        m = learned.target_width(target_context(draft_context(drafted=False), 0))
+        learned.observe(IterationRecord((LayerRecord(1, 0, m, 0, True),), 1, 0.0145))
+    assert learned.outlook.passing(1) == before
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_support_that_gave_fewer_drafts_than_planned(mode: str) -> None:
     learned, context = policy(width_value=500.0, mode=mode), draft_context()
@@ -381,6 +392,8 @@ def test_refusals() -> None:
         ({"clock": "sun"}, "clock is 'sun'"),
         ({"clock": "wall"}, "needs a latency table"),
         ({"quality": "some"}, "quality is 'some'; choose one of 'regret', 'survivors', 'mixed'"),
+        ({"quality": ["mixed"]}, r"quality is \['mixed'\]; choose one of"),
+        ({"latency": 0.01}, r"latency is 0\.01; give a LatencyTable"),
     ):
         with pytest.raises(UserError, match=message):
             policy(**options)

@@ -283,6 +283,7 @@ def test_from_a_config_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["decoding.draft_depth=0"], "draft_depth=0"),
         (["decoding.draft_width=9"], "draft_width is 9; the controller was trained for at most 8"),
         (["bearable=0"], "bearable is 0; give a number of nats above 0"),
+        (["bearable=null"], "bearable is None; give a number of nats above 0"),
         (["controller_path=null"], "give controller="),
         (["prompts.limit=1"], "prompts.limit is 1; give a whole number of at least 2"),
         (["prompts.skip=-1"], "prompts.skip is -1"),
