@@ -116,7 +116,8 @@ class DecodingConfig:
             ids = list(ids)  # also what Hydra passes for a list
             object.__setattr__(self, "eos_token_id", ids)
         for id_ in ids if isinstance(ids, list) else [] if ids is None else [ids]:
-            if isinstance(id_, bool) or not isinstance(id_, int) or id_ < -1:
+            least = 0 if isinstance(ids, list) else -1
+            if isinstance(id_, bool) or not isinstance(id_, int) or id_ < least:
                 raise UserError(
                     f"eos_token_id is {self.eos_token_id!r}; give a token id, a list of them, null for the model's "
                     "own, or -1 to never stop."

@@ -23,6 +23,7 @@ from decoding.runner import ENGINES
 from decoding.scorer import ForestScorer
 from decoding.vocabulary import VocabularyMap, match_vocabularies
 
+_SAMPLED = 64  # entries of each weight that a fingerprint holds
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Fields of configs of models that keep a state; not all of them name their kinds of layers.
 _STATE = (
@@ -261,15 +262,20 @@ class ModelPair:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of both configs, of a sample of the weights and of how ids are matched; equal for equal pairs."""
+        """Hash of both models' sizes, of a sample of every weight and of how ids are matched; equal for equal pairs.
+
+        Every weight, since a fine-tune may leave most of them as they were: merged adapters change projections only.
+        """
         if self._fingerprint is None:
             digest = hashlib.sha256()
             for model in self.models.values():
                 text = model.config.get_text_config()
                 shape = [text.model_type, text.vocab_size, text.hidden_size, text.num_hidden_layers]
                 digest.update(json.dumps(shape).encode())
-                for weight in list(model.parameters())[:: max(1, len(list(model.parameters())) // 8)]:
-                    digest.update(weight.detach().flatten()[:64].to(torch.bfloat16).float().cpu().numpy().tobytes())
+                for weight in model.parameters():
+                    flat = weight.detach().flatten()
+                    sample = flat[:: -(-len(flat) // _SAMPLED) or 1].to(torch.bfloat16)
+                    digest.update(json.dumps(list(weight.shape)).encode() + sample.float().cpu().numpy().tobytes())
             if isinstance(self.draft, NgramDraft):
                 digest.update(self.draft.name.encode())
             if self.vocabulary is not None:
@@ -351,7 +357,13 @@ def end_tokens(pair: ModelPair, config: DecodingConfig) -> frozenset[int]:
             ids = pair.target.config.eos_token_id
     if ids is None or ids == -1:
         return frozenset()
-    return frozenset(ids if isinstance(ids, list | tuple) else [ids])
+    ends = frozenset(ids if isinstance(ids, list | tuple) else [ids])
+    if config.eos_token_id is not None and (unknown := sorted(end for end in ends if end >= pair.vocab_size)):
+        raise UserError(
+            f"eos_token_id holds {', '.join(map(str, unknown))}; the target knows the ids 0 to {pair.vocab_size - 1}. "
+            "Give some of these, null for the model's own, or -1 to never stop."
+        )
+    return ends
 
 
 def _context_of(model: Any) -> int | None:

@@ -89,7 +89,8 @@ class TraceRecorder:
         self._features = features
         self._hidden_sizes = hidden_sizes
         self.rows: list[dict[str, Any]] = []
-        self._open: list[tuple[dict[str, Any], LayerEvent]] = []  # this prompt's rows, with what they are made of
+        # This prompt's rows, with the kept beams and their slots: no more, since events hold whole distributions.
+        self._open: list[tuple[dict[str, Any], list[tuple[int, float]], list[int]]] = []
         self._forest = TokenForest()
         self._iteration_start = 0
         self._prompt_id, self._split = "", ""
@@ -135,11 +136,11 @@ class TraceRecorder:
             row["accept_bits"] = event.verdict.bits
             row["accept_probs"] = event.verdict.probabilities
             row["count_probs"] = accepted_count_table(accept)[-1]
-        self._open.append((row, event))
+        self._open.append((row, event.kept, event.slots))
 
     def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
         """Fill in what is known when an iteration ends."""
-        for row, _ in self._open[self._iteration_start :]:
+        for row, *_ in self._open[self._iteration_start :]:
             for phase in ("iteration", "draft", "target", "verify", "policy"):
                 row[f"{phase}_seconds"] = seconds[phase]
             row["forest_nodes"] = forest_nodes
@@ -147,13 +148,13 @@ class TraceRecorder:
 
     def end(self, best_path: list[int]) -> None:
         """Fill in what became of the beams: row d committed the tokens at depth d."""
-        behind = deficits([event.kept for _, event in self._open], self._forest.parents, best_path)
-        for depth, (row, event) in enumerate(self._open):
+        behind = deficits([kept for _, kept, _ in self._open], self._forest.parents, best_path)
+        for depth, (row, kept, slots) in enumerate(self._open):
             node = best_path[depth] if depth < len(best_path) else None
-            ranked = [kept for kept, _ in event.kept]
+            ranked = [beam for beam, _ in kept]
             row["survivor_rank"] = ranked.index(node) + 1 if node in ranked else 0
-            row["survivor_slot"] = event.slots.index(node) + 1 if node in event.slots else 0
-            row["slot_deficits"] = [behind[depth][slot] for slot in event.slots]
+            row["survivor_slot"] = slots.index(node) + 1 if node in slots else 0
+            row["slot_deficits"] = [behind[depth][slot] for slot in slots]
             self.rows.append(row)
         self._open = []
 

@@ -185,6 +185,26 @@ def test_describe_is_json_and_tells_pairs_apart() -> None:
     assert set(ModelPair(llama(), None).describe()["models"]) == {"target"}
 
 
+@pytest.mark.parametrize("name", ["q_proj", "down_proj", "post_attention_layernorm"])
+def test_a_fingerprint_sees_every_weight(name: str) -> None:
+    """As a merged adapter changes them: a little, in one kind of weight of one layer."""
+    base, tuned = llama(seed=1), llama(seed=1)
+    weight = next(w for key, w in tuned.named_parameters() if name in key)
+    with torch.no_grad():
+        weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    assert ModelPair(base, None).fingerprint != ModelPair(tuned, None).fingerprint
+    assert ModelPair(llama(seed=1), None).fingerprint == ModelPair(base, None).fingerprint
+
+
+def test_ends_that_no_model_can_reach_are_refused() -> None:
+    pair = ModelPair(llama(), None)
+    with pytest.raises(UserError, match="eos_token_id holds 8, 99; the target knows the ids 0 to 7"):
+        end_tokens(pair, DecodingConfig(eos_token_id=[3, 8, 99]))
+    assert end_tokens(pair, DecodingConfig(eos_token_id=7)) == {7}
+    with pytest.raises(UserError, match=r"eos_token_id is \[-1\]"):
+        DecodingConfig(eos_token_id=[-1])
+
+
 def test_models_are_put_into_evaluation_mode() -> None:
     target = llama().train()
     ModelPair(target, llama())
