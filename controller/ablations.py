@@ -7,6 +7,7 @@ results of evaluate.py found there, how fast its widths are without any clock: t
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,13 +87,16 @@ def decision_table(evaluated: Mapping[str, Mapping[str, Any]], seed: int = 0) ->
     body = []
     for name, found in speeds.items():
         ratio = found / speeds[names[0]]
-        cells = [f"{found[0]:.0f} {interval(found, '.0f')}", f"{ratio[0]:.3f} {interval(ratio, '.3f')}"]
+        cells = [_with_interval(found, ".0f"), _with_interval(ratio, ".3f")]
         body.append([name, ", ".join(f"{value:g}" for value in _width_values(evaluated[name])), *cells])
     return markdown(["evaluation", "width values", "tokens/s", f"x {names[0]}"], body) + left
 
 
 def _speeds(results: Mapping[str, Any], draws: NDArray[np.int64]) -> FloatArray:
-    """Speed of the learned rows at the reference's quality, on all prompts and under each resample; [B + 1]."""
+    """Speed of the learned rows at the reference's quality, on all prompts and under each resample; [B + 1].
+
+    NaN where they do not reach it.
+    """
     table = LatencyTable.from_dict(results["provenance"]["latency"])
     references = [row for row in results["rows"] if row["method"] == _REFERENCE]
     reference = min(references, key=lambda row: row["config"]["target_width"])
@@ -102,7 +106,9 @@ def _speeds(results: Mapping[str, Any], draws: NDArray[np.int64]) -> FloatArray:
     seconds = [np.array([_seconds(prompt["stats"], table) for prompt in row["prompts"]]) for row in ours]
     tokens = [np.array([prompt["stats"]["new_tokens"] for prompt in row["prompts"]]) for row in ours]
     speed = np.stack([t[draws].sum(1) / s[draws].sum(1) for t, s in zip(tokens, seconds, strict=True)])
-    return np.array([speed_at(speed[:, b], quality[:, b], target[b]) for b in range(len(draws))])
+    reached = quality.max(axis=0) >= target  # elsewhere there is no speed at that quality
+    at = [speed_at(speed[:, b], quality[:, b], target[b]) for b in range(len(draws))]
+    return np.where(reached, at, np.nan)
 
 
 def _quality(row: Mapping[str, Any], draws: NDArray[np.int64]) -> FloatArray:
@@ -132,9 +138,13 @@ def _width_values(results: Mapping[str, Any]) -> list[float]:
     return [about["width_value"] for about in settings if "width_value" in about]  # else the controller's own
 
 
+def _with_interval(values: FloatArray, form: str) -> str:
+    return f"{values[0]:{form}} {interval(values, form)}" if math.isfinite(values[0]) else "-"
+
+
 def interval(values: FloatArray, form: str) -> str:
-    """95% over resamples; [B + 1], of which the first is the value itself."""
-    low, high = np.percentile(values[1:], [2.5, 97.5])
+    """95% over resamples that have a value; [B + 1], of which the first is the value itself."""
+    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
     return f"[{low:{form}}, {high:{form}}]"
 
 

@@ -265,6 +265,9 @@ def test_decisions_are_compared_without_a_clock() -> None:
     for row in own["rows"]:
         row["settings"].pop("width_value", None)
     made = {"bare": bare, "none": evaluation(0), "two": evaluation(2), "own": own, "other": evaluation(2, "another")}
+    short = evaluation(2)
+    short["rows"] = [row for row in short["rows"] if row["settings"].get("width_value", 1.0) == 1.0]
+    made["short"] = short
     lines = ablations.decision_table(made)
     iteration = iteration_seconds(TABLE, [2, 2], 2)
     alone, two = 1 / iteration_seconds(TABLE, [], 2), 3 / iteration
@@ -272,5 +275,6 @@ def test_decisions_are_compared_without_a_clock() -> None:
     ratio = f"{two / alone:.3f}"
     assert lines[3] == f"| two | 1, 2, 3 | {two:.0f} [{two:.0f}, {two:.0f}] | {ratio} [{ratio}, {ratio}] |"
     assert lines[4].startswith("| own |  | ")  # a controller's own value is not known here
-    assert lines[5:7] == ["", lines[6]] and lines[6].startswith("Left out: bare, other (") and len(lines) == 7
+    assert lines[5] == "| short | 1 | - | - |"  # none of its rows reaches the quality
+    assert lines[6] == "" and lines[7].startswith("Left out: bare, other (") and len(lines) == 8
     assert ablations.decision_table({"bare": bare})[0].startswith("Left out: bare (")
