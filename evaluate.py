@@ -13,7 +13,7 @@ from typing import Any
 
 import transformers
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from controller import LearnedWidth
@@ -41,6 +41,7 @@ from decoding.progress import RunProgress
 from decoding.provenance import provenance, to_plain
 from decoding.tasks.base import Prompt, Task
 
+_MEASURES_SECONDS = "decoding.latency.LatencyTable.measure"
 # Learned widths that plan for the device of `latency`, and for that of `latency@also`.
 LEARNED_AXES = dict.fromkeys(("learned", "learned_also"), Method(lambda *_: NotImplemented, ("width_value",)))
 
@@ -51,23 +52,32 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 
     Returns:
         What results.json holds.
+
+    Raises:
+        KeyboardInterrupt: after what all rows had measured before it has been scored and written.
     """
     methods = dict(METHODS)
-    chosen, grid, config = chosen_policies(cfg), to_plain(cfg.grid), instantiate(cfg.decoding)
     # Before anything is loaded: settings that cannot be are refused.
-    rows = make_rows(chosen, methods | LEARNED_AXES, config, grid, cfg.references)
+    check_counts(cfg)
+    chosen, config = chosen_policies(cfg), instantiate(cfg.decoding)
+    rows = make_rows(chosen, methods | LEARNED_AXES, config, grid_of(cfg, config), cfg.references)
+    candidates = tuning_rows(cfg, methods, config)
     trained = load_controller(cfg.controller_path)[1] if cfg.controller_path is not None else {}
     task: Task = instantiate(cfg.data)
-    pair: ModelPair = instantiate(cfg.pair)
-    costs = cost_tables(cfg, pair, any(row.method in LEARNED_AXES for row in rows))
-    for name, table in zip(LEARNED_AXES, costs.values(), strict=False):
-        methods[name] = learned_method(cfg.controller_path, cfg.learned, table)
-    prompts, warmup = read_prompts(cfg, task, pair)
-    tuned = tune(cfg, methods, pair, task, costs) if cfg.tune.grids and costs else None
-    rows += tuned.pop("rows") if tuned is not None else []
-    calls = [methods[row.method](pair, row.config, row.settings) for row in rows]
     with tracked(cfg) as run:
-        rows, measured, failed = decode_and_score(rows, calls, prompts, warmup, pair, task, cfg.seed, cfg.batch_size)
+        pair: ModelPair = instantiate(cfg.pair)
+        prompts, warmup = read_prompts(cfg, task, pair)
+        costs = cost_tables(cfg, pair, any(row.method in LEARNED_AXES for row in rows))
+        for name, table in zip(LEARNED_AXES, costs.values(), strict=False):
+            methods[name] = learned_method(cfg.controller_path, cfg.learned, table)
+        calls = [methods[row.method](pair, row.config, row.settings) for row in rows]
+        tuned = tune(cfg, candidates, methods, pair, task, costs) if candidates and costs else None
+        found = tuned.pop("rows") if tuned is not None else []
+        calls += [methods[row.method](pair, row.config, row.settings) for row in found]
+        rows, measured, failed = decode_and_score(
+            rows + found, calls, prompts, warmup, pair, task, cfg.seed, cfg.batch_size
+        )
+        complete = len(measured[0]) == len(prompts)
         by: dict[str, tuple[LatencyTable | None, str]] = {"clock": (None, "learned")}
         by |= {name: (table, learned) for (name, table), learned in zip(costs.items(), LEARNED_AXES, strict=False)}
         results: dict[str, Any] = {
@@ -75,12 +85,13 @@ def main(cfg: DictConfig) -> dict[str, Any]:
             "provenance": {
                 **provenance(),
                 "pair": pair.describe(),
-                "task": {**task.describe(), "split": cfg.prompts.split, "prompts": len(prompts)},
+                "task": {**task.describe(), "split": cfg.prompts.split, "prompts": len(measured[0])},
                 "controller": cfg.controller_path,
                 "latency": costs["modelled"].to_dict() if "modelled" in costs else None,
                 "also": costs["also"].to_dict() if "also" in costs else None,
                 "config": to_plain(cfg),
             },
+            "complete": complete,
             "failed": failed,
             "tuned": tuned,
             "comparisons": {
@@ -91,17 +102,24 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         }
         files = write_report(Path(cfg.output_dir), results, calibration_curves(trained))
         log_evaluation(run, results, files)
+    show(results, files)
+    if not complete:
+        raise KeyboardInterrupt
+    return results
+
+
+def show(results: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+    """Print the table, the comparisons and where everything is."""
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     console.print(console_table(results["rows"]))
     for line in comparison_lines(results):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for name, sentence in failed.items():
+    for name, sentence in results["failed"].items():
         console.print(f"{name} failed: {sentence}", highlight=False, soft_wrap=True)
     console.print(
         "\n".join(["", *(f"{name}: {path}" for name, path in files.items())]), highlight=False, soft_wrap=True
     )
-    return results
 
 
 def learned_method(path: str | None, options: Mapping[str, Any], costs: LatencyTable) -> Method:
@@ -112,8 +130,6 @@ def learned_method(path: str | None, options: Mapping[str, Any], costs: LatencyT
         clock = options.get("clock") or ("table" if costs.measured is None else None)
         given = {key: value for key, value in options.items() if key != "objective"}
         given |= {"latency": costs, "clock": clock, **settings}
-        if settings:  # a row's own value beside what would choose one
-            given |= dict.fromkeys(("results", "min_logprob_drop", "target_tokens_per_second"))
         return LearnedWidth.load(path, pair=pair, **given)
 
     return policy_method(make, ("width_value",))
@@ -127,22 +143,64 @@ def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> dict[st
     asked = uses_learned or cfg.tune.grids or cfg.get("also") or not cfg.latency.get("_partial_")
     if pair.draft is None or not asked:
         return {}
-    tables = {"modelled": cost_table(pair, instantiate(cfg.latency), cfg.learned.objective)}
+    objective = cfg.learned.objective
+    measures_seconds = cfg.latency.get("_target_") == _MEASURES_SECONDS  # what it does by default
+    given = None if objective == "joules" and measures_seconds else instantiate(cfg.latency)
+    tables = {"modelled": cost_table(pair, given, objective)}
     return tables | ({"also": cost_table(pair, instantiate(cfg.also))} if cfg.get("also") else {})
 
 
+def check_counts(cfg: DictConfig) -> None:
+    """Refuse counts that cannot be."""
+    least = {"batch_size": 1, "bootstrap": 1, "prompts.limit": 1, "prompts.warmup": 0}
+    least |= {"tune.prompts": 1, "tune.batch_size": 1, "tune.keep": 1}
+    for name, smallest in least.items():
+        value = OmegaConf.select(cfg, name)
+        if value is None and name.startswith("prompts."):
+            continue  # all there are; none
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise UserError(f"{name} is {value!r}; give a whole number of at least {smallest}.")
+    choosing = [name for name in ("results", "min_logprob_drop", "target_tokens_per_second") if cfg.learned[name]]
+    if choosing and cfg.grid.width_values:
+        raise UserError(
+            f"learned.{choosing[0]} chooses a width_value, and grid.width_values={to_plain(cfg.grid.width_values)} "
+            "gives some; give grid.width_values=[] to have it chosen."
+        )
+
+
+def grid_of(cfg: DictConfig, config: DecodingConfig) -> dict[str, Any]:
+    """The axes of `grid`; without widths, 1, 2, 4 and so on up to the config's target_width."""
+    grid: dict[str, Any] = to_plain(cfg.grid)
+    if grid["widths"] is None:
+        doubled = [1 << i for i in range(config.target_width.bit_length())]
+        grid["widths"] = sorted({*doubled, config.target_width})
+    return grid
+
+
+def tuning_rows(cfg: DictConfig, methods: Mapping[str, Method], config: DecodingConfig) -> list[Row]:
+    """All settings of `tune.grids`."""
+    rows: list[Row] = []
+    for axes in to_plain(cfg.tune)["grids"]:
+        if not isinstance(axes, dict) or not isinstance(axes.get("policies"), list):
+            raise UserError(f"tune.grids holds {axes!r}; give each as {{policies: [...], <axis of grid>: [...]}}.")
+        rows += make_rows(axes.pop("policies"), methods, config, axes, references=())
+    return rows
+
+
 def tune(
-    cfg: DictConfig, methods: Mapping[str, Method], pair: ModelPair, task: Task, costs: Mapping[str, LatencyTable]
+    cfg: DictConfig,
+    rows: Sequence[Row],
+    methods: Mapping[str, Method],
+    pair: ModelPair,
+    task: Task,
+    costs: Mapping[str, LatencyTable],
 ) -> dict[str, Any]:
-    """Hand-set settings worth measuring: those of `tune.grids` that are undominated on other prompts, on any device.
+    """Hand-set settings worth measuring: those that are undominated on other prompts, on any device.
 
     Returns:
         split, prompts, grid (name, speeds by the table of each device, log_prob, kept), and rows: the kept ones.
     """
-    about, config = cfg.tune, instantiate(cfg.decoding)
-    rows: list[Row] = []
-    for axes in to_plain(about)["grids"]:
-        rows += make_rows(axes.pop("policies"), methods, config, axes, references=())
+    about = cfg.tune
     prompts = task.prompts(about.split, about.prompts, pair.tokenizer)
     speeds: dict[str, list[float]] = {name: [] for name in costs}
     qualities: list[float] = []
@@ -151,6 +209,8 @@ def tune(
         for row in rows:
             call = methods[row.method](pair, row.config, row.settings)
             (found,) = run_rows([row], [call], prompts, [], cfg.seed, pair.device, batch_size=about.batch_size)
+            if len(found) < len(prompts):
+                raise KeyboardInterrupt
             for measurement, prompt in zip(found, prompts, strict=True):
                 score(measurement, prompt, pair, task)
             tokens = sum(m.stats.new_tokens for m in found)
@@ -184,22 +244,19 @@ def chosen_policies(cfg: DictConfig) -> list[str]:
         names = [cfg.policies] if isinstance(cfg.policies, str) else list(cfg.policies)
     if "learned" in names and cfg.get("also"):
         names.append("learned_also")
-    if "learned" in names and not has_controller:
-        raise UserError(
-            "policies holds 'learned', which needs a trained controller: give controller=<directory>, as printed at "
-            "the end of train.py."
-        )
+    for name in LEARNED_AXES:
+        if name in {*names, *cfg.references} and not has_controller:
+            raise UserError(
+                f"policies or references hold {name!r}, which needs a trained controller: give controller=<directory>, "
+                "as printed at the end of train.py."
+            )
+    if "learned_also" in {*names, *cfg.references} and not cfg.get("also"):
+        raise UserError("'learned_also' plans for a second device: give it as latency@also=<a config of conf/latency>.")
     return names
 
 
 def read_prompts(cfg: DictConfig, task: Task, pair: ModelPair) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to measure, and others to warm up with (the same where there are no others)."""
-    if cfg.batch_size < 1:
-        raise UserError(f"batch_size is {cfg.batch_size}; give a whole number of at least 1.")
-    for name in ("limit", "warmup"):
-        least = 1 if name == "limit" else 0
-        if cfg.prompts[name] is not None and cfg.prompts[name] < least:
-            raise UserError(f"prompts.{name} is {cfg.prompts[name]}; give a whole number of at least {least}.")
     prompts = task.prompts(cfg.prompts.split, cfg.prompts.limit, pair.tokenizer)
     if not cfg.prompts.warmup:
         return prompts, []
@@ -222,10 +279,12 @@ def decode_and_score(
     """Time all rows, then score what they gave, so that scoring disturbs no clock.
 
     Returns:
-        The rows that memory sufficed for; their measurements, [rows][prompts]; and of the others a sentence by name.
+        The rows that memory sufficed for; their measurements, [rows][prompts], after Ctrl-C of the first prompts alone;
+        and of the others a sentence by name.
 
     Raises:
         UserError: it sufficed for none.
+        KeyboardInterrupt: before all rows have measured a prompt.
     """
     failed: dict[int, str] = {}
     transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
@@ -238,8 +297,11 @@ def decode_and_score(
         if len(failed) == len(rows):
             raise UserError(failed[0])
         kept = [i for i in range(len(rows)) if i not in failed]
+        if (done := len(measured[kept[0]])) < len(prompts):
+            console = progress.console
+            console.print(f"interrupted: writing what {done} of {len(prompts)} prompts gave", highlight=False)
         for row in (measured[i] for i in kept):
-            for measurement, prompt in zip(row, prompts, strict=True):
+            for measurement, prompt in zip(row, prompts[:done], strict=True):
                 score(measurement, prompt, pair, task)
                 progress.advance(scoring)
     return [rows[i] for i in kept], [measured[i] for i in kept], {rows[i].name: why for i, why in failed.items()}

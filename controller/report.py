@@ -5,6 +5,7 @@ The format of results.json is described in docs/results.md.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections import Counter
@@ -65,14 +66,19 @@ _RATIOS: dict[str, Callable[[Measurement], Share]] = {
 
 
 def _modelled(costs: Costs, config: DecodingConfig | None) -> Callable[[Measurement], Share]:
-    """Tokens against modelled seconds, the policy's own measured ones included; with a config, in hindsight."""
+    """Tokens against modelled seconds, the policy's own measured ones included; with a config, in hindsight.
+
+    By a table of joules the policy costs nothing: what it draws is not known. An oracle takes no time either.
+    """
+    in_seconds = getattr(costs, "unit", "seconds") == "seconds"
 
     def share(m: Measurement) -> Share:
         if not m.stats.forests:
             return 0.0, 0.0  # not of this engine
-        if config is None:
-            return m.stats.new_tokens, modelled_seconds(m.stats, costs) + m.stats.seconds["policy"]
-        return m.stats.new_tokens, hindsight_seconds(m.stats, config, costs)
+        if config is not None:
+            return m.stats.new_tokens, hindsight_seconds(m.stats, config, costs)
+        policy = m.stats.seconds["policy"] if in_seconds else 0.0
+        return m.stats.new_tokens, modelled_seconds(m.stats, costs) + policy
 
     return share
 
@@ -207,6 +213,8 @@ def write_report(
 ) -> dict[str, Path]:
     """Write results.json, results.md, frontier.png and, where there is something to show, calibration.png.
 
+    The numbers are written first, so that nothing that a plot may meet can lose them.
+
     Args:
         results: {"schema_version", "provenance", "rows"}; rows from `summarise`.
         calibration: of the controller, from `calibration_curves`.
@@ -214,14 +222,16 @@ def write_report(
     Returns:
         Path of each file by its name.
     """
-    files = {
-        RESULTS: json_bytes(results),
-        TABLE: results_page(results, with_calibration=bool(calibration)).encode(),
-        **{name: _png(plot_frontier(results["rows"], speed)) for name, speed in frontiers(results).items()},
+    files: dict[str, Callable[[], bytes]] = {
+        RESULTS: lambda: json_bytes(results),
+        TABLE: lambda: results_page(results, with_calibration=bool(calibration)).encode(),
+        **{
+            name: functools.partial(_frontier_png, results["rows"], speed) for name, speed in frontiers(results).items()
+        },
     }
     if calibration:
-        files[CALIBRATION] = _png(plot_calibration(calibration))
-    return {name: write_whole(directory / name, content) for name, content in files.items()}
+        files[CALIBRATION] = lambda: _png(plot_calibration(calibration))
+    return {name: write_whole(directory / name, content()) for name, content in files.items()}
 
 
 _CURVES = {
@@ -244,7 +254,8 @@ def frontiers(results: Mapping[str, Any]) -> dict[str, str]:
     latency = source.get("latency")
     modelled = latency is not None and latency.get("measured") is None
     plots = {FRONTIER: "modelled_tokens_per_second" if modelled else "tokens_per_second"}
-    return plots | ({FRONTIER_ALSO: "also_tokens_per_second"} if source.get("also") else {})
+    plots |= {FRONTIER_ALSO: "also_tokens_per_second"} if source.get("also") else {}
+    return {name: speed for name, speed in plots.items() if any(speed in row["summary"] for row in results["rows"])}
 
 
 def calibration_curves(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,6 +342,8 @@ def results_page(results: Mapping[str, Any], with_calibration: bool = False) -> 
         *comparison_lines(results),
         *(f"![Quality against speed]({name})" for name in frontiers(results)),
     ]
+    for name, sentence in (results.get("failed") or {}).items():
+        lines += ["", f"{name} failed: {sentence}"]
     if results.get("tuned"):
         about = results["tuned"]
         chosen = f"Hand-set settings were chosen on {about['prompts']} prompts of split {about['split']}"
@@ -355,7 +368,7 @@ def comparison_lines(results: Mapping[str, Any]) -> list[str]:
         head = ["at the quality of", "log-prob", "learned tokens/s", *(f"x {family}" for family in families)]
         body = [
             [
-                entry["reference"],
+                _reference_cell(entry),
                 f"{entry['quality']:.3f}",
                 f"{entry['speed']:.0f}",
                 *(_ratio_cell(entry["over"].get(family)) for family in families),
@@ -371,10 +384,17 @@ def comparison_lines(results: Mapping[str, Any]) -> list[str]:
             "reach the quality, its best setting counts. hand-set: beam sampling and all rules as one family, among "
             "these rows, which were tuned only if tune.grids says so; +last: with a final_width; +stop: with a "
             "stop_entropy; plain: with neither. "
-            "oracle depth, not achievable: the best row had no layer been drafted that then failed.",
+            "oracle depth, not achievable: the best row had no layer been drafted that then failed, and had deciding "
+            "taken no time. Intervals are over the resamples in which learned rows reach the quality.",
             "",
         ]
     return lines
+
+
+def _reference_cell(entry: Mapping[str, Any]) -> str:
+    """Its name, and the resamples that intervals are over where learned rows did not reach its quality in all."""
+    some = f" ({entry['resamples']} of {entry['of']} resamples)" if entry["resamples"] < entry["of"] else ""
+    return f"{entry['reference']}{some}"
 
 
 def _ratio_cell(ratio: Mapping[str, float] | None) -> str:
@@ -522,6 +542,10 @@ def _annotate(axes: Axes, family: Sequence[Mapping[str, Any]], points: FloatArra
         value = row["settings"].get("width_value")
         text = row["name"].removeprefix(row["method"]).strip() if value is None else f"{value:g}"
         axes.annotate(text, point[:2], xytext=(4, 4), textcoords="offset points", fontsize=6, color=colour)
+
+
+def _frontier_png(rows: Sequence[Mapping[str, Any]], speed: str) -> bytes:
+    return _png(plot_frontier(rows, speed))
 
 
 def _png(figure: Figure) -> bytes:

@@ -272,12 +272,13 @@ def _threshold(as_shipped: bool) -> Callable[[ModelPair, DecodingConfig, Setting
 
 _DRAFT = ("draft_width", "draft_depth")
 _ONE = {"target_width": 1}
+_ALL_BEAMS = {"one_beam_cache": False}
 _SEARCH = {"mode": "beam_search", "temperature": 1.0, "top_k": None, "top_p": None, "replacement": False}
 _CHAIN = {"target_width": 1, "draft_width": 1}
 _SAMPLE = {"mode": "beam_sample"}  # whatever the config says: their names do
 METHODS: dict[str, Method] = {
-    "multinomial": Method(_engine_alone, fixed=_CHAIN | _SAMPLE),
-    "beam_sample": Method(_engine_alone, ("target_width",), _SAMPLE),
+    "multinomial": Method(_engine_alone, fixed=_CHAIN | _SAMPLE | _ALL_BEAMS),
+    "beam_sample": Method(_engine_alone, ("target_width",), _SAMPLE | _ALL_BEAMS),
     "speculative": Method(_widest, ("draft_depth",), _CHAIN),  # a chain of single drafts, 2211.17192
     "multi_draft": Method(_widest, _DRAFT, _ONE),  # SpecInfer, 2305.09781: several drafts a layer, one sample
     "fixed": policy_method(_fixed, ("target_width", *_DRAFT, "asked_width", "final_width", "surplus")),
@@ -294,7 +295,7 @@ METHODS: dict[str, Method] = {
     "bandit": policy_method(_bandit, (*_DRAFT, "asked_width")),  # arms within draft_width, draft_depth
     "oracle_survivor": Method(_oracle_survivor, _DRAFT),  # not achievable: compare what it models, not what it takes
     "random": policy_method(lambda pair, config, settings: RandomWidth(), _DRAFT),
-    "beam_search": Method(_engine_alone, ("target_width",), _SEARCH),
+    "beam_search": Method(_engine_alone, ("target_width",), _SEARCH | _ALL_BEAMS),
     "speculative_beam_search": Method(_widest, ("target_width", *_DRAFT), _SEARCH),
     "hf_sample": Method(_hf(assisted=False), fixed=_CHAIN | _SAMPLE),
     "hf_beam_sample": Method(_hf(assisted=False), ("target_width",), _SAMPLE),

@@ -53,8 +53,8 @@ def cost_table(pair: ModelPair, latency: Given | None = None, objective: str | N
         )
     if objective not in (None, table.unit):
         raise UserError(
-            f"objective is {objective!r}, but the latency table is in {table.unit}; leave latency to be measured "
-            f"(null), or give a table that python -m decoding.latency made in {objective}."
+            f"objective is {objective!r}, but the latency table is in {table.unit}; give a table in {objective}, "
+            "such as python -m decoding.latency makes."
         )
     return table
 

@@ -42,6 +42,7 @@ GRID_AXES = {
     "width_values": "width_value",
 }
 WIDTH_AXES = ("target_width", "draft_width", "draft_depth")
+_IDLE = ("draft_width", "surplus", "stop_entropy")  # axes of layers that are drafted
 _SYMBOLS = {
     "draft_width": "w",
     "draft_depth": "γ",
@@ -104,22 +105,26 @@ def make_rows(
         names: of `methods`; the rows' order.
         config: what no axis sets.
         grid: values of each axis (GRID_AXES); one that is absent or empty keeps the config's value. Methods that choose
-            M themselves run at the widest of `widths` only.
+            M themselves take no `widths`: they have the config's target_width, or the widest of `widths` if that is
+            more.
         references: methods of the reference rows.
 
     Raises:
         UserError: unknown name, or settings that cannot be.
     """
-    for name in names:
-        if name not in methods:
-            raise UserError(f"policies holds {name!r}; choose among {', '.join(methods)}.")
+    for what, given in (("policies", names), ("references", references)):
+        for name in given:
+            if name not in methods:
+                raise UserError(f"{what} holds {name!r}; choose among {', '.join(methods)}.")
     unknown = set(grid) - set(GRID_AXES)
     if unknown:
         raise UserError(f"grid holds {', '.join(sorted(unknown))}; its axes are {', '.join(GRID_AXES)}.")
+    for name, values in grid.items():
+        if values is not None and not isinstance(values, list | tuple):
+            raise UserError(f"grid.{name} is {values!r}; give a list, such as [{values}].")
     axes = {GRID_AXES[name]: list(values) for name, values in grid.items() if values}
-    config = config.with_changes(
-        **{a: max(axes[a]) for a in ("target_width", "draft_width", "draft_depth") if a in axes}
-    )
+    widest = {axis: max(axes[axis]) for axis in ("draft_width", "draft_depth") if axis in axes}
+    config = config.with_changes(**widest, target_width=max([config.target_width, *axes.get("target_width", [])]))
     rows = [row for name in dict.fromkeys(names) for row in _rows_of(name, methods[name], config, axes)]
     widths = sorted({row.config.target_width for row in rows})
     for name in references:
@@ -130,26 +135,29 @@ def make_rows(
 
 
 def _rows_of(name: str, method: Method, config: DecodingConfig, axes: Mapping[str, Sequence[Any]]) -> list[Row]:
-    """A method's rows, without the combinations that no layer could pass."""
+    """A method's rows, without the combinations that cannot be, or that are another row over again."""
     own = [axis for axis in method.axes if axis in axes]
-    rows = []
+    rows, seen, refused = [], set(), {}
     for values in itertools.product(*(axes[axis] for axis in own)):
-        settings = dict(zip(own, values, strict=True))
+        settings = {axis: value for axis, value in zip(own, values, strict=True) if value is not None}
         width = {**settings, **method.fixed}.get("target_width", config.target_width)
-        if settings.get("draft_width", width) < width or (settings.get("asked_width") or width) > width:
-            continue
-        if (settings.get("final_width") or 1) > width:
-            continue
-        if settings.get("draft_depth") == 0 and any(
-            settings[axis] != axes[axis][0] for axis in ("draft_width", "surplus", "stop_entropy") if axis in settings
-        ):
-            continue  # nothing is drafted: one of them is enough
-        settings = {key: value for key, value in settings.items() if value is not None}
-        own_config = method.configure(config, settings)
-        taken = {axis: getattr(own_config, axis) for axis in WIDTH_AXES if axis in method.axes}
-        rows.append(Row(name, {**taken, **settings}, own_config))
+        if settings.get("draft_width", width) < width:
+            refused["draft_width"] = "draft_widths has none that the target width allows: a layer could never pass"
+        elif settings.get("asked_width", 1) > width:
+            refused["asked_width"] = "asked_widths asks for more than the target width"
+        elif settings.get("final_width", 1) > width:
+            refused["final_width"] = "final_widths asks for more than the target width"
+        else:
+            idle = _IDLE if settings.get("draft_depth") == 0 else ()  # nothing is drafted: these change nothing
+            told = tuple((axis, value) for axis, value in settings.items() if axis not in idle)
+            if told in seen:
+                continue
+            seen.add(told)
+            own_config = method.configure(config, settings)
+            taken = {axis: getattr(own_config, axis) for axis in WIDTH_AXES if axis in method.axes}
+            rows.append(Row(name, {**taken, **settings}, own_config))
     if not rows:
-        raise UserError(f"The grid leaves no row for {name!r}: every draft width is less than the target width.")
+        raise UserError(f"The grid leaves no row for {name!r}: {'; '.join(refused.values())}. Change the grid.")
     return rows
 
 
@@ -178,26 +186,35 @@ def run_rows(
             end there, those of the other rows go on. None: the error is raised.
 
     Returns:
-        [rows][prompts] measurements, not yet scored.
+        [rows][prompts] measurements, not yet scored. After Ctrl-C those of the first prompts, as far as all rows got.
+
+    Raises:
+        KeyboardInterrupt: before all rows have measured a prompt.
     """
     meter = EnergyMeter(device)
     measured: list[list[Measurement]] = [[] for _ in rows]
     groups = [*_groups(warmup, batch_size), *_groups(prompts, batch_size)]
-    for i, group in enumerate(groups):
-        for j in range(len(rows)):
-            at = (i + j) % len(rows)
-            if failed is None or at not in failed:
-                try:
-                    taken = measure(calls[at], group, seed, device, meter)
-                except (OutOfDeviceMemory, torch.OutOfMemoryError) as error:
-                    if failed is None:
-                        raise
-                    failed[at] = str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
-                    continue
-                if i >= len(groups) - -(-len(prompts) // batch_size):
-                    measured[at] += taken
-            for _ in group:
-                advance(rows[at].name)
+    try:
+        for i, group in enumerate(groups):
+            for j in range(len(rows)):
+                at = (i + j) % len(rows)
+                if failed is None or at not in failed:
+                    try:
+                        taken = measure(calls[at], group, seed, device, meter)
+                    except (OutOfDeviceMemory, torch.OutOfMemoryError) as error:
+                        if failed is None:
+                            raise
+                        failed[at] = str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
+                        continue
+                    if i >= len(groups) - -(-len(prompts) // batch_size):
+                        measured[at] += taken
+                for _ in group:
+                    advance(rows[at].name)
+    except KeyboardInterrupt:
+        common = min((len(found) for at, found in enumerate(measured) if at not in (failed or {})), default=0)
+        if not common:
+            raise
+        return [found[:common] for found in measured]
     return measured
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import evaluate
@@ -34,6 +36,7 @@ def config(output: Path, *overrides: str, prompts: int = 6) -> DictConfig:
         "data.reference_field=reference",
         "data.shares=null",
         f"paths.output_dir={output / 'out'}",
+        "decoding.target_width=2",
         "decoding.max_new_tokens=6",
         "bootstrap=50",
         "prompts.warmup=1",
@@ -176,14 +179,47 @@ def test_same_seed_same_texts(tmp_path: Path) -> None:
         (["policies=[learned]"], "give controller=<directory>"),
         (["policies=[learned]", "controller_path=/nowhere/at/all"], "/nowhere/at/all"),
         (["prompts.split=model"], "train, val, test"),
+        (["policies=[learned_also]"], "give controller=<directory>"),
+        (["references=[learned]"], "give controller=<directory>"),
+        (["references=[hf_beam]"], "references holds 'hf_beam'; choose among"),
+        (["policies=[learned_also]", "controller_path=/some/where"], "latency@also="),
         (["prompts.limit=0"], "prompts.limit is 0"),
+        (["bootstrap=0"], "bootstrap is 0; give a whole number of at least 1"),
+        (["batch_size=null"], "batch_size is None"),
+        (["tune.keep=0"], "tune.keep is 0"),
+        (["tune.grids=[{widths: [4]}]"], "tune.grids holds {'widths': [4]}; give each as {policies:"),
+        (["tune.grids=[{policies: [fixed], widths: 4}]"], "grid.widths is 4; give a list"),
+        (["grid.width_values=[1]", "learned.min_logprob_drop=0.1"], "give grid.width_values=[] to have it chosen"),
         (["grid.widths=[9]"], "is less than target_width"),
     ],
 )
 def test_mistakes_are_sentences_and_write_nothing(tmp_path: Path, overrides: list[str], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         evaluate.main(config(tmp_path, *overrides))
     assert not (tmp_path / "out").exists()
+
+
+def test_without_widths_there_are_powers_of_two_up_to_the_configs(tmp_path: Path) -> None:
+    for width, expected in ((4, [1, 2, 4]), (6, [1, 2, 4, 6]), (1, [1])):
+        cfg = config(tmp_path, f"decoding.target_width={width}", "grid.widths=null")
+        assert evaluate.grid_of(cfg, instantiate(cfg.decoding))["widths"] == expected
+
+
+def test_an_interrupted_evaluation_is_scored_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = evaluate.run_rows
+    monkeypatch.setattr(evaluate, "run_rows", lambda *given: [row[:2] for row in decoded(*given)])
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(config(tmp_path, "prompts.limit=4", "policies=[fixed]"))
+    read = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert not read["complete"] and read["provenance"]["task"]["prompts"] == 2
+    assert {len(row["prompts"]) for row in read["rows"]} == {2}
+    assert all(prompt["log_prob"] < 0 for row in read["rows"] for prompt in row["prompts"])
+
+
+def test_rows_that_a_plot_cannot_show_leave_it_out(tmp_path: Path) -> None:
+    settings = ["policies=[hf_sample]", "references=[]", "latency=h200_8b_1b", "prompts.limit=2"]
+    evaluate.main(config(tmp_path, *settings))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "results.md"}
 
 
 def test_command_line_ends_with_one_sentence(tmp_path: Path) -> None:

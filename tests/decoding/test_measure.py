@@ -58,8 +58,59 @@ def test_rows_that_cannot_be_are_refused() -> None:
         names(["fixed"], width=[2])
     with pytest.raises(UserError, match=r"draft_width \(6\) is less than target_width \(8\)"):
         names(["fixed"], widths=[8])
-    with pytest.raises(UserError, match="no row for 'fixed'"):
+    with pytest.raises(UserError, match="no row for 'fixed': asked_widths asks for more than the target width"):
         names(["fixed"], asked_widths=[9])
+    with pytest.raises(UserError, match="final_widths asks for more"):
+        names(["fixed"], widths=[4], final_widths=[8])
+    with pytest.raises(UserError, match="references holds 'hf_beam'; choose among"):
+        make_rows(["fixed"], METHODS, CONFIG, {}, references=["hf_beam"])
+    with pytest.raises(UserError, match=r"grid.widths is 4; give a list, such as \[4\]"):
+        make_rows(["fixed"], METHODS, CONFIG, {"widths": 4})
+
+
+def test_rows_that_draft_nothing_are_there_once_for_each_width() -> None:
+    wide = CONFIG.with_changes(target_width=8, draft_width=8)
+    grid = {"widths": [4, 8], "draft_widths": [4, 8], "depths": [0, 2]}
+    found = [row.name for row in make_rows(["fixed"], METHODS, wide, grid, references=())]
+    assert [name for name in found if "γ=0" in name] == ["fixed M=4 w=4 γ=0", "fixed M=8 w=8 γ=0"]
+    grid = {"widths": [8], "draft_widths": [6, 8], "depths": [0], "shares": [0.5, 0.9]}
+    assert len(make_rows(["mass"], METHODS, wide, grid, references=())) == 2
+
+
+@pytest.mark.parametrize(("widths", "expected"), [([], 4), ([1, 2], 4), ([6], 6)])
+def test_policies_that_choose_m_have_the_configs_width_or_more(widths: list[int], expected: int) -> None:
+    rows = make_rows(["threshold", "fixed"], METHODS, CONFIG, {"widths": widths}, references=())
+    assert {row.config.target_width for row in rows if row.method == "threshold"} == {expected}
+    assert {row.config.target_width for row in rows if row.method == "fixed"} == set(widths or [4])
+
+
+@pytest.mark.parametrize("name", ["beam_sample", "multinomial", "beam_search"])
+def test_references_keep_their_beams_whatever_the_policies_do(name: str) -> None:
+    (row,) = make_rows([name], METHODS, CONFIG.with_changes(one_beam_cache=True), {}, references=())
+    assert not row.config.one_beam_cache
+
+
+def test_an_interrupted_run_gives_what_all_rows_have_measured() -> None:
+    count = {"a": 0, "b": 0}
+
+    def method(name: str):  # type: ignore[no-untyped-def]
+        def generate(prompts: Prompts, streams: Streams) -> list[DecodeResult]:
+            count[name] += 1
+            if name == "b" and count[name] == stop:
+                raise KeyboardInterrupt
+            stats = DecodeStats(new_tokens=2, iterations=1, seconds={"target": 0.5})
+            return [DecodeResult([[1, 2]], [0.0], [False], stats) for _ in prompts]
+
+        return generate
+
+    rows, prompts = [Row(name, {}, CONFIG) for name in "ab"], [Prompt(str(i), [1]) for i in range(5)]
+    calls, device = [method(name) for name in "ab"], torch.device("cpu")
+    stop = 4  # one prompt to warm up, then the third
+    found = run_rows(rows, calls, prompts, prompts[:1], 0, device)
+    assert [[m.prompt_id for m in row] for row in found] == [["0", "1"], ["0", "1"]]
+    count, stop = {"a": 0, "b": 0}, 2
+    with pytest.raises(KeyboardInterrupt):
+        run_rows(rows, calls, prompts, prompts[:1], 0, device)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
