@@ -155,12 +155,6 @@ def reliability_curves(net: WidthNet, rows: Batch) -> dict[str, Curve]:
     }
 
 
-def ranked_probability_score(at_least: Tensor, bits: Tensor, draft_width: Tensor) -> Tensor:
-    """Mean squared error of P(K_w >= M) over M = 1..w and all rows (a scalar; 0 is perfect)."""
-    predicted, happened = width_events(at_least, bits, draft_width)
-    return (predicted - happened).square().mean()
-
-
 def fit_temperature(nll: Callable[[Tensor], Tensor]) -> float:
     """The T > 0 that minimises `nll(T)`, by LBFGS on log T; 1 where nothing better is found.
 

@@ -53,6 +53,8 @@ class Method:
         names = ("target_width", "draft_width", "draft_depth", "surplus")
         changes: dict[str, Any] = {key: settings[key] for key in names if key in settings}
         changes.update(self.fixed)
+        if {"surplus", "refill"} <= set(self.fixed):
+            changes["exact"] = False  # a method that is nothing without its own rules, whatever the config says
         width = changes.get("target_width", config.target_width)
         changes["min_width"] = min(config.min_width, width)
         changes["num_return_sequences"] = min(config.num_return_sequences, width)
@@ -142,9 +144,9 @@ def _hf_one(
         stack.enter_context(_seeded(generator, pair.device))
         stack.enter_context(_own_settings_aside(pair.target))
         target, draft = (stack.enter_context(_count_calls(pair.models.get(role))) for role in ("target", "draft"))
-        began = _now(pair.device)
+        began = now(pair.device)
         output = pair.target.generate(ids, attention_mask=torch.ones_like(ids), **options)  # [N, T + new]
-        seconds = _now(pair.device) - began
+        seconds = now(pair.device) - began
     ended = [_cut_at_end(tokens, ends) for tokens in output[:, len(row) :].tolist()]
     sequences = [tokens for tokens, _ in ended]
     stats = DecodeStats(
@@ -220,7 +222,8 @@ def _count_calls(model: Any) -> Iterator[list[int]]:
             hook.remove()
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds of the clock once all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -158,6 +158,11 @@ def _streams(
 ) -> list[torch.Generator]:
     """A random stream for each prompt."""
     if generator is not None and not isinstance(generator, torch.Generator):
+        if not isinstance(generator, Sequence) or not all(isinstance(one, torch.Generator) for one in generator):
+            raise UserError(
+                f"generator is {generator!r}; give a torch.Generator, such as torch.Generator().manual_seed(0), or one "
+                "for each prompt."
+            )
         if len(generator) != len(rows):
             raise UserError(
                 f"{len(generator)} generators for {len(rows)} prompts; give one generator, or one for each prompt."

@@ -6,14 +6,13 @@ Used by evaluate.py. Nothing is averaged here: a `Measurement` is one prompt dec
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from decoding.baselines import Generate, Method
+from decoding.baselines import Generate, Method, now
 from decoding.config import DecodingConfig
 from decoding.decoder import OutOfDeviceMemory
 from decoding.energy import EnergyMeter
@@ -123,6 +122,8 @@ def make_rows(
         if values is not None and not isinstance(values, list | tuple):
             raise UserError(f"grid.{name} is {values!r}; give a list, such as [{values}].")
     axes = {GRID_AXES[name]: list(values) for name, values in grid.items() if values}
+    if config.exact and "surplus" in axes:
+        raise UserError("grid.surpluses is given with exact=true, which keeps no surplus; leave one of them out.")
     widest = {axis: max(axes[axis]) for axis in ("draft_width", "draft_depth") if axis in axes}
     config = config.with_changes(**widest, target_width=max([config.target_width, *axes.get("target_width", [])]))
     rows = [row for name in dict.fromkeys(names) for row in _rows_of(name, methods[name], config, axes)]
@@ -228,9 +229,9 @@ def measure(
     """Decode prompts together, by the clock; seconds and joules are split as the stats' seconds are."""
     streams = [prompt_stream(seed, prompt) for prompt in prompts]
     with meter:
-        began = _now(device)
+        began = now(device)
         results = generate([prompt.tokens for prompt in prompts], streams)
-        seconds = _now(device) - began
+        seconds = now(device) - began
     claimed = sum(result.stats.total_seconds for result in results)
     measured = []
     for prompt, result in zip(prompts, results, strict=True):
@@ -263,9 +264,3 @@ def log_probability(model: torch.nn.Module, prompt: list[int], continuation: lis
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # [new, V]
     picked = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])  # [new, 1]
     return float(picked.double().sum())
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

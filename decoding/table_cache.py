@@ -47,8 +47,7 @@ def cache_key(pair: ModelPair, **settings: Any) -> dict[str, Any]:
         "cpu": about["cpu"],  # it launches what a GPU runs
         "torch_threads": about["torch_threads"],
         "pair": pair.fingerprint,
-        # The fingerprint samples weights: pairs that differ in their inner dimensions alone may share it.
-        "parameters": [sum(p.numel() for p in model.parameters()) for model in models.values()],
+        "attention": [getattr(model.config, "_attn_implementation", None) for model in models.values()],
         "dtypes": [str(next(model.parameters()).dtype) for model in models.values()],
         "engine": pair.engine,
         "draft": pair.draft_name,

@@ -211,7 +211,7 @@ def write_shard(directory: Path, name: str, rows: list[dict[str, Any]], about: d
         b"dsbd": json.dumps(about | {"schema_version": SCHEMA_VERSION}).encode(),
     }
     target = directory / name
-    partial = target.with_suffix(".partial")
+    partial = target.with_suffix(f".{os.getpid()}.partial")
     try:
         pq.write_table(table.replace_schema_metadata(metadata), partial)
         os.replace(partial, target)
@@ -280,8 +280,9 @@ def _read_shard(path: Path, entry: dict[str, Any], trace_key: str) -> pa.Table:
     again = "Delete the directory to collect the traces again."
     if not path.exists():
         raise UserError(f"The trace shard {path} is named in the manifest but missing. {again}")
+    content = path.read_bytes()
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(pa.BufferReader(content))
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"The trace shard {path} cannot be read; it may be truncated ({error}). {again}") from error
     about = json.loads((table.schema.metadata or {}).get(b"dsbd", b"{}"))
@@ -291,6 +292,8 @@ def _read_shard(path: Path, entry: dict[str, Any], trace_key: str) -> pa.Table:
         raise UserError(
             f"The trace shard {path} holds {table.num_rows} rows; its manifest says {entry['rows']}. {again}"
         )
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise UserError(f"The trace shard {path} was changed since it was written. {again}")
     return table
 
 

@@ -13,7 +13,6 @@ from controller.calibration import (
     fit_temperature,
     inputs,
     prefix_events,
-    ranked_probability_score,
     reliability,
     survivor_events,
     width_events,
@@ -43,7 +42,7 @@ def test_a_true_probability_is_calibrated_and_a_shifted_one_is_not() -> None:
     assert reliability((p + 0.1).clamp(max=1), happened).error > 0.08
 
 
-def test_width_events_and_ranked_probability_score_by_hand() -> None:
+def test_width_events_by_hand() -> None:
     at_least = torch.zeros(2, 4, 4)
     at_least[0, 2] = torch.tensor([1.0, 0.8, 0.3, 0.0])
     at_least[1, 3] = torch.tensor([1.0, 0.9, 0.5, 0.2])
@@ -51,8 +50,6 @@ def test_width_events_and_ranked_probability_score_by_hand() -> None:
     predicted, happened = width_events(at_least, bits, torch.tensor([2, 3]))
     torch.testing.assert_close(predicted, torch.tensor([0.8, 0.3, 0.9, 0.5, 0.2]))
     assert happened.tolist() == [1, 0, 1, 1, 0]
-    score = ranked_probability_score(at_least, bits, torch.tensor([2, 3]))
-    assert score.item() == pytest.approx((0.04 + 0.09 + 0.01 + 0.25 + 0.04) / 5)
 
 
 def test_events_of_a_width_are_those_of_every_row_with_as_many_drafts() -> None:

@@ -345,8 +345,11 @@ def test_a_long_prompt_for_the_draft_alone_is_refused() -> None:
 
 
 def test_generators_must_match_prompts() -> None:
+    decoder = DSBDDecoder(random_pair(4), DecodingConfig(max_new_tokens=2))
+    with pytest.raises(UserError, match=r"generator is 0; give a torch\.Generator"):
+        decoder.generate([[1]], generator=0)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="2 generators for 1 prompts"):
-        DSBDDecoder(random_pair(4), DecodingConfig(max_new_tokens=2)).generate([[1]], [torch.Generator()] * 2)
+        decoder.generate([[1]], [torch.Generator()] * 2)
 
 
 @pytest.mark.parametrize("role", ["target", "draft"])

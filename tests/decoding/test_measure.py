@@ -62,9 +62,11 @@ def test_rows_that_cannot_be_are_refused() -> None:
         names(["fixed"], asked_widths=[9])
     with pytest.raises(UserError, match="final_widths asks for more"):
         names(["fixed"], widths=[4], final_widths=[8])
+    with pytest.raises(UserError, match=r"grid\.surpluses is given with exact=true"):
+        make_rows(["fixed"], METHODS, CONFIG.with_changes(exact=True), {"surpluses": ["keep", "drop"]})
     with pytest.raises(UserError, match="references holds 'hf_beam'; choose among"):
         make_rows(["fixed"], METHODS, CONFIG, {}, references=["hf_beam"])
-    with pytest.raises(UserError, match=r"grid.widths is 4; give a list, such as \[4\]"):
+    with pytest.raises(UserError, match=r"grid\.widths is 4; give a list, such as \[4\]"):
         make_rows(["fixed"], METHODS, CONFIG, {"widths": 4})
 
 
@@ -82,6 +84,11 @@ def test_policies_that_choose_m_have_the_configs_width_or_more(widths: list[int]
     rows = make_rows(["threshold", "fixed"], METHODS, CONFIG, {"widths": widths}, references=())
     assert {row.config.target_width for row in rows if row.method == "threshold"} == {expected}
     assert {row.config.target_width for row in rows if row.method == "fixed"} == set(widths or [4])
+
+
+def test_the_paper_has_its_own_rules_where_others_are_exact() -> None:
+    (row,) = make_rows(["paper"], METHODS, CONFIG.with_changes(exact=True), {}, references=())
+    assert (row.config.surplus, row.config.refill, row.config.exact) == ("drop", "full", False)
 
 
 @pytest.mark.parametrize("name", ["beam_sample", "multinomial", "beam_search"])

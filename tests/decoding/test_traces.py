@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -377,7 +378,7 @@ def test_a_bad_batch_size_is_refused(tmp_path: Path):
         ensure_traces(collect_config(tmp_path, batch_size=0))
 
 
-@pytest.mark.parametrize("harm", ["missing", "truncated", "foreign", "manifest", "schema", "nothing"])
+@pytest.mark.parametrize("harm", ["missing", "truncated", "foreign", "changed", "manifest", "schema", "nothing"])
 def test_damaged_traces_are_refused(tmp_path: Path, harm: str):
     directory = ensure_traces(collect_config(tmp_path))
     (shard,) = directory.glob("*.parquet")
@@ -389,6 +390,10 @@ def test_damaged_traces_are_refused(tmp_path: Path, harm: str):
     elif harm == "foreign":
         table = pq.read_table(shard)
         pq.write_table(table.replace_schema_metadata({b"dsbd": b'{"trace_key": "other"}'}), shard)
+    elif harm == "changed":
+        table = pq.read_table(shard)
+        accepted = pa.array([0] * table.num_rows, table.schema.field("accepted").type)
+        pq.write_table(table.set_column(table.schema.get_field_index("accepted"), "accepted", accepted), shard)
     elif harm == "manifest":
         (directory / MANIFEST).write_text("{")
     elif harm == "schema":
