@@ -90,6 +90,31 @@ def test_first_lines_name_a_command(path: Path) -> None:
     assert commands_named_in(path), f"{path} does not say which command uses it"
 
 
+def commands_in_comments() -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(file, command, settings) of every command line in a comment of conf/, once, but for those composed above."""
+    named = "|".join(COMMANDS)
+    line = re.compile(rf"python (?:-m (?:decoding|controller)\.)?({named})(?:\.py)?((?: +[+\w.@/]+=[^\s\"']+)+)")
+    seen = {(command, (choice,)) for command, choice in combinations()}
+    for path in sorted(CONF_DIR.rglob("*.yaml")):
+        for comment in re.findall(r"#.*", path.read_text()):
+            for command, settings in line.findall(comment):
+                given = tuple(setting.rstrip(",;:)") for setting in settings.split())
+                if (command, given) not in seen:
+                    seen.add((command, given))
+                    yield path.relative_to(CONF_DIR).as_posix(), command, given
+
+
+@pytest.mark.parametrize(("where", "command", "given"), list(commands_in_comments()))
+def test_commands_in_comments_compose(where: str, command: str, given: tuple[str, ...]) -> None:
+    """Sweeps by their first value; settings with ... in them are left out."""
+    settings = [text.replace("<directory>", "outputs") for text in given if "..." not in text]
+    settings = [text if "[" in text else text.split(",")[0] for text in settings]
+    settings += [text for choice in MISSING if choice in settings for text in MISSING[choice]]
+    if command in ("evaluate", "room"):  # as their entry points rename it
+        settings = [re.sub(r"^controller=", "controller_path=", text) for text in settings]
+    check_settings(composed(command, *settings), composed(command))
+
+
 def test_decoding_lists_every_field() -> None:
     """A default may differ from the dataclass's, a field may not be forgotten."""
     node = dict(composed("train").decoding)
