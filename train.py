@@ -28,7 +28,7 @@ from controller.calibration import BINS, Curve, Reliability, calibrate, reliabil
 from controller.data import TraceDataModule
 from controller.module import ControllerModule
 from controller.network import WEIGHTS, save_controller
-from controller.tracking import tracked
+from controller.tracking import check_logger, tracked, trainer_options
 from decoding.collect import ensure_traces
 from decoding.config import DecodingConfig
 from decoding.entry import build_all, entry_point
@@ -42,6 +42,7 @@ _AGAIN = "Give a checkpoint that train.py wrote with these settings, or leave ck
 def main(cfg: DictConfig) -> float:
     """Train the controller that the config describes; returns the best `val/loss`, for sweeps."""
     check_rounds(cfg)
+    check_logger(cfg, trains=True)  # before traces are collected for hours
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = read_checkpoint(cfg.ckpt_path)
     directories = [ensure_traces(cfg)]
@@ -62,7 +63,7 @@ def fit(cfg: DictConfig, directories: list[Path], checkpoint: dict[str, Any] | N
     data = TraceDataModule(directories, names, *sizes)
     module: ControllerModule = instantiate(cfg.controller, **data.sizes)
     check_checkpoint(checkpoint, module, cfg)
-    with tracked(cfg) as run:  # a crash closes it too
+    with tracked(cfg, trains=True) as run:  # a crash closes it too
         loggers = build_loggers(cfg, run)
         trainer: Trainer = instantiate(cfg.trainer, callbacks=build_all(cfg.callbacks), logger=loggers or False)
         started = time.perf_counter()
@@ -161,7 +162,7 @@ def build_loggers(cfg: DictConfig, run: Any | None) -> list[Logger]:
     loggers: list[Logger] = [instantiate(node) for node in nodes]
     for logger in loggers:
         logger.log_hyperparams({**to_plain(cfg), "provenance": provenance()})
-    return [*loggers, WandbLogger(experiment=run)] if run is not None else loggers
+    return [*loggers, WandbLogger(experiment=run, **trainer_options(cfg))] if run is not None else loggers
 
 
 def load_best(trainer: Trainer, module: ControllerModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -252,6 +254,7 @@ class Wandb:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wandb:
     fake = Wandb(tmp_path / "offline-run-1")
 
+    @functools.wraps(wandb.init)  # its signature says which settings there are
     def init(**options: Any) -> Wandb:
         fake.options = options  # type: ignore[attr-defined]
         return fake
@@ -263,9 +266,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wandb:
 def test_tracking_logs_the_frontier_and_says_how_to_upload(
     tmp_path: Path, run: Wandb, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate.main(config(tmp_path, "logger=wandb", "prompts.limit=2", "+logger.wandb.api_key=hidden"))
+    evaluate.main(config(tmp_path, "logger=wandb", "prompts.limit=2", "+api_key=hidden"))
     assert run.options["mode"] == "offline" and run.options["project"] == "dsbd"  # type: ignore[attr-defined]
     assert "hidden" not in json.dumps(run.options["config"])  # type: ignore[attr-defined]
+    assert run.options["config"]["api_key"] == "***"  # type: ignore[attr-defined]
     assert len(run.logged["frontier_table"].data) == 4
     assert "frontier" in run.logged  # the image
     assert any("tokens_per_second" in name for name in run.summary)

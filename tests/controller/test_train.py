@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,31 @@ def test_wandb_offline_is_closed_and_says_how_to_upload(tmp_path: Path, capsys: 
     said = capsys.readouterr()
     assert "wandb sync" in said.out + said.err
     assert list(tmp_path.rglob("*.wandb"))
+
+
+def test_checkpoints_are_logged_where_log_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On line, which no test is: the run is offline, wandb's logger is asked for what it would upload."""
+    import wandb
+
+    logged: list[list[str]] = []
+    start = wandb.init
+
+    def log_artifact(artifact: Any, aliases: Sequence[str] = (), **_: Any) -> None:
+        if artifact.type == "model":  # tables are artifacts too
+            logged.append(list(aliases))
+
+    @functools.wraps(start)
+    def init(**options: Any) -> Any:
+        run = start(**options | {"mode": "offline"})
+        monkeypatch.setattr(run, "log_artifact", log_artifact)
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    train.main(config(tmp_path, "logger=wandb", "logger.wandb.offline=false", "logger.wandb.log_model=all"))
+    assert ["latest", "best"] in logged
+    logged.clear()
+    train.main(config(tmp_path / "none", "logger=wandb", "logger.wandb.offline=false"))
+    assert not logged
 
 
 def test_a_crash_closes_the_run_and_leaves_no_controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
