@@ -6,6 +6,7 @@ Offline needs no account; secrets stay here. Settings that neither WandbLogger n
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -138,7 +139,8 @@ def tracked(cfg: DictConfig, trains: bool = False) -> Iterator[Any | None]:
 
 
 def log_evaluation(run: Any | None, results: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-    """Log an evaluation: each row's numbers, the frontier as a table, histograms and the plots."""
+    """Log an evaluation: each row's numbers and histograms, the plots, and as tables the frontier, the comparisons with
+    hand-set widths and the tuning of those. A row that failed has its sentence as `<row>/failed`."""
     if run is None:
         return
     import wandb
@@ -154,7 +156,42 @@ def log_evaluation(run: Any | None, results: Mapping[str, Any], files: Mapping[s
             data = [[int(value), count] for value, count in counts.items()]
             table = wandb.Table(columns=[name, "layers"], data=data)
             run.log({f"{row['name']}/{name}": wandb.plot.bar(table, name, "layers", title=f"{row['name']}: {name}")})
+    for name, why in (results.get("failed") or {}).items():
+        run.summary[f"{name}/failed"] = why
+    tables = {"comparisons": _comparison_rows(results), "tuning": _tuning_rows(results)}
+    run.log({name: wandb.Table(columns=[*head], data=body) for name, (head, body) in tables.items() if body})
     run.log({Path(name).stem: wandb.Image(str(path)) for name, path in files.items() if path.suffix == ".png"})
+
+
+def _comparison_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Headings and values of `comparisons`: a line for each clock or table, reference and family."""
+    own, ratios = ("reference", "quality", "speed"), ("ratio", "low", "high")
+    further = ("oracle", "gap_closed")
+    values = [
+        [
+            by,
+            *(entry[k] for k in own),
+            family,
+            *(_known(ratio[k]) for k in ratios),
+            *(_known(entry.get(k)) for k in further),
+        ]
+        for by, entries in (results.get("comparisons") or {}).items()
+        for entry in entries
+        for family, ratio in entry["over"].items()
+    ]
+    return ["by", *own, "family", *ratios, *further], values
+
+
+def _tuning_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Headings and values of `tuned`: a line for each hand-set setting that was tried."""
+    grid = (results.get("tuned") or {}).get("grid") or []
+    speeds = list(grid[0]["speeds"]) if grid else []
+    values = [[p["name"], p["log_prob"], p["kept"], *(p["speeds"][name] for name in speeds)] for p in grid]
+    return ["setting", "log_prob", "kept", *(f"{name}_tokens_per_second" for name in speeds)], values
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
 
 
 def _logger_of(cfg: DictConfig) -> _Logger | None:

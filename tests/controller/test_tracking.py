@@ -1,4 +1,4 @@
-"""What reaches Weights & Biases: a logger's settings, refusals in a sentence."""
+"""What reaches Weights & Biases: a logger's settings, refusals in a sentence, an evaluation's tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig
 
 import train
-from controller.tracking import check_logger, finish, start_run, trainer_options
+from controller.tracking import check_logger, finish, log_evaluation, start_run, trainer_options
 from decoding import UserError
 from decoding.entry import CONF_DIR
 
@@ -144,3 +144,39 @@ def test_runs_of_wandb_itself(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"wandb does not take a value in logger\.wandb .*mode"):
         start_run(config(tmp_path, "+logger.wandb.mode=later"))
     assert wandb.run is None
+
+
+def test_comparisons_tuning_and_failures_are_logged(run: Run) -> None:
+    ratio = {"ratio": 1.2, "low": 1.1, "high": float("nan")}
+    entry = {
+        "reference": "beam_sample M=4",
+        "quality": -0.5,
+        "speed": 300.0,
+        "over": {"hand-set": ratio, "bandit": ratio},
+    }
+    oracle = {"oracle": 400.0, "gap_closed": 0.5}
+    point = {"name": "fixed M=8", "log_prob": -0.4, "kept": True, "speeds": {"modelled": 200.0, "also": 100.0}}
+    results = {
+        "rows": [],
+        "failed": {"fixed M=8": "The device ran out of memory."},
+        "tuned": {"split": "val", "prompts": 2, "grid": [point]},
+        "comparisons": {"clock": [entry], "modelled": [entry | oracle], "also": []},
+    }
+    log_evaluation(run, results, {})
+    table = run.logged["comparisons"]
+    lines = [dict(zip(table.columns, line, strict=True)) for line in table.data]
+    assert [(line["by"], line["family"]) for line in lines] == [
+        (by, family) for by in ("clock", "modelled") for family in ("hand-set", "bandit")
+    ]
+    assert lines[0]["reference"] == "beam_sample M=4" and lines[0]["speed"] == 300.0
+    assert (lines[0]["ratio"], lines[0]["low"], lines[0]["high"]) == (1.2, 1.1, None)
+    assert (lines[0]["oracle"], lines[2]["oracle"], lines[2]["gap_closed"]) == (None, 400.0, 0.5)
+    tuning = run.logged["tuning"]
+    assert tuning.columns[-2:] == ["modelled_tokens_per_second", "also_tokens_per_second"]
+    assert tuning.data == [["fixed M=8", -0.4, True, 200.0, 100.0]]
+    assert run.summary == {"fixed M=8/failed": "The device ran out of memory."}
+
+
+def test_an_evaluation_without_comparisons_logs_none(run: Run) -> None:
+    log_evaluation(run, {"rows": [], "failed": {}, "tuned": None, "comparisons": {"clock": []}}, {})
+    assert set(run.logged) == {"frontier_table"} and run.summary == {}
