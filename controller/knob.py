@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def choose_width_value(
         UserError: both targets or none, no such results, no rows to read the answer from, or out of the table's reach.
     """
     _check_targets(min_logprob_drop, target_tokens_per_second)
-    rows = _read(results)
+    rows = _read(results)["rows"]
     learned = [row for row in rows if row["method"] == "learned" and "width_value" in row["settings"]]
     if not learned:
         raise UserError(
@@ -61,6 +62,97 @@ def choose_width_value(
         return _fast_enough(_curve(learned, speed), target_tokens_per_second)
     assert min_logprob_drop is not None
     return _good_enough(_curve(learned, None), _reference(rows, learned), min_logprob_drop)
+
+
+class MeasuredOn(NamedTuple):
+    """The prompts that results were measured on."""
+
+    task: Mapping[str, Any]  # as `Task.describe()` gave it
+    split: str
+    prompt_ids: frozenset[str]
+
+
+def measured_on(results: str | Path | Mapping[str, Any]) -> MeasuredOn:
+    """Which prompts the results of an evaluation were measured on.
+
+    Args:
+        results: as for `choose_width_value`.
+
+    Raises:
+        UserError: no such results, or none that say it.
+    """
+    found = _read(results)
+    task = found.get("provenance", {}).get("task")
+    prompts = [row.get("prompts") for row in found["rows"]]
+    if not isinstance(task, Mapping) or "split" not in task or not all(isinstance(ids, list) for ids in prompts):
+        raise UserError(
+            f"{_name_of(results)} do not say which prompts they were measured on; give what evaluate.py wrote, "
+            "unchanged."
+        )
+    ids = frozenset(prompt["prompt_id"] for row in found["rows"] for prompt in row["prompts"])
+    return MeasuredOn({k: v for k, v in task.items() if k not in ("split", "prompts")}, task["split"], ids)
+
+
+def warn_of_shared_prompts(
+    results: str | Path | Mapping[str, Any], task: Mapping[str, Any], prompt_ids: Iterable[str]
+) -> None:
+    """Warn where a width_value chosen from results is to be measured on prompts of theirs: it was fitted to them.
+
+    A task's prompts are told by their ids, those of a file only where its content is the same.
+
+    Args:
+        results: that `choose_width_value` reads.
+        task: `Task.describe()` of the prompts to come.
+        prompt_ids: of the prompts to come.
+
+    Raises:
+        UserError: as for `measured_on`.
+    """
+    before, ids = measured_on(results), list(prompt_ids)
+    if any(before.task.get(key) != task.get(key) for key in ("name", "sha256")):
+        return
+    shared = sum(name in before.prompt_ids for name in ids)
+    if shared:
+        warnings.warn(
+            f"{_name_of(results)} were measured on {shared} of the {len(ids)} prompts that are measured now (split "
+            f"{before.split} of {task.get('name')}), and width_value is chosen by them: the speed and quality of the "
+            "learned row are fitted to these prompts. Choose it by an evaluation of others, such as prompts.split=val.",
+            stacklevel=2,
+        )
+
+
+def warn_of_other_controller(
+    results: str | Path | Mapping[str, Any], controller: str | Path, trained: Mapping[str, Any], quality: str
+) -> None:
+    """Warn where results seem to be of another controller, or of another `quality`, than the width_value is for.
+
+    They hold the controller's path, not its weights: one that was trained again in the same place is told by its date.
+
+    Args:
+        results: that `choose_width_value` reads.
+        controller: directory or hub id that is loaded now.
+        trained: what `load_controller` returned with it.
+        quality: of `LearnedWidth`, now.
+
+    Raises:
+        UserError: no such results.
+    """
+    source = _read(results).get("provenance", {})
+    then, date = source.get("controller"), trained.get("date")
+    learned = source.get("config", {}).get("learned", {})
+    differs = []
+    if then is not None and Path(then).expanduser().resolve() != Path(controller).expanduser().resolve():
+        differs.append(f"of the controller {str(then)!r}, not {str(controller)!r}")
+    elif date is not None and source.get("date") is not None and date > source["date"]:
+        differs.append(f"of {source['date']}, before the controller {str(controller)!r} was trained ({date})")
+    if learned.get("quality") not in (None, quality):
+        differs.append(f"of quality={learned['quality']}, not {quality}")
+    if differs:
+        warnings.warn(
+            f"{_name_of(results)} are {' and '.join(differs)}, and width_value is chosen by them: it may give another "
+            "speed and quality here. Evaluate this controller with several grid.width_values.",
+            stacklevel=2,
+        )
 
 
 class _Curve(NamedTuple):
@@ -159,11 +251,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _read(results: str | Path | Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows of a results.json, as far as they are needed here."""
-    where = "The results"
+def _name_of(results: str | Path | Mapping[str, Any]) -> str:
+    return f"The results {str(results)!r}" if isinstance(results, str | Path) else "The results"
+
+
+def _read(results: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a results.json holds, with rows as far as they are needed here."""
+    where = _name_of(results)
     if isinstance(results, str | Path):
-        where = f"The results {str(results)!r}"
         try:
             results = json.loads(Path(results).expanduser().read_bytes())
         except (OSError, ValueError) as error:
@@ -174,7 +269,8 @@ def _read(results: str | Path | Mapping[str, Any]) -> list[Mapping[str, Any]]:
             f"{where} have the schema version {version!r}; this code reads {_SCHEMA_VERSION}. Give the results.json of "
             "an evaluation, and evaluate again where it is of another version."
         )
-    rows = results.get("rows") if isinstance(results, Mapping) else None
+    assert isinstance(results, Mapping)
+    rows = results.get("rows")
     parts = ("settings", "config", "summary")
     whole = isinstance(rows, list) and all(
         isinstance(row, Mapping) and "method" in row and all(isinstance(row.get(part), Mapping) for part in parts)
@@ -184,5 +280,4 @@ def _read(results: str | Path | Mapping[str, Any]) -> list[Mapping[str, Any]]:
         raise UserError(
             f"{where} hold no rows with method, settings, config and summary; give what evaluate.py wrote, unchanged."
         )
-    assert isinstance(rows, list)
-    return rows
+    return results

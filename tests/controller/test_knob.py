@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from controller import LearnedWidth
-from controller.knob import _SCHEMA_VERSION, choose_width_value
+from controller.knob import (
+    _SCHEMA_VERSION,
+    choose_width_value,
+    measured_on,
+    warn_of_other_controller,
+    warn_of_shared_prompts,
+)
 from controller.network import save_controller
 from controller.report import SCHEMA_VERSION
 from decoding import UserError
@@ -140,3 +147,74 @@ def test_from_a_file_and_into_a_policy(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             LearnedWidth.load(controller, **options)
+
+
+STDLIB = {"name": "stdlib", "prompt_tokens": 128}
+
+
+def with_provenance(task: dict[str, Any] = STDLIB, **more: Any) -> dict[str, Any]:
+    """Results as above of the prompts a and b of the test split, and where they came from."""
+    found = results()
+    for line in found["rows"]:
+        line["prompts"] = [{"prompt_id": "a"}, {"prompt_id": "b"}]
+    return {**found, "provenance": {"task": {**task, "split": "test", "prompts": 2}, **more}}
+
+
+def test_results_say_which_prompts_they_were_measured_on(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(with_provenance()))
+    for found in (with_provenance(), tmp_path / "results.json"):
+        assert measured_on(found) == (STDLIB, "test", {"a", "b"})
+    without_ids = with_provenance()
+    del without_ids["rows"][0]["prompts"]
+    for found in (results(), without_ids):
+        with pytest.raises(UserError, match="do not say which prompts"):
+            measured_on(found)
+
+
+def test_a_width_value_that_is_measured_on_its_own_prompts_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"on 2 of the 3 prompts that are measured now \(split test of stdlib\)"):
+        warn_of_shared_prompts(with_provenance(), {**STDLIB, "prompt_tokens": 64}, ["a", "c", "b"])
+    with pytest.warns(UserWarning, match=r"prompts\.split=val"):
+        warn_of_shared_prompts(
+            with_provenance({"name": "jsonl", "sha256": "1"}), {"name": "jsonl", "sha256": "1"}, ["a"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("task", "ids"),
+    [(STDLIB, ["c", "d"]), ({"name": "squad"}, ["a", "b"]), ({"name": "stdlib", "sha256": "another file"}, ["a"])],
+)
+def test_other_prompts_are_not_warned_of(task: dict[str, Any], ids: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_shared_prompts(with_provenance(), task, ids)
+
+
+def of_controller(path: str | None, quality: str = "mixed") -> dict[str, Any]:
+    learned = {"learned": {"quality": quality}}
+    return with_provenance(controller=path, date="2026-02-01T00:00:00+00:00", config=learned)
+
+
+@pytest.mark.parametrize(
+    ("found", "trained", "sentence"),
+    [
+        (of_controller("there"), {}, "are of the controller 'there', not 'here'"),
+        (of_controller("here", "regret"), {}, "are of quality=regret, not mixed"),
+        (of_controller("there", "regret"), {}, "of the controller 'there', not 'here' and of quality=regret"),
+        (
+            of_controller("here"),
+            {"date": "2026-02-01T00:00:01+00:00"},
+            r"before the controller 'here' was trained \(2026",
+        ),
+    ],
+)
+def test_results_of_another_controller_are_warned_of(found: Any, trained: dict[str, Any], sentence: str) -> None:
+    with pytest.warns(UserWarning, match=sentence):
+        warn_of_other_controller(found, "here", trained, "mixed")
+
+
+def test_results_of_this_controller_are_not_warned_of(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for found in (of_controller("here"), of_controller(str(Path.cwd() / "here")), of_controller(None), results()):
+            warn_of_other_controller(found, "here", {"date": "2026-01-31T00:00:00+00:00"}, "mixed")
