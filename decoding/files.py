@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,6 @@ def json_bytes(results: Any) -> bytes:
 def _finite(node: Any) -> Any:
     if isinstance(node, Mapping):
         return {str(key): _finite(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
+    if isinstance(node, Sequence) and not isinstance(node, str | bytes):  # Hydra's lists too
         return [_finite(value) for value in node]
     return None if isinstance(node, float) and not math.isfinite(node) else node

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,9 +123,9 @@ class FileTask:
         return line_metrics(prediction, prompt.reference, finished)
 
     def describe(self) -> dict[str, Any]:
-        content = hashlib.sha256(read_bytes(self.path)).hexdigest()
-        settings = {key: value for key, value in vars(self).items() if key != "path"}
-        return {"name": self.name, **settings, "shares": self.shares and dict(self.shares), "sha256": content}
+        content = content_hash(self.path)
+        settings = {key: _plain(value) for key, value in vars(self).items() if key != "path"}
+        return {"name": self.name, **settings, "sha256": content}
 
     def _split_of(self, text: str) -> str:
         assert self.shares is not None
@@ -169,6 +169,14 @@ class JsonlTask(FileTask):
             if self.reference_field is not None:
                 references = (text_field(row, self.reference_field, self.path, number),)
             yield Example(f"{Path(self.path).name}:{number}", text, references)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "file": Path(self.path).name}  # the prompts' ids begin with it
+
+
+def content_hash(path: str | Path) -> str:
+    """SHA-256 of the file's content, in hexadecimal; of the decompressed one where its name ends in .gz."""
+    return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -229,6 +237,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, task: str) -> Pre
             f"The task {task!r} is text, and this pair has no tokenizer. Build it with ModelPair(..., tokenizer=...)."
         )
     return tokenizer
+
+
+def _plain(value: Any) -> Any:
+    """Lists and mappings as Python's own: those of Hydra are not JSON."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def stable_hash(text: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from decoding.errors import UserError
-from decoding.tasks.base import Example, FileTask, Prompt, read_json
+from decoding.tasks.base import Example, FileTask, Prompt, content_hash, read_json
 
 
 @dataclass
@@ -26,13 +26,18 @@ class SpiderTask(FileTask):
 
     def examples(self) -> Iterator[Example]:
         try:
-            path = self.tables or Path(self.path).with_name("tables.json")
-            schemas = {schema["db_id"]: _tables(schema) for schema in read_json(path)}
+            schemas = {schema["db_id"]: _tables(schema) for schema in read_json(self._tables_path())}
             for number, row in enumerate(read_json(self.path)):
                 text = f"{schemas[row['db_id']]}\n-- {row['question']}\n"
                 yield Example(f"spider:{row['db_id']}:{number}", text, (row["query"],))
         except (KeyError, TypeError) as error:
             raise UserError(f"{self.path} and its tables.json are not in Spider's format ({error!r}).") from None
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "tables": content_hash(self._tables_path())}
+
+    def _tables_path(self) -> str | Path:
+        return self.tables or Path(self.path).with_name("tables.json")
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
         """`query_match`: the same query as text, up to case, spaces and quotes; it must be complete."""

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from decoding.files import json_bytes, write_whole
 
@@ -23,3 +24,11 @@ def test_json_has_no_nan() -> None:
     content = json_bytes({"a": math.nan, "b": [math.inf, 1.5, "é"], 3: (None, True)})
     assert json.loads(content) == {"a": None, "b": [None, 1.5, "é"], "3": [None, True]}
     assert content.endswith(b"}\n")
+
+
+def test_lists_of_hydra_are_json() -> None:
+    node = OmegaConf.create({"categories": ["writing", {"share": math.inf}]})
+    assert json.loads(json_bytes({"task": node, "list": node.categories})) == {
+        "task": {"categories": ["writing", {"share": None}]},
+        "list": ["writing", {"share": None}],
+    }

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -194,6 +196,26 @@ def test_jsonl_splits_share_no_prompt(tmp_path: Path) -> None:
     assert json.dumps(task.describe()) == json.dumps(JsonlTask(task.path).describe())
 
 
+def test_a_task_says_what_its_prompts_depend_on(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": "one"}])
+    (tmp_path / "moved").mkdir()
+    moved = write_lines(tmp_path / "moved" / "p.jsonl", [{"prompt": "one"}])
+    named = write_lines(tmp_path / "q.jsonl", [{"prompt": "one"}])  # other ids
+    first = JsonlTask(path).describe()
+    assert JsonlTask(moved).describe() == first != JsonlTask(named).describe()
+    write_lines(tmp_path / "p.jsonl", [{"prompt": "two"}])
+    assert JsonlTask(path).describe() != first
+
+
+def test_a_task_that_hydra_built_is_json(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "question.jsonl", [{"turns": ["Hello"], "category": "writing"}])
+    target = f"{SpecBenchTask.__module__}.SpecBenchTask"
+    shares, categories = {"train": 50, "val": 25, "test": 25}, ["writing"]
+    node = OmegaConf.create({"_target_": target, "path": path, "categories": categories, "shares": shares})
+    about = instantiate(node).describe()
+    assert json.loads(json.dumps(about)) == SpecBenchTask(path, shares, categories=categories).describe()
+
+
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
@@ -307,6 +329,10 @@ def test_spider_prompt_shows_the_schema(tmp_path: Path) -> None:
     }
     (tmp_path / "tables.json").write_text(json.dumps([schema]))
     (tmp_path / "dev.json").write_text(json.dumps([{"db_id": "shop", "question": "How many?", "query": "SELECT 1"}]))
-    (example,) = SpiderTask(str(tmp_path / "dev.json")).examples()
+    task = SpiderTask(str(tmp_path / "dev.json"))
+    (example,) = task.examples()
     assert example.text == "CREATE TABLE item (id, price);\nCREATE TABLE sale (item_id);\n-- How many?\n"
+    before = task.describe()
+    (tmp_path / "tables.json").write_text(json.dumps([schema, {**schema, "db_id": "other"}]))
+    assert task.describe() != before  # the schemas are part of the prompts
     assert spider.normalise("SELECT  count( * )  FROM t;") == spider.normalise("select count(*) from t")
