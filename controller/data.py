@@ -158,7 +158,7 @@ def _check_splits(prompts: list[str], split: np.ndarray, directory: str) -> None
         if home.setdefault(prompt, name) != name:
             raise UserError(
                 f"Prompt {prompt!r} is in the splits {home[prompt]!r} and {name!r} of {directory}: validation would "
-                "be optimistic. Give each prompt one split and collect again."
+                "be optimistic. Give each prompt one split (data.shares=null is for evaluation only) and collect again."
             )
 
 

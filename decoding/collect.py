@@ -185,6 +185,13 @@ def _prompts(cfg: DictConfig, pair: ModelPair) -> list[tuple[str, Prompt]]:
                 f"The task {task.name!r} has no prompts in split {split!r}; a controller needs both train and val. "
                 f"Raise collect.{split}_prompts or choose another data=..."
             )
+    home: dict[str, str] = {}
+    for split, prompt in chosen:
+        if home.setdefault(prompt.id, split) != split:
+            raise UserError(
+                f"Prompt {prompt.id!r} is in the splits {home[prompt.id]!r} and {split!r}: validation would be "
+                "optimistic. Give each prompt one split; data.shares=null is for evaluation only."
+            )
     return chosen
 
 

@@ -76,7 +76,7 @@ class FileTask:
     Args:
         path: the file.
         shares: per cent of the prompts in each split, by a stable hash of the prompt's text, so that a controller is
-            never evaluated on prompts it was trained on; None puts every prompt in every split.
+            never evaluated on prompts it was trained on; None puts every prompt in every split, for evaluation only.
         chat: wrap the prompt in the tokenizer's chat template.
         max_prompt_tokens: leave out longer prompts; None keeps all of them.
     """
@@ -92,7 +92,7 @@ class FileTask:
         if self.shares is not None and (set(self.shares) != set(SPLITS) or sum(self.shares.values()) != 100):
             raise UserError(
                 f"data.shares is {dict(self.shares)}; give per cents for train, val and test that add up to 100, "
-                "or null to use every prompt in every split."
+                "or null to use every prompt in every split, for evaluation only."
             )
 
     def examples(self) -> Iterator[Example]:
@@ -114,8 +114,8 @@ class FileTask:
                 found.append(Prompt(example.id, tokens, first, example.text, example.references))
         if not found:
             raise UserError(
-                f"{self.path} has no prompts in split {split!r}. Use a longer file, set data.shares=null to use every "
-                "prompt in every split, or raise data.max_prompt_tokens."
+                f"{self.path} has no prompts in split {split!r}. Use a longer file, raise data.max_prompt_tokens or, "
+                "for evaluation only, set data.shares=null to use every prompt in every split."
             )
         return found
 

@@ -378,6 +378,24 @@ def test_a_bad_batch_size_is_refused(tmp_path: Path):
         ensure_traces(collect_config(tmp_path, batch_size=0))
 
 
+class OneSplitTask(FixedTask):
+    """The same prompts in every split, as a file with `shares=null` has."""
+
+    def prompts(self, split: str, limit: int | None, tokenizer: object) -> list[Prompt]:
+        return super().prompts("all", limit, tokenizer)
+
+
+def test_prompts_in_two_splits_are_refused_before_anything_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DSBDDecoder, "generate", lambda *_: pytest.fail("decoded"))
+    cfg = collect_config(tmp_path)
+    cfg.data["_target_"] = f"{__name__}.OneSplitTask"
+    with pytest.raises(UserError, match=r"'all:0' is in the splits 'train' and 'val': .* is for evaluation only"):
+        ensure_traces(cfg)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("harm", ["missing", "truncated", "foreign", "changed", "manifest", "schema", "nothing"])
 def test_damaged_traces_are_refused(tmp_path: Path, harm: str):
     directory = ensure_traces(collect_config(tmp_path))
