@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import pickle
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from omegaconf import DictConfig, open_dict
 from controller.calibration import BINS, Curve, Reliability, calibrate, reliability_curves, reliability_from_sums
 from controller.data import TraceDataModule
 from controller.module import ControllerModule
-from controller.network import WEIGHTS, save_controller
+from controller.network import save_controller
 from controller.tracking import check_logger, tracked, trainer_options
 from decoding.collect import ensure_traces
 from decoding.config import DecodingConfig
@@ -101,11 +100,9 @@ def under_learned(cfg: DictConfig, controller: Path) -> DictConfig:
 
     Prompts do not learn from each other, so that the rows depend neither on their order nor on an interruption.
     """
-    weights = hashlib.sha256((controller / WEIGHTS).read_bytes()).hexdigest()
     policy = {
         "_target_": "controller.LearnedWidth.load",
         "path": str(controller),
-        "revision": weights[:12],  # not read with a directory: a controller of other weights has traces of its own
         "width_value": float(cfg.round_width_value),
         "share": False,
     }

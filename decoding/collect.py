@@ -2,6 +2,7 @@
 
 Prompts are decoded under a randomised width policy; a trace directory is named after everything that
 decides its content, so the same settings find it again, and an interrupted run goes on where it stopped.
+Files count by what is in them, not by their paths.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from decoding.errors import UserError
 from decoding.pair import ModelPair
 from decoding.progress import RunProgress
 from decoding.provenance import git_sha, library_versions, to_plain
-from decoding.tasks.base import Prompt
+from decoding.tasks.base import FileTask, Prompt, content_hash
 from decoding.traces import SCHEMA_VERSION, TraceRecorder, read_manifest, write_manifest, write_shard
 
 SHARD_PROMPTS = 25
+_FILES = ("path", "results", "latency")  # settings of policies that name what is read
 
 
 @entry_point(config_name="collect")
@@ -75,8 +77,8 @@ def _describe(cfg: DictConfig, pair: ModelPair, features: Any) -> dict[str, Any]
         "schema_version": SCHEMA_VERSION,
         "pair": pair.fingerprint,
         "decoding": to_plain(cfg.decoding),
-        "policy": to_plain(cfg.policy),
-        "task": to_plain(cfg.data),
+        "policy": _by_content(to_plain(cfg.policy)),
+        "task": _describe_task(cfg.data),
         "features": {
             "version": features.version,
             "names": list(features.names),
@@ -87,6 +89,26 @@ def _describe(cfg: DictConfig, pair: ModelPair, features: Any) -> dict[str, Any]
         "test_prompts": cfg.collect.get("test_prompts", 0),
         "seed": cfg.seed,
     }
+
+
+def _describe_task(node: DictConfig) -> dict[str, Any]:
+    """The settings of a task; of one that reads a file, what it says of its prompts."""
+    task = instantiate(node)
+    return {"_target_": node._target_, **task.describe()} if isinstance(task, FileTask) else to_plain(node)
+
+
+def _by_content(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a policy with a hash in place of the path of every file, and of every folder with weights."""
+    found = dict(settings)
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found[key] = _by_content(value)
+        elif key in _FILES and isinstance(value, str):
+            path = Path(value).expanduser()
+            files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+            if files:  # none: an id on the hub, or nothing, which the policy refuses
+                found[key] = "sha256:" + "+".join(map(content_hash, files))
+    return found
 
 
 def _new_manifest(about: dict[str, Any], key: str, pair: ModelPair) -> dict[str, Any]:

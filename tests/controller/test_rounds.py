@@ -68,12 +68,31 @@ def test_a_second_round_logs_the_first_controller_and_trains_on_both(
     assert (tmp_path / "run" / "round-1" / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_traces_of_a_round_belong_to_the_controller_that_made_them(tmp_path: Path, collected: list[DictConfig]) -> None:
-    for seed in (0, 0, 1):
-        train.main(config(tmp_path / "run", "rounds=2", f"seed={seed}"))
-    of_seed = [cfg.policy for cfg in collected if "path" in cfg.policy]
-    assert of_seed[0].path == of_seed[1].path == of_seed[2].path
-    assert len({policy.revision for policy in of_seed}) == 3  # each had other traces to learn from
+class Pair:
+    fingerprint = "pair"
+
+
+def described(cfg: DictConfig) -> dict[str, Any]:
+    """What the traces of a config are found by."""
+    return _describe(cfg, Pair(), instantiate(cfg.features))  # type: ignore[arg-type]
+
+
+def test_traces_of_a_round_belong_to_the_weights_that_made_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to the folder of the run, which has another name every time; the same weights go on with the same traces."""
+    traces, found = write_traces(tmp_path / "traces", prompts=20), []
+
+    def ensure(cfg: DictConfig) -> Path:
+        if "path" in cfg.policy:
+            found.append(described(cfg)["policy"])
+        return traces
+
+    monkeypatch.setattr(train, "ensure_traces", ensure)
+    for folder, rate in (("a", 1e-3), ("b", 1e-3), ("b", 1e-2)):
+        train.main(config(tmp_path / folder, "rounds=2", f"controller.lr={rate}"))
+    assert found[0] == found[1] != found[2]
+    assert str(tmp_path) not in str(found)
 
 
 @pytest.mark.parametrize(
@@ -212,12 +231,8 @@ def test_test_rows_are_what_reliability_is_measured_on(
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_uses_the_traces_of_wide(tmp_path: Path, name: str) -> None:
-    class Pair:
-        fingerprint = "pair"
-
     wide, ablation = (config(tmp_path, f"experiment={name}") for name in ("wide", f"ablation/{name}"))
-    features = instantiate(wide.features)
-    assert _describe(wide, Pair(), features) == _describe(ablation, Pair(), features)  # type: ignore[arg-type]
+    assert described(wide) == described(ablation)
     assert name == "all_rows" or (wide.controller, wide.max_train_rows) != (
         ablation.controller,
         ablation.max_train_rows,

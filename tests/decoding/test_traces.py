@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, UserError
 from decoding.acceptance import joint_keys
-from decoding.collect import ensure_traces
+from decoding.collect import _describe, ensure_traces
 from decoding.forest import TokenForest
 from decoding.results import LayerEvent
 from decoding.tasks.base import Prompt
@@ -317,6 +317,53 @@ def test_a_second_run_finds_the_traces(tmp_path: Path):
     assert {path.name: path.stat().st_mtime_ns for path in directory.iterdir()} == written
     other = collect_config(tmp_path, train_prompts=5)
     assert ensure_traces(other) != directory
+
+
+def test_the_key_of_settings_without_files_is_that_of_the_settings(tmp_path: Path):
+    """It stays what it is: traces of the built-in task are found again by it."""
+    cfg = collect_config(tmp_path)
+    cfg.data = {"_target_": "decoding.tasks.stdlib.StdlibTask", "prompt_tokens": 128, "reference_tokens": 64}
+    about = _describe(cfg, make_pair(), SimpleFeatures())
+    assert about["task"] == OmegaConf.to_container(cfg.data)
+    assert about["policy"] == {"_target_": "decoding.RandomWidth", "seed": 0}
+
+
+def test_other_prompts_in_the_same_file_have_traces_of_their_own(tmp_path: Path):
+    def traces(prompts: list[str]) -> Path:
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        cfg = collect_config(tmp_path / "traces")
+        cfg.pair = {"_target_": "tests.small_pair.small_pair"}
+        cfg.data = {"_target_": "decoding.tasks.base.JsonlTask", "path": str(tmp_path / "prompts.jsonl")}
+        cfg.decoding.max_new_tokens = 2
+        return ensure_traces(cfg)
+
+    texts = [f"def area{i}(width):" for i in range(20)]
+    first, other, again = traces(texts), traces([*texts[:-1], "def volume(height):"]), traces(texts)
+    assert first == again != other
+
+
+def test_a_policy_counts_by_what_is_in_its_files(tmp_path: Path):
+    (tmp_path / "controller").mkdir()
+    weights, table = tmp_path / "controller" / "model.safetensors", tmp_path / "table.json"
+
+    def policy(**settings: object) -> dict[str, Any]:
+        cfg = collect_config(tmp_path)
+        cfg.policy = {"_target_": "controller.LearnedWidth.load", **settings}
+        return dict(_describe(cfg, make_pair(), SimpleFeatures())["policy"])
+
+    settings = {"path": str(tmp_path / "controller"), "latency": {"path": str(table)}, "mode": "after"}
+    weights.write_bytes(b"old")
+    table.write_bytes(b"old")
+    old = policy(**settings)
+    assert old["mode"] == "after" and str(tmp_path) not in str(old)
+    weights.write_bytes(b"new")
+    new = policy(**settings)
+    assert new != old
+    table.write_bytes(b"new")
+    assert policy(**settings)["path"] == new["path"] and policy(**settings) != new
+    (tmp_path / "controller").rename(tmp_path / "moved")
+    assert policy(path=str(tmp_path / "moved"))["path"] == new["path"]
+    assert policy(path="owner/controller", revision="1")["path"] == "owner/controller"  # of the hub
 
 
 def test_traces_come_back_as_written(tmp_path: Path):
