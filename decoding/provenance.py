@@ -33,7 +33,8 @@ def provenance() -> dict[str, Any]:
 
 
 def git_sha() -> str | None:
-    """Commit of this checkout; None for an installed copy or without git."""
+    """Commit of this checkout, with `-dirty` where tracked files differ from it; None for an installed copy or without
+    git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -41,7 +42,9 @@ def git_sha() -> str | None:
 
     try:
         # An installed copy may lie inside somebody else's repository: that commit says nothing about this code.
-        return git("rev-parse", "HEAD") if Path(git("rev-parse", "--show-toplevel")).resolve() == ROOT else None
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -34,6 +34,25 @@ def test_git_sha_is_of_this_code_only(tmp_path: Path, monkeypatch: pytest.Monkey
     assert git_sha() is None
 
 
+def test_git_sha_tells_changes_that_are_in_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", str(tmp_path), *author, *arguments], check=True, capture_output=True)
+
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "x")
+    (tmp_path / "notes.txt").write_text("not of the code\n")
+    clean = git_sha() or ""
+    assert len(clean) == 40
+    (tmp_path / "train.py").write_text("2\n")
+    assert git_sha() == f"{clean}-dirty"
+    git("add", ".")
+    assert git_sha() == f"{clean}-dirty"
+
+
 def test_to_plain_resolves_and_hides() -> None:
     cfg = OmegaConf.create({"a": 1, "b": "${a}", "pair": {"token": "hf_x"}, "keys": [{"api_key": "s"}]})
     assert to_plain(cfg) == {"a": 1, "b": 1, "pair": {"token": "***"}, "keys": [{"api_key": "***"}]}
