@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchmetrics import Metric
 
 from controller.calibration import (
@@ -250,7 +252,7 @@ class ControllerModule(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             return optimiser
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=max(int(steps), 1))
+        schedule = CosineOverFit(optimiser, T_max=max(int(steps), 1))
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @torch.no_grad()
@@ -279,6 +281,19 @@ class ControllerModule(LightningModule):
         metrics = self._compute(stage)
         self.log(f"{stage}/loss", metrics.pop(f"{stage}/loss"), prog_bar=stage != "test")
         self.log_dict(metrics)
+
+
+class CosineOverFit(CosineAnnealingLR):
+    """A cosine to zero at the end of this fit, which may be longer than the one whose state is restored."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        total = self.T_max
+        super().load_state_dict({**state_dict, "T_max": total})
+        if state_dict["T_max"] == total:
+            return  # as if never stopped, to the last bit
+        share = (1 + math.cos(math.pi * self.last_epoch / total)) / 2
+        for group, rate in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = rate * share
 
 
 def accept_rates(rows: Batch) -> tuple[Tensor, Tensor]:

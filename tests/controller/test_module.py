@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from controller.calibration import calibrate, inputs, reliability, survivor_events, width_events
@@ -144,6 +145,32 @@ def test_resumes_from_a_checkpoint_with_weights_only(data: TraceDataModule, tmp_
     assert resumed.global_step == 2 * steps and resumed.current_epoch == 2
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert all(name.startswith("net.") for name in state)
+
+
+class Rates(Callback):
+    """Keeps the learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("epochs", [2, 3, 6])
+def test_a_longer_fit_that_resumes_falls_to_zero_once(data: TraceDataModule, tmp_path: Path, epochs: int) -> None:
+    """From the rate that a fit of this length has where the shorter one ended, which had come down to 0 there."""
+    keep = ModelCheckpoint(tmp_path, monitor="val/loss", save_last=True)
+    trainer(tmp_path, 2, callbacks=[keep, short := Rates()]).fit(ControllerModule(**data.sizes), data)
+    total = epochs * len(data.train_dataloader())
+    cosine = [3e-3 * (1 + math.cos(math.pi * step / total)) / 2 for step in range(total)]
+    if epochs == 2:
+        assert short.seen == pytest.approx(cosine)
+        return
+    resumed = trainer(tmp_path, epochs, enable_checkpointing=False, callbacks=[rates := Rates()])
+    last = str(tmp_path / "last.ckpt")
+    resumed.fit(ControllerModule(**data.sizes), data, ckpt_path=last, weights_only=True)
+    assert rates.seen == pytest.approx(cosine[len(short.seen) :])
 
 
 def test_a_broken_loss_is_named(data: TraceDataModule, tmp_path: Path) -> None:
