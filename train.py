@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from lightning import Trainer, seed_everything
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, open_dict
 
@@ -64,7 +65,8 @@ def fit(cfg: DictConfig, directories: list[Path], checkpoint: dict[str, Any] | N
     check_checkpoint(checkpoint, module, cfg)
     with tracked(cfg, trains=True) as run:  # a crash closes it too
         loggers = build_loggers(cfg, run)
-        trainer: Trainer = instantiate(cfg.trainer, callbacks=build_all(cfg.callbacks), logger=loggers or False)
+        callbacks = [*build_all(cfg.callbacks), GoOn()]
+        trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
         started = time.perf_counter()
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
         seconds = time.perf_counter() - started
@@ -145,12 +147,26 @@ def check_checkpoint(checkpoint: dict[str, Any] | None, module: ControllerModule
             f"{cfg.ckpt_path} holds another network: {name} has shape {theirs.get(name, 'none')} there, "
             f"{ours.get(name, 'none')} here ({len(differs)} such entries). {_AGAIN}"
         )
-    epochs, limit = checkpoint["epoch"] + 1, cfg.trainer.get("max_epochs")
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    epochs, limit = progress["processed"], cfg.trainer.get("max_epochs")  # "epoch" differs after the end of a fit
     if limit is not None and 0 <= limit <= epochs:
         raise UserError(
             f"{cfg.ckpt_path} was trained for {epochs} epochs and trainer.max_epochs is {limit}: nothing is left to "
             "do. Raise trainer.max_epochs."
         )
+
+
+class GoOn(Callback):
+    """On resuming: this fit's patience holds, and the best epoch stays the best though it lies in another folder."""
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if state and isinstance(callback, EarlyStopping):
+                state["patience"] = callback.patience
+            elif state and isinstance(callback, ModelCheckpoint) and state["dirpath"] != callback.dirpath:
+                kept = Path(state["best_model_path"]).is_file()  # else the best epoch is one from here on
+                state |= {"dirpath": callback.dirpath, "last_model_path": ""} if kept else {}
 
 
 def build_loggers(cfg: DictConfig, run: Any | None) -> list[Logger]:

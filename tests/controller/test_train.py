@@ -82,6 +82,37 @@ def test_resumes(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists() and not (tmp_path / "d").exists()
 
 
+def state_of(checkpoint: dict[str, Any], callback: str) -> dict[str, Any]:
+    (state,) = [state for key, state in checkpoint["callbacks"].items() if key.startswith(callback)]
+    return dict(state)
+
+
+def test_resuming_keeps_the_best_epoch_and_takes_the_new_patience(tmp_path: Path) -> None:
+    train.main(config(tmp_path / "a", "trainer.max_epochs=1"))
+    path = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    last = torch.load(path, weights_only=True)
+    best = state_of(last, "ModelCheckpoint")["best_model_path"]
+    unbeaten = torch.tensor(-1.0)
+    for key, state in last["callbacks"].items():
+        if key.startswith("ModelCheckpoint"):
+            state |= {"best_k_models": {best: unbeaten}, "best_model_score": unbeaten, "kth_value": unbeaten}
+    torch.save(last, path)
+    resume = (f"ckpt_path={path}", "callbacks.early_stopping.patience=30")
+    train.main(config(tmp_path / "b", *resume))
+    path = tmp_path / "b" / "checkpoints" / "last.ckpt"
+    resumed = torch.load(path, weights_only=True)
+    assert state_of(resumed, "EarlyStopping")["patience"] == 30
+    assert state_of(resumed, "ModelCheckpoint")["best_model_path"] == best
+    assert not (tmp_path / "b" / "checkpoints" / "best.ckpt").exists()
+    first, second = (load_controller(tmp_path / name / "controller")[0].state_dict() for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(UserError, match="was trained for 2 epochs and"):
+        train.main(config(tmp_path / "c", f"ckpt_path={path}"))
+    Path(best).unlink()  # a best epoch that nobody has is none
+    train.main(config(tmp_path / "c", f"ckpt_path={path}", "trainer.max_epochs=3"))
+    assert (tmp_path / "c" / "checkpoints" / "best.ckpt").is_file()
+
+
 def test_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint at"):
         train.main(config(tmp_path, f"ckpt_path={tmp_path / 'absent.ckpt'}"))
