@@ -12,7 +12,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +72,8 @@ def fit(cfg: DictConfig, directories: list[Path], checkpoint: dict[str, Any] | N
         callbacks = [*build_all(cfg.callbacks), GoOn()]
         trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
         started = time.perf_counter()
-        trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        with interruptible(trainer, cfg):
+            trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
         seconds = time.perf_counter() - started
         load_best(trainer, module)
         loss = module.evaluate(data.rows["val"].columns)["val/loss"]
@@ -167,6 +172,33 @@ class GoOn(Callback):
             elif state and isinstance(callback, ModelCheckpoint) and state["dirpath"] != callback.dirpath:
                 kept = Path(state["best_model_path"]).is_file()  # else the best epoch is one from here on
                 state |= {"dirpath": callback.dirpath, "last_model_path": ""} if kept else {}
+
+
+@contextmanager
+def interruptible(trainer: Trainer, cfg: DictConfig) -> Iterator[None]:
+    """Let Ctrl-C out of a fit as KeyboardInterrupt, and say what is kept.
+
+    Lightning would exit with code 1, and ignore every further Ctrl-C.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        print(what_is_kept(trainer, cfg), file=sys.stderr)
+        raise KeyboardInterrupt from None
+
+
+def what_is_kept(trainer: Trainer, cfg: DictConfig) -> str:
+    """How to go on after an interrupted fit."""
+    last = getattr(trainer.checkpoint_callback, "last_model_path", "")
+    if not last or not Path(last).is_file():
+        return "No epoch of this fit is kept; the same command starts it again, with the traces that are there."
+    if cfg.rounds > 1:
+        return "A fit of several rounds is not resumed; the same command starts again, with the traces that are there."
+    return f"The best epoch so far is kept; the same command with ckpt_path={last} goes on from there."
 
 
 def build_loggers(cfg: DictConfig, run: Any | None) -> list[Logger]:

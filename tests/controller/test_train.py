@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from lightning import Callback, Trainer
 from omegaconf import DictConfig
 
 import train
@@ -111,6 +115,56 @@ def test_resuming_keeps_the_best_epoch_and_takes_the_new_patience(tmp_path: Path
     Path(best).unlink()  # a best epoch that nobody has is none
     train.main(config(tmp_path / "c", f"ckpt_path={path}", "trainer.max_epochs=3"))
     assert (tmp_path / "c" / "checkpoints" / "best.ckpt").is_file()
+
+
+class Interrupts(Callback):
+    """Ctrl-C in the first batch of an epoch, counted from 0."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.current_epoch == self.epoch:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "overrides", "sentence"),
+    [
+        (1, [], "The best epoch so far is kept; the same command with ckpt_path={last} goes on from there."),
+        (1, ["rounds=2"], "A fit of several rounds is not resumed; the same command starts again"),
+        (0, [], "No epoch of this fit is kept; the same command starts it again"),
+    ],
+)
+def test_an_interrupted_fit_says_how_to_go_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    epoch: int,
+    overrides: list[str],
+    sentence: str,
+) -> None:
+    target = f"{Interrupts.__module__}.Interrupts"
+    arguments = ["trainer.max_epochs=2", "callbacks.progress_bar=null", "logger=none", *overrides]
+    arguments += ["+trainer.enable_progress_bar=false", f"+callbacks.stop={{_target_: {target}, epoch: {epoch}}}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", f"paths.output_dir={tmp_path}", *arguments])
+    monkeypatch.chdir(tmp_path)
+    handler, root = signal.getsignal(signal.SIGINT), logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train.main()
+    finally:
+        root.handlers[:], root.level = handlers, level  # Hydra's do not outlive the test
+        after = signal.signal(signal.SIGINT, handler)
+    assert stop.value.code == 130 and after == handler  # the next Ctrl-C is heard
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2].startswith(sentence.format(last=last)) and lines[-1] == "interrupted"
+    assert not list(tmp_path.rglob("*controller*"))
+    if "ckpt_path" in sentence:
+        train.main(config(tmp_path / "again", f"ckpt_path={last}"))
+        assert load_controller(tmp_path / "again" / "controller")
 
 
 def test_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
