@@ -18,6 +18,7 @@ from rich.console import Console
 
 from controller import LearnedWidth
 from controller.compare import family_of, undominated
+from controller.knob import warn_of_other_controller, warn_of_shared_prompts
 from controller.network import load_controller
 from controller.report import (
     SCHEMA_VERSION,
@@ -29,7 +30,7 @@ from controller.report import (
     tuning_lines,
     write_report,
 )
-from controller.tracking import log_evaluation, tracked
+from controller.tracking import check_logger, log_evaluation, tracked
 from decoding import DecodingConfig, ModelPair, UserError, WidthPolicy
 from decoding.baselines import METHODS, Generate, Method, Settings, policy_method
 from decoding.costs import cost_table
@@ -59,6 +60,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     methods = dict(METHODS)
     # Before anything is loaded: settings that cannot be are refused.
     check_counts(cfg)
+    check_logger(cfg)
     chosen, config = chosen_policies(cfg), instantiate(cfg.decoding)
     rows = make_rows(chosen, methods | LEARNED_AXES, config, grid_of(cfg, config), cfg.references)
     candidates = tuning_rows(cfg, methods, config)
@@ -67,6 +69,9 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     with tracked(cfg) as run:
         pair: ModelPair = instantiate(cfg.pair)
         prompts, warmup = read_prompts(cfg, task, pair)
+        if cfg.learned.results is not None and cfg.controller_path is not None:
+            warn_of_shared_prompts(cfg.learned.results, task.describe(), [prompt.id for prompt in prompts])
+            warn_of_other_controller(cfg.learned.results, cfg.controller_path, trained, cfg.learned.quality)
         costs = cost_tables(cfg, pair, any(row.method in LEARNED_AXES for row in rows))
         for name, table in zip(LEARNED_AXES, costs.values(), strict=False):
             methods[name] = learned_method(cfg.controller_path, cfg.learned, table)

@@ -324,7 +324,7 @@ def results_page(results: Mapping[str, Any], with_calibration: bool = False) -> 
         f"# {source['pair']['name']} on {source['task']['name']}: {len(rows[0]['prompts'])} prompts",
         "",
         f"`python {' '.join(source['argv'])}`, {source['date']}, {where}, torch {source['versions'].get('torch')}, "
-        f"commit {(source['git_sha'] or 'unknown')[:12]}.",
+        f"commit {_short(source['git_sha'])}.",
         "",
         *([f"**{source['pair']['note']}**", ""] if source["pair"].get("note") else []),
         *_markdown(
@@ -352,6 +352,12 @@ def results_page(results: Mapping[str, Any], with_calibration: bool = False) -> 
     if with_calibration:
         lines += ["", f"![Calibration of the controller]({CALIBRATION})"]
     return "\n".join(lines) + "\n"
+
+
+def _short(sha: str | None) -> str:
+    """A commit's first digits, and whether there were changes besides."""
+    commit, dirty, _ = (sha or "unknown").partition("-dirty")
+    return commit[:12] + dirty
 
 
 _COMPARED = {"clock": "by the clock", "modelled": "by the table of latency", "also": "by the table of latency@also"}
