@@ -149,15 +149,15 @@ def test_an_interrupted_fit_says_how_to_go_on(
     arguments += ["+trainer.enable_progress_bar=false", f"+callbacks.stop={{_target_: {target}, epoch: {epoch}}}"]
     monkeypatch.setattr(sys, "argv", ["train.py", f"paths.output_dir={tmp_path}", *arguments])
     monkeypatch.chdir(tmp_path)
-    handler, root = signal.getsignal(signal.SIGINT), logging.getLogger()
+    before, root = signal.signal(signal.SIGINT, signal.default_int_handler), logging.getLogger()  # nohup ignores it
     handlers, level = root.handlers[:], root.level
     try:
         with pytest.raises(SystemExit) as stop:
             train.main()
     finally:
         root.handlers[:], root.level = handlers, level  # Hydra's do not outlive the test
-        after = signal.signal(signal.SIGINT, handler)
-    assert stop.value.code == 130 and after == handler  # the next Ctrl-C is heard
+        after = signal.signal(signal.SIGINT, before)
+    assert stop.value.code == 130 and after == signal.default_int_handler  # the next Ctrl-C is heard
     last = tmp_path / "checkpoints" / "last.ckpt"
     lines = capsys.readouterr().err.splitlines()
     assert lines[-2].startswith(sentence.format(last=last)) and lines[-1] == "interrupted"
