@@ -39,9 +39,8 @@ QUALITIES = {"regret": 1.0, "survivors": 0.0, "mixed": 0.5}  # share of the loss
 _NO_HIDDEN = np.zeros(0, np.float32), np.zeros(0, np.float32)
 # Settings that shape P and Q: a controller trained under others is used out of its element.
 _TRAINED_UNDER = (
-    *("mode", "temperature", "top_k", "top_p", "warp"),
-    *("replacement", "surplus", "refill", "one_beam_cache"),
-)
+    "mode", "temperature", "top_k", "top_p", "warp", "replacement", "surplus", "refill", "one_beam_cache",
+)  # fmt: skip
 
 
 class _Seen(NamedTuple):
