@@ -185,8 +185,8 @@ class LearnedWidth(WidthPolicy):
         trained = self.provenance.get("pair", {})
         if found.get("fingerprint") != trained.get("fingerprint"):
             raise UserError(
-                f"The controller was trained for the pair {_in_words(trained)}, not for {_in_words(found)}. Train one "
-                "with python train.py pair=..."
+                f"The controller was trained for the pair {_in_words(trained)}, not for {_in_words(found)}: other "
+                "weights, or an earlier version of this code. Train one with python train.py pair=..."
             )
 
     def check(self, config: DecodingConfig) -> None:
