@@ -165,7 +165,8 @@ def check_counts(cfg: DictConfig) -> None:
             continue  # all there are; none
         if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
             raise UserError(f"{name} is {value!r}; give a whole number of at least {smallest}.")
-    choosing = [name for name in ("results", "min_logprob_drop", "target_tokens_per_second") if cfg.learned[name]]
+    choices = ("results", "min_logprob_drop", "target_tokens_per_second")
+    choosing = [name for name in choices if cfg.learned[name] is not None]
     if choosing and cfg.grid.width_values:
         raise UserError(
             f"learned.{choosing[0]} chooses a width_value, and grid.width_values={to_plain(cfg.grid.width_values)} "

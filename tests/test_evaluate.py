@@ -191,7 +191,7 @@ def test_same_seed_same_texts(tmp_path: Path) -> None:
         (["tune.keep=0"], "tune.keep is 0"),
         (["tune.grids=[{widths: [4]}]"], "tune.grids holds {'widths': [4]}; give each as {policies:"),
         (["tune.grids=[{policies: [fixed], widths: 4}]"], "grid.widths is 4; give a list"),
-        (["grid.width_values=[1]", "learned.min_logprob_drop=0.1"], "give grid.width_values=[] to have it chosen"),
+        (["grid.width_values=[1]", "learned.min_logprob_drop=0"], "give grid.width_values=[] to have it chosen"),
         (["grid.widths=[9]"], "is less than target_width"),
     ],
 )
