@@ -33,16 +33,16 @@ from controller.report import (
 from controller.tracking import check_logger, log_evaluation, tracked
 from decoding import DecodingConfig, ModelPair, UserError, WidthPolicy
 from decoding.baselines import METHODS, Generate, Method, Settings, policy_method
-from decoding.costs import cost_table
+from decoding.choose import cost_table
+from decoding.cost_table import LatencyTable
 from decoding.entry import entry_point
-from decoding.latency import LatencyTable
 from decoding.measure import Measurement, Row, make_rows, run_rows, score
 from decoding.oracles import modelled_seconds
 from decoding.progress import RunProgress
 from decoding.provenance import provenance, to_plain
 from decoding.tasks.base import Prompt, Task
 
-_MEASURES_SECONDS = "decoding.latency.LatencyTable.measure"
+_MEASURES_SECONDS = ("decoding.seconds.measure_seconds", "decoding.latency.LatencyTable.measure")
 # Learned widths that plan for the device of `latency`, and for that of `latency@also`.
 LEARNED_AXES = dict.fromkeys(("learned", "learned_also"), Method(lambda *_: NotImplemented, ("width_value",)))
 
@@ -149,7 +149,7 @@ def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> dict[st
     if pair.draft is None or not asked:
         return {}
     objective = cfg.learned.objective
-    measures_seconds = cfg.latency.get("_target_") == _MEASURES_SECONDS  # what it does by default
+    measures_seconds = cfg.latency.get("_target_") in _MEASURES_SECONDS  # what it does by default
     given = None if objective == "joules" and measures_seconds else instantiate(cfg.latency)
     tables = {"modelled": cost_table(pair, given, objective)}
     return tables | ({"also": cost_table(pair, instantiate(cfg.also))} if cfg.get("also") else {})

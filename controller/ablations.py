@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.compare import speed_at
+from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.errors import UserError
-from decoding.latency import LatencyTable
-from decoding.pricing import iteration_seconds
 
 FloatArray = NDArray[np.float64]
 RESAMPLES = 2000

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from controller import kernels
 from controller.kernels import Context, CostTable, Decision, FloatVector, Packed
 from controller.network import HostNet
 from decoding.config import DecodingConfig
-from decoding.pricing import Costs, iteration_seconds
+from decoding.cost_table import Costs, iteration_seconds
 from decoding.sampling import FloatArray
 from decoding.widths import LayerRecord
 
@@ -31,27 +30,6 @@ _SPIKE = 2.0  # times what an iteration should take, beyond which the clock saw 
 _STRANGEST = 5.0  # times the table's, as far as its seconds can be from the clock's
 _TABLE = 512  # node counts whose seconds are looked up; larger forests count as this
 _NOTHING = np.zeros((0, 0))
-
-
-@dataclass(frozen=True)
-class UnitCosts:
-    """Costs in units of one target pass, for when nothing has been measured."""
-
-    draft_base: float = 0.25
-    target_base: float = 1.0
-    per_node: float = 0.01
-
-    def draft_seconds(self, nodes: float) -> float:
-        """Affine in the nodes."""
-        return self.draft_base + self.per_node * nodes
-
-    def target_seconds(self, nodes: float) -> float:
-        """Affine in the nodes."""
-        return self.target_base + self.per_node * nodes
-
-    def host_seconds(self, layers: int) -> float:
-        """None."""
-        return 0.0
 
 
 class Prediction(NamedTuple):
@@ -214,9 +192,9 @@ class Planner:
         self.costs, self.width_value = costs, width_value
         nodes = range(_TABLE)
         self._table = CostTable(
-            np.array([costs.draft_seconds(n) for n in nodes], dtype=float),
-            np.array([costs.target_seconds(n) for n in nodes], dtype=float),
-            float(costs.host_seconds(1) - costs.host_seconds(0)),
+            np.array([costs.draft_cost(n) for n in nodes], dtype=float),
+            np.array([costs.target_cost(n) for n in nodes], dtype=float),
+            float(costs.host_cost(1) - costs.host_cost(0)),
         )
         self._packed = tuple(self._table)
 
@@ -263,9 +241,9 @@ class Planner:
         return plan, Prediction(at_least, loss)
 
     def seconds(self, widths: Sequence[int], roots: int) -> float:
-        """`pricing.iteration_seconds` from this planner's own tables."""
+        """`cost_table.iteration_seconds` from this planner's own tables."""
         draft, target = self._table.draft, self._table.target
-        above, last, spent = roots, _TABLE - 1, self.costs.host_seconds(len(widths))
+        above, last, spent = roots, _TABLE - 1, self.costs.host_cost(len(widths))
         for width in widths:
             spent += draft[min(above, last)]
             above = width

@@ -22,14 +22,12 @@ from controller.planner import (
     Planner,
     Prediction,
     Throughput,
-    UnitCosts,
     kept_width,
     settles_alone,
 )
 from decoding.config import DecodingConfig
+from decoding.cost_table import Costs, LatencyTable, UnitCosts
 from decoding.errors import UserError
-from decoding.latency import LatencyTable
-from decoding.pricing import Costs
 from decoding.sampling import Distribution, FloatArray
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
 
@@ -415,7 +413,7 @@ def _costs(latency: Costs | dict[str, Any] | str | Path | None) -> Costs:
     if isinstance(latency, str | Path):
         return LatencyTable.load(latency)
     costs = LatencyTable.from_dict(latency) if isinstance(latency, dict) else latency
-    if not all(hasattr(costs, name) for name in ("draft_seconds", "target_seconds", "host_seconds")):
+    if not all(hasattr(costs, name) for name in ("draft_cost", "target_cost", "host_cost")):
         raise UserError(f"latency is {latency!r}; give a LatencyTable, its dict, the path of its JSON, or None.")
     return costs
 

@@ -22,10 +22,10 @@ from rich.table import Table
 
 from controller.compare import LAST, OURS, STOP, comparisons, family_of, undominated
 from decoding.config import DecodingConfig
+from decoding.cost_table import Costs
 from decoding.files import json_bytes, write_whole
 from decoding.measure import REFERENCE_METHODS, Measurement, Row
 from decoding.oracles import hindsight_seconds, modelled_seconds
-from decoding.pricing import Costs
 
 SCHEMA_VERSION = 1
 PHASES = ("prompt", "draft", "target", "verify", "policy", "other")

@@ -27,15 +27,15 @@ from controller.features import known
 from controller.network import WidthNet
 from controller.planner import settles_alone
 from controller.policy import LearnedWidth
+from decoding.choose import cost_table
 from decoding.config import DecodingConfig
-from decoding.costs import cost_table
+from decoding.cost_table import Costs, iteration_seconds
 from decoding.decoder import DSBDDecoder
 from decoding.entry import entry_point
 from decoding.errors import UserError
 from decoding.files import write_whole
 from decoding.measure import prompt_stream
 from decoding.pair import ModelPair
-from decoding.pricing import Costs, iteration_seconds
 from decoding.progress import RunProgress
 from decoding.sampling import FloatArray, IntArray
 from decoding.tasks.base import Prompt, Task

@@ -1,8 +1,4 @@
-"""Which table of costs to plan with: measured, kept, modelled or given. And the command that shows it.
-
-python -m decoding.latency pair=...              seconds, measured or kept
-python -m decoding.latency pair=... latency=joules
-"""
+"""Which table of costs to plan with: measured here, kept, modelled or given."""
 
 from __future__ import annotations
 
@@ -10,15 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig
-
-from decoding.energy import measure_joules
-from decoding.entry import entry_point
+from decoding.checks import choice
+from decoding.cost_table import UNITS, LatencyTable
 from decoding.errors import UserError
-from decoding.files import json_bytes, write_whole
-from decoding.latency import BUSY, UNITS, LatencyTable
+from decoding.joules import measure_joules
 from decoding.pair import ModelPair
+from decoding.seconds import measure_seconds
 
 Given: TypeAlias = LatencyTable | Mapping[str, Any] | str | Path | Callable[[ModelPair], LatencyTable]
 
@@ -35,10 +28,10 @@ def cost_table(pair: ModelPair, latency: Given | None = None, objective: str | N
     Raises:
         UserError: a table that cannot be read, or that is in another unit than the objective; what cannot be measured.
     """
-    if objective not in (None, *UNITS):
-        raise UserError(f"objective is {objective!r}; choose one of {', '.join(UNITS)}.")
+    if objective is not None:
+        choice("objective", objective, UNITS)
     if latency is None:
-        return measure_joules(pair) if objective == "joules" else LatencyTable.measure(pair)
+        return measure_joules(pair) if objective == "joules" else measure_seconds(pair)
     if isinstance(latency, str | Path):
         table = LatencyTable.load(latency)
     elif isinstance(latency, Mapping):
@@ -57,38 +50,3 @@ def cost_table(pair: ModelPair, latency: Given | None = None, objective: str | N
             "such as python -m decoding.latency makes."
         )
     return table
-
-
-@entry_point("latency")
-def main(cfg: DictConfig) -> LatencyTable:
-    """Print the table that conf/latency.yaml describes, write it where `output` says, and return it."""
-    made = instantiate(cfg.latency)
-    table: LatencyTable = made(instantiate(cfg.pair)) if callable(made) else made  # a modelled one needs no pair
-    print(described(table))
-    if cfg.output is not None:
-        path = Path(cfg.output)
-        try:
-            write_whole(path, json_bytes(table.to_dict()))
-        except OSError as error:
-            raise UserError(
-                f"output is {str(path)!r}, which cannot be written ({error}); give another file."
-            ) from error
-        print(f"table: {path}")
-    return table
-
-
-def described(table: LatencyTable) -> str:
-    """A table in a few lines of text."""
-    scale, unit = (1000, "ms") if table.unit == "seconds" else (1, "joules")
-    about = [table.device, f"measured {table.measured}" if table.measured else "not measured here"]
-    about += [] if table.spread is None else [f"passes spread by {table.spread:.0%}"]
-    lines = ["; ".join(about), "", f"{'nodes':>5}  {f'target {unit}':>14}  {f'draft {unit}':>14}"]
-    for nodes, target, draft in zip(table.nodes, table.target, table.draft, strict=True):
-        lines.append(f"{nodes:>5}  {scale * target:>14.4g}  {scale * draft:>14.4g}")
-    iteration, layer = scale * table.iteration, scale * table.layer
-    lines += ["", f"host: {iteration:.3g} {unit} an iteration, {layer:.3g} {unit} a drafted layer"]
-    if table.file is not None:
-        lines.append(f"kept in {table.file}")
-    elif table.spread is not None and table.spread > BUSY:
-        lines.append("not kept: the machine was busy, measure again when it is not")
-    return "\n".join(lines)

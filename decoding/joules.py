@@ -1,4 +1,4 @@
-"""Joules of a stretch of work, from NVIDIA's total-energy counter (NVML); None where the machine cannot tell."""
+"""Joules of a pair's passes and of the board that waits for the host, by NVML, as a `LatencyTable`."""
 
 from __future__ import annotations
 
@@ -6,88 +6,19 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import torch
 
+from decoding.checks import number, whole
+from decoding.cost_table import NODE_COUNTS, LatencyTable
 from decoding.errors import UserError
-from decoding.latency import (
-    NODE_COUNTS,
-    ForestPasses,
-    LatencyTable,
-    check_measurable,
-    forest_passes,
-    kept_or,
-    now,
-    rising,
-    synthetic_prompt,
-)
+from decoding.meter import EnergyMeter
 from decoding.pair import ModelPair
-from decoding.table_cache import cache_key, device_name
+from decoding.passes import ForestPasses, check_draft, forest_passes, rising, synthetic_prompt
+from decoding.seconds import measure_seconds
+from decoding.store import cache_key, device_name, kept_or, timestamp
 
 _WARM_UP = 3  # passes of each size before they are counted
-
-
-class EnergyMeter:
-    """Measures the energy that one GPU takes between entry and exit of a `with` block.
-
-    The counter covers the whole board, other processes included, and moves in steps of some 20 to 100
-    milliseconds: measure windows much longer than that, or sum many.
-
-    Args:
-        device: the torch device that works; anything but CUDA gives None.
-
-    Attributes:
-        joules: of the last window, or None.
-    """
-
-    def __init__(self, device: torch.device | str = "cuda") -> None:
-        self.joules: float | None = None
-        self._device = torch.device(device)
-        self._nvml, self._handle = _open(self._device)
-
-    def __enter__(self) -> EnergyMeter:
-        self._before = self._millijoules()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        after = self._millijoules()
-        known = self._before is not None and after is not None
-        self.joules = (after - self._before) / 1000 if known else None  # type: ignore[operator]
-
-    @property
-    def available(self) -> bool:
-        """Whether this machine can tell."""
-        return self._millijoules() is not None
-
-    def _millijoules(self) -> int | None:
-        if self._handle is None:
-            return None
-        torch.cuda.synchronize(self._device)
-        try:
-            return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
-        except self._nvml.NVMLError:
-            return None
-
-
-def _open(device: torch.device) -> tuple[Any, Any]:
-    """(pynvml, handle of the device), or (None, None)."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None, None
-    try:
-        import pynvml
-    except ImportError:
-        return None, None
-    try:
-        pynvml.nvmlInit()
-        # CUDA_VISIBLE_DEVICES renumbers devices for torch but not for NVML; the UUID is the same for both.
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
-    except (pynvml.NVMLError, AttributeError):
-        return None, None
 
 
 def measure_joules(
@@ -102,20 +33,20 @@ def measure_joules(
 
     Joules of the whole board, nothing subtracted: that is what is paid for. Passes of one size are repeated until a
     window is over, because the counter moves in steps. The host's joules are the watts that the board takes idle, right
-    after the passes, times the host's seconds. Kept and read as `LatencyTable.measure` keeps its tables.
+    after the passes, times the host's seconds. Kept and read as `measure_seconds` keeps its tables.
 
     Args:
         pair: on an NVIDIA GPU.
-        prompt_tokens, cache_dir, fresh: as for `LatencyTable.measure`.
+        prompt_tokens, cache_dir, fresh: as for `measure_seconds`.
         window_seconds: of each size, model, and of waiting; much longer than the counter's step (0.1 seconds at most).
         meter: makes what measures a window on a device.
 
     Raises:
         UserError: a machine that cannot tell joules, or a pair without a draft.
     """
-    check_measurable(pair, prompt_tokens=prompt_tokens)
-    if isinstance(window_seconds, bool) or not isinstance(window_seconds, int | float) or not window_seconds > 0:
-        raise UserError(f"window_seconds is {window_seconds!r}; give a number above 0 (1 suits NVIDIA's counter).")
+    check_draft(pair)
+    prompt_tokens = whole("prompt_tokens of a latency table", prompt_tokens, least=1)
+    number("window_seconds", window_seconds, above=0, hint="1 suits NVIDIA's counter")
     window = meter(pair.device)
     if not window.available:
         raise _cannot_tell(pair)
@@ -123,7 +54,7 @@ def measure_joules(
 
     @torch.inference_mode()
     def measure() -> LatencyTable:
-        seconds = LatencyTable.measure(pair, prompt_tokens, cache_dir=cache_dir, fresh=fresh)  # checks passes, too
+        seconds = measure_seconds(pair, prompt_tokens, cache_dir=cache_dir, fresh=fresh)  # checks passes, too
         prompt = synthetic_prompt(pair, prompt_tokens)
 
         def in_window(work: Callable[[], object]) -> tuple[float, float]:
@@ -139,7 +70,7 @@ def measure_joules(
             watts * seconds.iteration,
             watts * seconds.layer,
             unit="joules",
-            measured=now(),
+            measured=timestamp(),
         )
 
     return kept_or(measure, key, cache_dir, fresh)

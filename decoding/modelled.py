@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from decoding.errors import UserError
+from decoding.checks import number
+from decoding.cost_table import NODE_COUNTS, LatencyTable
 from decoding.inflate import Shape, shape_of
-from decoding.latency import NODE_COUNTS, LatencyTable
 
 
 def modelled(
@@ -47,17 +46,15 @@ def modelled(
         UserError: unknown sizes, or numbers that no device can have.
     """
     for name, value, least, most in (
-        ("bytes_per_second", bytes_per_second, 1, math.inf),
-        ("flop_per_second", flop_per_second, 1, math.inf),
+        ("bytes_per_second", bytes_per_second, 1, None),
+        ("flop_per_second", flop_per_second, 1, None),
         ("bandwidth_share", bandwidth_share, 1e-6, 1),
         ("compute_share", compute_share, 1e-6, 1),
         ("bytes_per_weight", bytes_per_weight, 1, 8),
-        ("context_tokens", context_tokens, 0, math.inf),
-        ("launch", launch, 0, math.inf),
+        ("context_tokens", context_tokens, 0, None),
+        ("launch", launch, 0, None),
     ):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-            ends = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
-            raise UserError(f"{name} of a modelled device is {value!r}; give a number {ends}.")
+        number(f"{name} of a modelled device", value, least, most)
 
     def seconds(shape: Shape, nodes: int) -> float:
         weights = pass_weights(shape)

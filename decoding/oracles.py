@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from decoding.config import DecodingConfig
+from decoding.cost_table import Costs, iteration_seconds
 from decoding.decoder import DSBDDecoder, Prompts, as_token_lists
 from decoding.errors import UserError
 from decoding.forest import TokenForest
 from decoding.pair import ModelPair, end_tokens
-from decoding.pricing import Costs, iteration_seconds
 from decoding.results import DecodeResult, DecodeStats, LayerEvent
 from decoding.sampling import Dice, IntArray
 from decoding.widths import TargetContext, WidthPolicy

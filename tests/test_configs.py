@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from decoding import DecodingConfig, EntropyWidth, FixedWidth, GapWidth, MassWidth, RandomWidth, ThresholdWidth
@@ -113,6 +113,20 @@ def test_commands_in_comments_compose(where: str, command: str, given: tuple[str
     if command in ("evaluate", "room"):  # as their entry points rename it
         settings = [re.sub(r"^controller=", "controller_path=", text) for text in settings]
     check_settings(composed(command, *settings), composed(command))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoding.latency.LatencyTable.measure",
+        "decoding.latency.LatencyTable.load",
+        "decoding.energy.measure_joules",
+        "decoding.device_model.modelled",
+    ],
+)
+def test_older_names_in_configs_are_found(name: str) -> None:
+    """Users' own configs name what has moved since."""
+    assert callable(get_method(name))
 
 
 def test_decoding_lists_every_field() -> None:

@@ -19,12 +19,11 @@ from controller.planner import (
     Pace,
     Planner,
     Throughput,
-    UnitCosts,
     kept_width,
     settles_alone,
 )
 from decoding import DecodingConfig, DSBDDecoder, RandomWidth
-from decoding.pricing import iteration_seconds
+from decoding.cost_table import UnitCosts, iteration_seconds
 from decoding.results import LayerEvent
 from decoding.sampling import FloatArray
 from tests.controller.synthetic import CONFIG
@@ -141,7 +140,7 @@ def below(
     for layer in layers:
         passed *= outlook.passing(layer)
         gained += passed * outlook.left * outlook.earned
-        seconds += costs.draft_seconds(parents) + costs.target_seconds(nodes + width) - costs.target_seconds(nodes)
+        seconds += costs.draft_cost(parents) + costs.target_cost(nodes + width) - costs.target_cost(nodes)
         nodes, parents = nodes + width, width
         if reach * gained - rate * seconds > best:
             best, promised = reach * gained - rate * seconds, gained
@@ -197,7 +196,7 @@ def test_chosen_pair_is_the_best_of_all_pairs(surplus: str, refill: str) -> None
             passing = min(1.0, at_least[m] * outlook.correction)
             now = worth(m, counts, predicted.loss, outlook.earned, value, config)
             now += (passing - at_least[m]) * outlook.earned
-            seconds = costs.target_seconds(8 + w) - costs.target_seconds(8)
+            seconds = costs.target_cost(8 + w) - costs.target_cost(8)
             # Layers 2 and 3 would be as wide as can be.
             more, promised = below(costs, outlook, rate, reach * passing, range(2, 4), 8 + 6, 6, w)
             return reach * now - rate * seconds + more, promised
@@ -306,7 +305,7 @@ def test_final_width_is_the_best_of_all() -> None:
         )
         loss, rate, value = random_losses(rng, most + int(rng.integers(3))), rng.exponential(), rng.exponential()
         price = {
-            m: value * loss[m] + rate * (costs.target_seconds(m) + (costs.draft_seconds(m) if depth else 0.0))
+            m: value * loss[m] + rate * (costs.target_cost(m) + (costs.draft_cost(m) if depth else 0.0))
             for m in range(config.min_width, most + 1)
         }
         chosen = Planner(costs, value).cheapest_width(loss, config, rate)
@@ -465,9 +464,9 @@ def test_a_further_layer_pays_if_any_depth_that_begins_with_it_does() -> None:
 def test_throughput_starts_at_the_table_and_follows_what_happens() -> None:
     costs = UnitCosts()
     expected = Throughput.expected(costs, CONFIG)
-    seconds = costs.draft_seconds(4) + 2 * costs.draft_seconds(6) + costs.target_seconds(4 + 18)
+    seconds = costs.draft_cost(4) + 2 * costs.draft_cost(6) + costs.target_cost(4 + 18)
     assert expected.rate == pytest.approx((1 + 0.6 + 0.36 + 0.216) / seconds)
-    assert iteration_seconds(costs, [], 4) == costs.target_seconds(4)
+    assert iteration_seconds(costs, [], 4) == costs.target_cost(4)
     for _ in range(1000):
         expected.update(3, 2.0)
     assert expected.rate == pytest.approx(1.5, rel=1e-6)

@@ -17,8 +17,7 @@ from controller.features import ContextFeatures, known
 from controller.network import save_controller
 from controller.policy import MODES, QUALITIES
 from decoding import DecodingConfig, UserError
-from decoding.latency import LatencyTable
-from decoding.pricing import iteration_seconds
+from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.widths import DraftContext, IterationRecord, LayerRecord
 from tests.controller.synthetic import CONFIG, H_P, H_Q, PAIR, draft_context, target_context
 

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, open_dict
 
 from controller import room
 from controller.counts import count_table, tails
-from controller.planner import UnitCosts
 from controller.room import DeepWidth, Iteration, candidates, compare, earnings, room_table, rules
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
+from decoding.cost_table import UnitCosts
 from decoding.entry import CONF_DIR
 from decoding.oracles import modelled_seconds, passed_layers
 from decoding.widths import IterationRecord, LayerRecord

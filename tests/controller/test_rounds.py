@@ -20,9 +20,8 @@ from controller.network import WidthNet, load_controller
 from controller.report import calibration_curves
 from decoding import UserError
 from decoding.collect import _describe
+from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.entry import CONF_DIR
-from decoding.latency import LatencyTable
-from decoding.pricing import iteration_seconds
 from decoding.traces import read_manifest
 from tests.controller.synthetic import CONFIG, PAIR, write_traces
 from tests.controller.test_data import rewrite

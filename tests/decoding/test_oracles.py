@@ -168,9 +168,9 @@ def test_passed_layers_are_those_that_the_decoder_recorded(case: str, policy: Wi
 
 
 def by_hand(costs: Costs, roots: int, widths: list[int]) -> float:
-    seconds, above = costs.host_seconds(len(widths)) + costs.target_seconds(roots + sum(widths)), roots
+    seconds, above = costs.host_cost(len(widths)) + costs.target_cost(roots + sum(widths)), roots
     for width in widths:
-        seconds, above = seconds + costs.draft_seconds(above), width
+        seconds, above = seconds + costs.draft_cost(above), width
     return seconds
 
 
