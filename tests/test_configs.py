@@ -16,7 +16,8 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from decoding import DecodingConfig, EntropyWidth, FixedWidth, GapWidth, MassWidth, RandomWidth, ThresholdWidth
-from decoding.entry import CONF_DIR, build_all, check_settings
+from decoding.entry import CONF_DIR, build_all
+from decoding.settings import check_settings
 
 COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency", "room")
 GLOBAL = ("experiment", "debug", "sweep")  # set values of other groups; each is for the commands that it names

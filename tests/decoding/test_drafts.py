@@ -18,9 +18,10 @@ from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, UserEr
 from decoding.collect import ensure_traces
 from decoding.cost_table import LatencyTable
 from decoding.drafts import DraftScorer
-from decoding.entry import CONF_DIR, check_settings
+from decoding.entry import CONF_DIR
 from decoding.lookup import NgramScorer
 from decoding.scorer import ForestScorer
+from decoding.settings import check_settings
 from tests.decoding.stubs import small_llama
 from tests.decoding.test_bench import config as bench_config
 from tests.decoding.test_bench import read
