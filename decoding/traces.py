@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, List, Value
 
-from decoding.acceptance import accept_probabilities, accepted_count_table, align
+from decoding.acceptance import align
+from decoding.closed_form import accept_probabilities, accepted_count_table
 from decoding.errors import UserError
 from decoding.files import write_whole
 from decoding.forest import TokenForest

@@ -20,7 +20,7 @@ from controller.counts import (
     tails,
 )
 from controller.module import regret_rates, survivor_rates
-from decoding.acceptance import accepted_count_table
+from decoding.closed_form import accepted_count_table
 
 WIDTH = 5
 

@@ -21,7 +21,8 @@ from controller import kernels
 from controller.counts import count_table, tails
 from controller.kernels import CostTable, Prospect, Rules
 from controller.policy import MODES
-from decoding.acceptance import accept_probabilities, accepted_count_table, align
+from decoding.acceptance import align
+from decoding.closed_form import accept_probabilities, accepted_count_table
 from decoding.sampling import FloatArray, Joint
 
 needs_numba = pytest.mark.skipif(not kernels.COMPILED, reason="numba is not installed, or disabled")
