@@ -71,7 +71,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         prompts, warmup = read_prompts(cfg, task, pair)
         if cfg.learned.results is not None and cfg.controller_path is not None:
             warn_of_shared_prompts(cfg.learned.results, task.describe(), [prompt.id for prompt in prompts])
-            warn_of_other_controller(cfg.learned.results, cfg.controller_path, trained, cfg.learned.quality)
+            warn_of_other_controller(cfg.learned.results, cfg.controller_path, trained)
         costs = cost_tables(cfg, pair, any(row.method in LEARNED_AXES for row in rows))
         for name, table in zip(LEARNED_AXES, costs.values(), strict=False):
             methods[name] = learned_method(cfg.controller_path, cfg.learned, table)

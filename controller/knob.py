@@ -122,9 +122,9 @@ def warn_of_shared_prompts(
 
 
 def warn_of_other_controller(
-    results: str | Path | Mapping[str, Any], controller: str | Path, trained: Mapping[str, Any], quality: str
+    results: str | Path | Mapping[str, Any], controller: str | Path, trained: Mapping[str, Any]
 ) -> None:
-    """Warn where results seem to be of another controller, or of another `quality`, than the width_value is for.
+    """Warn where results seem to be of another controller than the width_value is for.
 
     They hold the controller's path, not its weights: one that was trained again in the same place is told by its date.
 
@@ -132,24 +132,20 @@ def warn_of_other_controller(
         results: that `choose_width_value` reads.
         controller: directory or hub id that is loaded now.
         trained: what `load_controller` returned with it.
-        quality: of `LearnedWidth`, now.
 
     Raises:
         UserError: no such results.
     """
     source = _read(results).get("provenance", {})
     then, date = source.get("controller"), trained.get("date")
-    learned = source.get("config", {}).get("learned", {})
-    differs = []
+    differs = None
     if then is not None and Path(then).expanduser().resolve() != Path(controller).expanduser().resolve():
-        differs.append(f"of the controller {str(then)!r}, not {str(controller)!r}")
+        differs = f"of the controller {str(then)!r}, not {str(controller)!r}"
     elif date is not None and source.get("date") is not None and date > source["date"]:
-        differs.append(f"of {source['date']}, before the controller {str(controller)!r} was trained ({date})")
-    if learned.get("quality") not in (None, quality):
-        differs.append(f"of quality={learned['quality']}, not {quality}")
-    if differs:
+        differs = f"of {source['date']}, before the controller {str(controller)!r} was trained ({date})"
+    if differs is not None:
         warnings.warn(
-            f"{_name_of(results)} are {' and '.join(differs)}, and width_value is chosen by them: it may give another "
+            f"{_name_of(results)} are {differs}, and width_value is chosen by them: it may give another "
             "speed and quality here. Evaluate this controller with several grid.width_values.",
             stacklevel=2,
         )

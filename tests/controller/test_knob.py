@@ -135,8 +135,8 @@ def test_from_a_file_and_into_a_policy(tmp_path: Path) -> None:
     path.write_text(json.dumps(results()))
     save_controller(network(), controller, provenance())
     assert choose_width_value(path, target_tokens_per_second=200.0) == pytest.approx(10.0)
-    learned = LearnedWidth.load(controller, results=str(path), target_tokens_per_second=200.0, mode="after")
-    assert learned.width_value == pytest.approx(10.0) and learned.mode == "after"
+    learned = LearnedWidth.load(controller, results=str(path), target_tokens_per_second=200.0, clock="table")
+    assert learned.width_value == pytest.approx(10.0) and learned.clock == "table"
     assert LearnedWidth.load(controller, results=results(), min_logprob_drop=0.1).width_value == pytest.approx(100.0)
     for options, sentence in (
         ({"results": path, "min_logprob_drop": 0.1, "width_value": 3.0}, "width_value is 3.0 beside results, min_log"),
@@ -190,17 +190,14 @@ def test_other_prompts_are_not_warned_of(task: dict[str, Any], ids: list[str]) -
         warn_of_shared_prompts(with_provenance(), task, ids)
 
 
-def of_controller(path: str | None, quality: str = "mixed") -> dict[str, Any]:
-    learned = {"learned": {"quality": quality}}
-    return with_provenance(controller=path, date="2026-02-01T00:00:00+00:00", config=learned)
+def of_controller(path: str | None) -> dict[str, Any]:
+    return with_provenance(controller=path, date="2026-02-01T00:00:00+00:00")
 
 
 @pytest.mark.parametrize(
     ("found", "trained", "sentence"),
     [
         (of_controller("there"), {}, "are of the controller 'there', not 'here'"),
-        (of_controller("here", "regret"), {}, "are of quality=regret, not mixed"),
-        (of_controller("there", "regret"), {}, "of the controller 'there', not 'here' and of quality=regret"),
         (
             of_controller("here"),
             {"date": "2026-02-01T00:00:01+00:00"},
@@ -210,11 +207,11 @@ def of_controller(path: str | None, quality: str = "mixed") -> dict[str, Any]:
 )
 def test_results_of_another_controller_are_warned_of(found: Any, trained: dict[str, Any], sentence: str) -> None:
     with pytest.warns(UserWarning, match=sentence):
-        warn_of_other_controller(found, "here", trained, "mixed")
+        warn_of_other_controller(found, "here", trained)
 
 
 def test_results_of_this_controller_are_not_warned_of(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for found in (of_controller("here"), of_controller(str(Path.cwd() / "here")), of_controller(None), results()):
-            warn_of_other_controller(found, "here", {"date": "2026-01-31T00:00:00+00:00"}, "mixed")
+            warn_of_other_controller(found, "here", {"date": "2026-01-31T00:00:00+00:00"})

@@ -351,11 +351,11 @@ def test_a_policy_counts_by_what_is_in_its_files(tmp_path: Path):
         cfg.policy = {"_target_": "controller.LearnedWidth.load", **settings}
         return dict(_describe(cfg, make_pair(), SimpleFeatures())["policy"])
 
-    settings = {"path": str(tmp_path / "controller"), "latency": {"path": str(table)}, "mode": "after"}
+    settings = {"path": str(tmp_path / "controller"), "latency": {"path": str(table)}, "clock": "table"}
     weights.write_bytes(b"old")
     table.write_bytes(b"old")
     old = policy(**settings)
-    assert old["mode"] == "after" and str(tmp_path) not in str(old)
+    assert old["clock"] == "table" and str(tmp_path) not in str(old)
     weights.write_bytes(b"new")
     new = policy(**settings)
     assert new != old
