@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from controller.counts import (
+from controller.data import Batch
+from controller.losses import (
     bit_logits,
     censored,
     count_table,
@@ -19,7 +20,6 @@ from controller.counts import (
     survivor_nll,
     tails,
 )
-from controller.data import Batch
 from controller.network import WidthNet
 
 BINS = 15

@@ -10,7 +10,6 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
@@ -19,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from controller.kernels import LIMIT, EarlyWeights, FloatVector, LateWeights
 from decoding.errors import UserError
 
 FORMAT = "dsbd-controller"  # what config.json says it is
@@ -33,6 +31,7 @@ _CALIBRATED = (
     "regret_shift",
     "late_regret_shift",
 )
+LIMIT = 5.0  # standardised inputs are clipped here
 _BASES = 16  # patterns over (i, k) that a context can add to the accept logits
 _HIDDEN_BUDGET = 100_000  # parameters that one hidden vector's projection may cost
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -169,50 +168,6 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
     def parameter_count(self) -> int:
         """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-
-class HostNet:
-    """A WidthNet's weights for `controller.kernels`: one row at a time, at a fraction of the call overhead.
-
-    `early` and `late` have the fields of `EarlyWeights` and `LateWeights`.
-
-    Args:
-        net: its weights are copied; later changes to it are not seen.
-    """
-
-    def __init__(self, net: WidthNet) -> None:
-        def host(tensor: Tensor) -> FloatVector:
-            return np.ascontiguousarray(tensor.detach().float().cpu().numpy()).copy()
-
-        def linears(trunk: nn.Sequential) -> list[tuple[FloatVector, FloatVector]]:
-            found = [module for module in trunk if isinstance(module, nn.Linear)]
-            return [(host(linear.weight.T), host(linear.bias)) for linear in found]
-
-        def projection(linear: nn.Linear | None) -> FloatVector:
-            return host(linear.weight.T) if linear is not None else np.zeros((0, 0), np.float32)
-
-        def quality(survivor: nn.Linear, temperature: Tensor, regret: nn.Linear, shift: Tensor) -> Any:
-            weight = torch.cat([survivor.weight / temperature, regret.weight])  # [2 R - 1, hidden]
-            return host(weight.T), host(torch.cat([survivor.bias / temperature, regret.bias + shift]))
-
-        # The accept head and its basis are two linear maps in a row, and temperatures only scale: one map each.
-        accept = net.accept_basis.T / net.accept_temperature  # [W * W, bases]
-        bias = (accept @ net.accept_head.bias).view_as(net.accept_bias) + net.accept_bias / net.accept_temperature
-        early = EarlyWeights(
-            host(net.feature_mean),
-            host(1.0 / net.feature_std),
-            projection(net.draft_projection),
-            projection(net.target_projection),
-            tuple(linears(net.trunk)),
-            host((accept @ net.accept_head.weight).T),
-            host(bias),
-            *quality(net.survivor_head, net.survivor_temperature, net.regret_head, net.regret_shift),
-        )
-        late = net.late_survivor_head, net.late_survivor_temperature, net.late_regret_head, net.late_regret_shift
-        layers = (*linears(net.late_trunk), quality(*late))
-        # Plain tuples, as the kernels take them: numba works out the type of a named one anew each time.
-        self.early = tuple(early)
-        self.late = tuple(LateWeights(host(net.late_mean), host(1.0 / net.late_std), layers))
 
 
 def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, Any]) -> Path:

@@ -11,23 +11,18 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from controller import kernels
-from controller.features import ContextFeatures, FloatVector, check_features, hidden_vectors, known
-from controller.kernels import Decision, Packed
+from controller.experience import Outlook, Pace, Throughput
+from controller.features import ContextFeatures, Packed, check_features, hidden_vectors, known
+from controller.host import HostNet
 from controller.knob import choose_width_value
-from controller.network import HostNet, WidthNet, load_controller
-from controller.planner import (
-    Outlook,
-    Pace,
-    Planner,
-    Throughput,
-    kept_width,
-    settles_alone,
-)
+from controller.network import WidthNet, load_controller
+from controller.plan import Decision, Planner, kept_width, settles_alone
+from decoding.arrays import FloatArray, FloatVector
+from decoding.compiled import COMPILED
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, LatencyTable, UnitCosts
 from decoding.errors import UserError
-from decoding.sampling import Distribution, FloatArray
+from decoding.sampling import Distribution
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
 
 CLOCKS = ("wall", "table")
@@ -318,7 +313,7 @@ class LearnedWidth(WidthPolicy):
 
     def _compile(self) -> None:
         """Ask everything once, so that no prompt waits for numba: 20 seconds on a new machine, then a blink."""
-        if not kernels.COMPILED:
+        if not COMPILED:
             return
         config, outlook, sizes = DecodingConfig(target_width=1, draft_width=1), Outlook(), self.net.sizes
         vectors = np.zeros(sizes["draft_hidden"], np.float32), np.zeros(sizes["target_hidden"], np.float32)
@@ -354,7 +349,7 @@ def _in_words(pair: dict[str, Any]) -> str:
 
 
 def _entries(joint: Distribution) -> Packed:
-    """A joint distribution for the kernels: parents, tokens and probabilities."""
+    """A joint distribution for a plan: parents, tokens and probabilities."""
     return joint.parents, joint.tokens, joint.probs
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from controller import LearnedWidth, WidthNet
+from controller.experience import Throughput
 from controller.features import ContextFeatures
-from controller.planner import Throughput
 from decoding import DecodeResult, DecodingConfig, DSBDDecoder, ModelPair
 from decoding.cost_table import UnitCosts, iteration_seconds
 from decoding.forest import TokenForest

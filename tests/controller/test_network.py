@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from controller import kernels
-from controller.network import _CALIBRATED, CONFIG, WEIGHTS, HostNet, WidthNet, load_controller, save_controller
+from controller.features import NAMES, TARGET_NAMES
+from controller.host import EarlyWeights, HostNet, LateWeights, early, late
+from controller.network import _CALIBRATED, CONFIG, WEIGHTS, WidthNet, load_controller, save_controller
 from decoding.errors import UserError
 
 PROVENANCE = {"features": {"version": 2, "names": ["a", "b", "c"]}, "pair": {"name": "x"}, "decoding": {}}
@@ -35,7 +36,7 @@ def net(**changes: int) -> WidthNet:
 
 @pytest.mark.parametrize(("draft_hidden", "target_hidden"), [(0, 0), (128, 256), (2048, 8192)])
 def test_small_whatever_the_pair(draft_hidden: int, target_hidden: int) -> None:
-    made = WidthNet(24, 32, 16, draft_hidden, target_hidden, 36)
+    made = WidthNet(len(NAMES), 32, 16, draft_hidden, target_hidden, len(TARGET_NAMES))
     assert made.parameter_count() <= 300_000
 
 
@@ -89,10 +90,10 @@ def test_early_heads_do_not_see_p_and_late_ones_see_nothing_else() -> None:
 
 def host_says(host: HostNet, row: list[torch.Tensor]) -> list[np.ndarray]:
     """Accept logits, and both qualities."""
-    *early, late = (vector.numpy() for vector in row)
+    *before, after = (vector.numpy() for vector in row)
     return [
-        *kernels.early(*early, kernels.EarlyWeights(*host.early)),
-        kernels.late(late, kernels.LateWeights(*host.late)),
+        *early(*before, EarlyWeights(*host.early)),
+        late(after, LateWeights(*host.late)),
     ]
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from controller import LearnedWidth, WidthNet, kernels
+from controller import LearnedWidth, WidthNet
 from controller.features import ContextFeatures, known
+from controller.host import foresee
 from controller.network import save_controller
 from decoding import DecodingConfig, UserError
 from decoding.cost_table import LatencyTable, iteration_seconds
@@ -103,7 +104,7 @@ def test_plans_go_by_what_the_network_says() -> None:
     rows = [torch.from_numpy(v)[None] for v in (*vectors, learned.features.of_target(context))]
     logits = learned.net(*rows)
     scene, hidden = learned.features.of_context(draft), (draft.draft_hidden, draft.root.target_hidden)
-    at_least, early_loss = kernels.foresee(scene, *hidden, learned._host.early, CONFIG.target_width)
+    at_least, early_loss = foresee(scene, *hidden, learned._host.early, CONFIG.target_width)
     assert at_least.shape == (7, 7)
     assert at_least[1, 1] == pytest.approx(logits.accept[0, 0, 0].sigmoid().item())
     early = (logits.survivor, logits.regret, early_loss)

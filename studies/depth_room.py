@@ -1,4 +1,4 @@
-"""How much is to be had from deciding the depth well: python -m controller.room controller=outputs/wide/controller
+"""How much is to be had from deciding the depth well: python -m studies.depth_room controller=outputs/wide/controller
 
 Prompts are decoded as deep as the config allows, at full draft width. What an iteration would have earned and cost, had
 it stopped drafting after d layers, is arithmetic then, and so is what rules give that know more and more of it.
@@ -21,11 +21,10 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from controller import kernels
-from controller.ablations import RESAMPLES, interval, markdown
 from controller.features import known
+from controller.host import foresee
 from controller.network import WidthNet
-from controller.planner import settles_alone
+from controller.plan import least_bearable, passing_chances, settles_alone
 from controller.policy import LearnedWidth
 from decoding.choose import cost_table
 from decoding.config import DecodingConfig
@@ -40,6 +39,7 @@ from decoding.progress import RunProgress
 from decoding.sampling import FloatArray, IntArray
 from decoding.tasks.base import Prompt, Task
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext
+from studies.ablations import RESAMPLES, interval, markdown
 
 THRESHOLDS = np.arange(20) / 20  # on a chance, above which a rule drafts a layer
 
@@ -115,8 +115,8 @@ class DeepWidth(LearnedWidth):
         config = context.root.config
         width = config.draft_width if config.replacement else min(config.draft_width, len(context.joint))
         scene, hidden = self.features.of_context(context), self._hidden(context)
-        at_least, loss = kernels.foresee(scene, *hidden, self._host.early, config.target_width)
-        asked = kernels.least_bearable(loss, self.width_value, self.bearable, config.min_width, config.target_width)
+        at_least, loss = foresee(scene, *hidden, self._host.early, config.target_width)
+        asked = least_bearable(loss, self.width_value, self.bearable, config.min_width, config.target_width)
         self._widths = (*self._widths, width)
         self._promised.append(float(at_least[width, asked]) if asked <= width else 0.0)
         return width
@@ -144,7 +144,7 @@ class DeepWidth(LearnedWidth):
         self._closed: list[float] = []
 
 
-@entry_point("room", renames={"controller": "controller_path"})
+@entry_point("depth_room", renames={"controller": "controller_path"})
 def main(cfg: DictConfig) -> list[Outcome]:
     """Decode, compare, print the table, write it where `output` says, and return what it is of."""
     if cfg.controller_path is None:
@@ -218,7 +218,7 @@ def compare(prompts: Sequence[Sequence[Iteration]], costs: Costs) -> list[Outcom
 def closed_form(context: TargetContext) -> FloatArray:
     """P(K_w >= M) of the layer's P and Q with replacement (design 5.3); [w + 1]."""
     p, q = ((joint.parents, joint.tokens, joint.probs) for joint in (context.target, context.draft.joint))
-    return kernels.renewed_counts(kernels.accept_chances(p[2], kernels.matched(p, q), context.draft_width))
+    return passing_chances(p, q, context.draft_width)
 
 
 def earnings(iterations: Sequence[Iteration], costs: Costs) -> tuple[FloatArray, FloatArray]:

@@ -12,11 +12,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 import train
-from controller import ablations
 from decoding import UserError
 from decoding.collect import _describe
 from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.entry import CONF_DIR
+from studies import ablations
 from tests.controller.synthetic import write_traces
 
 PAGE = (CONF_DIR.parent / "docs" / "ablations.md").read_text()

@@ -1,4 +1,4 @@
-"""Compare controllers trained with different settings: python -m controller.ablations outputs/ablation.
+"""Compare controllers trained with different settings: python -m studies.ablations outputs/ablation.
 
 Prints Markdown (docs/ablations.md): what each controller found under the folder scores on validation rows, and, of the
 results of evaluate.py found there, how fast its widths are without any clock: the policy's own time is left out.
