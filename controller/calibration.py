@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from controller.data import Batch
@@ -21,9 +20,9 @@ from controller.losses import (
     tails,
 )
 from controller.network import WidthNet
+from decoding.arrays import FloatArray
 
 BINS = 15
-FloatArray = NDArray[np.float64]
 _MANY = 1 << 30
 _WIDTH_GROUPS = (("1_2", 1, 2), ("3_5", 3, 5), ("6_up", 6, _MANY))
 _LAYER_GROUPS = (("1", 1, 1), ("2", 2, 2), ("3_up", 3, _MANY))

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.compare import speed_at
+from decoding.arrays import FloatArray
 from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.errors import UserError
 
-FloatArray = NDArray[np.float64]
 RESAMPLES = 2000
 _REFERENCE, _OURS = "beam_sample", "learned"
 _METRICS = ("count_explained", "late_regret_nll", "late_survivor_nll", "regret_nll", "survivor_nll")

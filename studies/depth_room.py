@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,8 @@ from controller.host import foresee
 from controller.network import WidthNet
 from controller.plan import least_bearable, passing_chances, settles_alone
 from controller.policy import LearnedWidth
+from decoding.arrays import FloatArray, IntArray
+from decoding.checks import number, whole
 from decoding.choose import cost_table
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, iteration_seconds
@@ -36,7 +37,6 @@ from decoding.files import write_whole
 from decoding.measure import prompt_stream
 from decoding.pair import ModelPair
 from decoding.progress import RunProgress
-from decoding.sampling import FloatArray, IntArray
 from decoding.tasks.base import Prompt, Task
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext
 from studies.ablations import RESAMPLES, interval, markdown
@@ -83,9 +83,7 @@ class DeepWidth(LearnedWidth):
     name = "deep"
 
     def __init__(self, net: WidthNet, provenance: dict[str, Any], bearable: float = 1.2) -> None:
-        number = isinstance(bearable, int | float) and not isinstance(bearable, bool)
-        if not number or not 0 < bearable < math.inf:
-            raise UserError(f"bearable is {bearable!r}; give a number above 0 (0.5 to 3 are worth trying).")
+        number("bearable", bearable, above=0, hint="0.5 to 3 are worth trying")
         # A token a nat: what a pass brings is what it can bear.
         super().__init__(net, provenance, width_value=1.0)
         self.bearable = bearable
@@ -183,8 +181,8 @@ def read_prompts(cfg: DictConfig, pair: ModelPair) -> list[Prompt]:
     split, skip, limit = cfg.prompts.split, cfg.prompts.skip, cfg.prompts.limit
     least = {"batch_size": 1, "prompts.skip": 0, "prompts.limit": 2}  # chosen on one half, measured on the other
     for name, value in zip(least, (cfg.batch_size, skip, limit), strict=True):
-        if value is not None and value < least[name]:
-            raise UserError(f"{name} is {value}; give a whole number of at least {least[name]}.")
+        if value is not None:
+            whole(name, value, least[name])
     task: Task = instantiate(cfg.data)
     prompts = task.prompts(split, None if limit is None else skip + limit, pair.tokenizer)[skip:]
     if len(prompts) < 2:
