@@ -401,9 +401,8 @@ def cheapest_width(
     return chosen
 
 
-_matched, _accept_probabilities, _accepted_count_table = map(
-    compiled, (matched, accept_probabilities, accepted_count_table)
-)
+_matched = compiled(matched)
+_accept_probabilities, _accepted_count_table = compiled(accept_probabilities), compiled(accepted_count_table)
 
 
 @compiled

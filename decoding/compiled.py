@@ -28,7 +28,7 @@ def compiled(function: Function) -> Function:
     import numba
 
     try:
-        made = numba.njit(cache=True, error_model="numpy")(function)
+        made: Any = numba.njit(cache=True, error_model="numpy")(function)
         made._cache._cache_file._source_stamp = _stamp(function)
     except RuntimeError:  # no directory that it could be kept in
         made = numba.njit(error_model="numpy")(function)
@@ -49,6 +49,6 @@ def _stamp(function: Any) -> tuple[tuple[int, int], ...]:
             if (inspect.isfunction(value) or inspect.isclass(value)) and value not in seen:
                 seen.add(value)
                 waiting.append(value)
-    files = {getattr(sys.modules.get(used.__module__), "__file__", None) for used in seen} - {None}
-    found = [os.stat(file) for file in sorted(files)]
+    files = {str(getattr(sys.modules.get(used.__module__), "__file__", None) or "") for used in seen}
+    found = [os.stat(file) for file in sorted(files) if file]
     return tuple((stat.st_mtime_ns, stat.st_size) for stat in found)
