@@ -410,7 +410,9 @@ def passing_chances(target_joint: Packed, draft_joint: Packed, draft_width: int)
     """P(K_w >= M) of P and Q in closed form; each is its parents, tokens and probabilities; [w + 1]."""
     shared = _matched(target_joint, draft_joint)
     counts = _accepted_count_table(_accept_probabilities(target_joint[2], shared, draft_width))[draft_width]
-    return np.minimum(counts[::-1].cumsum()[::-1], 1.0)
+    at_least = np.minimum(counts[::-1].cumsum()[::-1], 1.0)
+    at_least[0] = 1.0
+    return at_least
 
 
 # M of a layer in one call, with the L(k) that it was set by; of a `Target` and `LateWeights`.
