@@ -21,7 +21,6 @@ from controller.compare import family_of, undominated
 from controller.knob import warn_of_other_controller, warn_of_shared_prompts
 from controller.network import load_controller
 from controller.report import (
-    SCHEMA_VERSION,
     calibration_curves,
     compare_rows,
     comparison_lines,
@@ -40,6 +39,7 @@ from decoding.measure import Measurement, Row, make_rows, run_rows, score
 from decoding.oracles import modelled_seconds
 from decoding.progress import RunProgress
 from decoding.provenance import provenance, to_plain
+from decoding.results_file import SCHEMA_VERSION
 from decoding.tasks.base import Prompt, Task
 
 _MEASURES_SECONDS = "decoding.latency.LatencyTable.measure"

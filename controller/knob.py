@@ -7,7 +7,6 @@ two rows both are linear in the logarithm of width_value, in the value itself wh
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,15 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from decoding.errors import UserError
+from decoding.results_file import Results, name_of, read_results
 from decoding.sampling import FloatArray
 
-_SCHEMA_VERSION = 1  # of results.json; controller.report, which writes it, needs matplotlib
 _REFERENCE = "beam_sample"
 _ROUNDING = 1e-9  # nats
 
 
 def choose_width_value(
-    results: str | Path | Mapping[str, Any],
+    results: Results,
     *,
     min_logprob_drop: float | None = None,
     target_tokens_per_second: float | None = None,
@@ -51,7 +50,7 @@ def choose_width_value(
         UserError: both targets or none, no such results, no rows to read the answer from, or out of the table's reach.
     """
     _check_targets(min_logprob_drop, target_tokens_per_second)
-    rows = _read(results)["rows"]
+    rows = read_results(results)["rows"]
     learned = [row for row in rows if row["method"] == "learned" and "width_value" in row["settings"]]
     if not learned:
         raise UserError(
@@ -72,7 +71,7 @@ class MeasuredOn(NamedTuple):
     prompt_ids: frozenset[str]
 
 
-def measured_on(results: str | Path | Mapping[str, Any]) -> MeasuredOn:
+def measured_on(results: Results) -> MeasuredOn:
     """Which prompts the results of an evaluation were measured on.
 
     Args:
@@ -81,21 +80,19 @@ def measured_on(results: str | Path | Mapping[str, Any]) -> MeasuredOn:
     Raises:
         UserError: no such results, or none that say it.
     """
-    found = _read(results)
+    found = read_results(results)
     task = found.get("provenance", {}).get("task")
     prompts = [row.get("prompts") for row in found["rows"]]
     if not isinstance(task, Mapping) or "split" not in task or not all(isinstance(ids, list) for ids in prompts):
         raise UserError(
-            f"{_name_of(results)} do not say which prompts they were measured on; give what evaluate.py wrote, "
+            f"{name_of(results)} do not say which prompts they were measured on; give what evaluate.py wrote, "
             "unchanged."
         )
     ids = frozenset(prompt["prompt_id"] for row in found["rows"] for prompt in row["prompts"])
     return MeasuredOn({k: v for k, v in task.items() if k not in ("split", "prompts")}, task["split"], ids)
 
 
-def warn_of_shared_prompts(
-    results: str | Path | Mapping[str, Any], task: Mapping[str, Any], prompt_ids: Iterable[str]
-) -> None:
+def warn_of_shared_prompts(results: Results, task: Mapping[str, Any], prompt_ids: Iterable[str]) -> None:
     """Warn where a width_value chosen from results is to be measured on prompts of theirs: it was fitted to them.
 
     A task's prompts are told by their ids, those of a file only where its content is the same.
@@ -114,7 +111,7 @@ def warn_of_shared_prompts(
     shared = sum(name in before.prompt_ids for name in ids)
     if shared:
         warnings.warn(
-            f"{_name_of(results)} were measured on {shared} of the {len(ids)} prompts that are measured now (split "
+            f"{name_of(results)} were measured on {shared} of the {len(ids)} prompts that are measured now (split "
             f"{before.split} of {task.get('name')}), and width_value is chosen by them: the speed and quality of the "
             "learned row are fitted to these prompts. Choose it by an evaluation of others, such as prompts.split=val.",
             stacklevel=2,
@@ -122,7 +119,7 @@ def warn_of_shared_prompts(
 
 
 def warn_of_other_controller(
-    results: str | Path | Mapping[str, Any], controller: str | Path, trained: Mapping[str, Any], quality: str
+    results: Results, controller: str | Path, trained: Mapping[str, Any], quality: str
 ) -> None:
     """Warn where results seem to be of another controller, or of another `quality`, than the width_value is for.
 
@@ -137,7 +134,7 @@ def warn_of_other_controller(
     Raises:
         UserError: no such results.
     """
-    source = _read(results).get("provenance", {})
+    source = read_results(results).get("provenance", {})
     then, date = source.get("controller"), trained.get("date")
     learned = source.get("config", {}).get("learned", {})
     differs = []
@@ -149,7 +146,7 @@ def warn_of_other_controller(
         differs.append(f"of quality={learned['quality']}, not {quality}")
     if differs:
         warnings.warn(
-            f"{_name_of(results)} are {' and '.join(differs)}, and width_value is chosen by them: it may give another "
+            f"{name_of(results)} are {' and '.join(differs)}, and width_value is chosen by them: it may give another "
             "speed and quality here. Evaluate this controller with several grid.width_values.",
             stacklevel=2,
         )
@@ -249,35 +246,3 @@ def _check_targets(drop: Any, speed: Any) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _name_of(results: str | Path | Mapping[str, Any]) -> str:
-    return f"The results {str(results)!r}" if isinstance(results, str | Path) else "The results"
-
-
-def _read(results: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a results.json holds, with rows as far as they are needed here."""
-    where = _name_of(results)
-    if isinstance(results, str | Path):
-        try:
-            results = json.loads(Path(results).expanduser().read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{where} cannot be read ({error}); give the results.json of an evaluation.") from error
-    version = results.get("schema_version") if isinstance(results, Mapping) else None
-    if version != _SCHEMA_VERSION:
-        raise UserError(
-            f"{where} have the schema version {version!r}; this code reads {_SCHEMA_VERSION}. Give the results.json of "
-            "an evaluation, and evaluate again where it is of another version."
-        )
-    assert isinstance(results, Mapping)
-    rows = results.get("rows")
-    parts = ("settings", "config", "summary")
-    whole = isinstance(rows, list) and all(
-        isinstance(row, Mapping) and "method" in row and all(isinstance(row.get(part), Mapping) for part in parts)
-        for row in rows
-    )
-    if not whole:
-        raise UserError(
-            f"{where} hold no rows with method, settings, config and summary; give what evaluate.py wrote, unchanged."
-        )
-    return results

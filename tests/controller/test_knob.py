@@ -12,15 +12,14 @@ import pytest
 
 from controller import LearnedWidth
 from controller.knob import (
-    _SCHEMA_VERSION,
     choose_width_value,
     measured_on,
     warn_of_other_controller,
     warn_of_shared_prompts,
 )
 from controller.network import save_controller
-from controller.report import SCHEMA_VERSION
 from decoding import UserError
+from decoding.results_file import SCHEMA_VERSION
 from tests.controller.test_policy import network, provenance
 
 POINTS = [(0.0, -1.60, 400.0), (1.0, -1.40, 300.0), (10.0, -1.20, 200.0), (100.0, -1.10, 100.0)]
@@ -124,10 +123,6 @@ def test_several_references_are_refused() -> None:
     found["rows"].append(row("learned", -1.0, 100.0, width=2, width_value=2.0))
     with pytest.raises(UserError, match="target widths 2, 4"):
         choose_width_value(found, min_logprob_drop=0.1)
-
-
-def test_the_schema_is_the_one_that_is_written() -> None:
-    assert _SCHEMA_VERSION == SCHEMA_VERSION
 
 
 def test_from_a_file_and_into_a_policy(tmp_path: Path) -> None:
