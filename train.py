@@ -47,6 +47,7 @@ def main(cfg: DictConfig) -> float:
     """Train the controller that the config describes; returns the best `val/loss`, for sweeps."""
     check_rounds(cfg)
     check_logger(cfg, trains=True)  # before traces are collected for hours
+    check_hidden(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = read_checkpoint(cfg.ckpt_path)
     directories = [ensure_traces(cfg)]
@@ -99,6 +100,15 @@ def check_rounds(cfg: DictConfig) -> None:
         raise UserError(
             f"ckpt_path resumes one fit, and rounds is {cfg.rounds}. Give rounds=1, or leave ckpt_path out: traces "
             "that are there already are used again."
+        )
+
+
+def check_hidden(cfg: DictConfig) -> None:
+    """Refuse to learn from hidden states that are not logged."""
+    if cfg.controller.get("use_hidden", False) and not cfg.collect.get("hidden", False):
+        raise UserError(
+            "controller.use_hidden is true, but collect.hidden is false: traces would be logged without hidden states. "
+            "Set collect.hidden=true, or leave controller.use_hidden=false."
         )
 
 

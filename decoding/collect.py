@@ -84,6 +84,7 @@ def _describe(cfg: DictConfig, pair: ModelPair, features: Any) -> dict[str, Any]
             "names": list(features.names),
             "target_names": list(features.target_names),
         },
+        "hidden": bool(cfg.collect.get("hidden", False)),
         "train_prompts": cfg.collect.train_prompts,
         "val_prompts": cfg.collect.val_prompts,
         "test_prompts": cfg.collect.get("test_prompts", 0),
@@ -134,7 +135,8 @@ def _collect(cfg: DictConfig, pair: ModelPair, features: Any, directory: Path, m
         raise UserError(f"collect.batch_size is {size}; give a whole number of at least 1.")
     if pair.draft is None:
         raise UserError("Traces are logged of a target with a draft: give the pair one, such as pair.draft=ngram.")
-    sizes = hidden_size(pair.target), hidden_size(pair.models.get("draft"))
+    hidden = cfg.collect.get("hidden", False)
+    sizes = (hidden_size(pair.target), hidden_size(pair.models.get("draft"))) if hidden else None
     prompts = _prompts(cfg, pair)
     directory.mkdir(parents=True, exist_ok=True)
     todo = [p for p in prompts if p[1].id not in set(manifest["done"])]

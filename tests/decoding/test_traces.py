@@ -21,7 +21,7 @@ from decoding.collect import _describe, ensure_traces
 from decoding.forest import TokenForest
 from decoding.results import LayerEvent
 from decoding.tasks.base import Prompt
-from decoding.traces import MANIFEST, TraceRecorder, deficits, load_traces
+from decoding.traces import MANIFEST, TRACE_FEATURES, TraceRecorder, deficits, load_traces
 from decoding.widths import DraftContext, TargetContext
 
 CONFIG = DecodingConfig(target_width=3, draft_width=5, draft_depth=2, max_new_tokens=10, top_k=8, eos_token_id=-1)
@@ -101,8 +101,8 @@ class Spy(TraceRecorder):
     path: list[int] = field(default_factory=list)
     forest: TokenForest = field(default_factory=TokenForest)
 
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(SimpleFeatures(), (16, 16), shadow_seed=seed)
+    def __init__(self, seed: int = 0, sizes: tuple[int, int] | None = None) -> None:
+        super().__init__(SimpleFeatures(), sizes, shadow_seed=seed)
         self.events, self.path = [], []
 
     def drafted(
@@ -118,6 +118,10 @@ class Spy(TraceRecorder):
     def end(self, best_path: list[int]) -> None:
         self.path = best_path
         super().end(best_path)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def recorded(
@@ -150,21 +154,22 @@ def test_rows_say_what_the_decoder_did():
         np.testing.assert_array_equal(row["target_features"], features.of_target(event.context))
         assert (row["layer"], row["target_width"]) == (event.record.layer, event.record.target_width)
         assert len(row["accept_bits"]) == len(row["accept_probs"]) == row["draft_width"]
-        assert len(row["count_probs"]) == (row["draft_width"] + 1 if row["drafted"] else 0)
-        assert row["kept_width"] == len(event.kept)
-        assert row["drafted"] == (row["draft_width"] > 0)
-    drafted = [row for row in rows if row["drafted"]]
-    assert drafted and all(abs(sum(row["count_probs"]) - 1) < 1e-9 for row in drafted)
+        assert (row["draft_width"], row["kept_width"]) == (event.record.draft_width, len(event.kept))
+        assert set(row) == set(TRACE_FEATURES)
+    assert {len(row["accept_bits"]) > 0 for row in rows} == {True, False}
 
 
-def test_survivor_rank_is_the_rank_of_the_best_hypothesis():
-    spy, rows = recorded(FixedWidth(), seed=4)
-    for depth, (row, event) in enumerate(zip(rows, spy.events, strict=True)):
-        nodes = [node for node, _ in event.kept]
-        assert nodes[row["survivor_rank"] - 1] == spy.path[depth]
-        weights = [weight for _, weight in event.kept]
-        assert weights == sorted(weights, reverse=True)
-    assert rows[-1]["survivor_rank"] == 1  # the best hypothesis is the best beam of the last layer
+def test_hidden_states_are_logged_when_asked_for():
+    asked = Spy(sizes=(16, 16))
+    for spy in (asked, Spy()):
+        spy.start("p", "train")
+        DSBDDecoder(make_pair(), CONFIG, RandomWidth(seed=1)).generate([[1, 2, 3]], seeded(), spy)
+        rows = spy.take_rows()
+        for name in ("draft_hidden", "target_hidden"):
+            assert {len(row[name]) for row in rows} == {16 if spy is asked else 0}
+            assert any(np.any(row[name]) for row in rows) == (spy is asked)
+        hidden = {event.context.draft.root.target_hidden is None for event in spy.events}
+        assert hidden == {spy is not asked}, "nor are they computed"
 
 
 RECORDED = [
@@ -179,8 +184,8 @@ RECORDED = [
 
 
 @pytest.mark.parametrize("changes", RECORDED, ids=str)
-def test_slots_are_in_the_order_of_the_verdict_and_name_the_same_survivor(changes: dict[str, Any]) -> None:
-    """Slots read from the verdict itself, by (parent, token); ranks from the weights; both point at one node."""
+def test_slots_are_in_the_order_of_the_verdict_and_name_the_survivor(changes: dict[str, Any]) -> None:
+    """Slots read from the verdict itself, by (parent, token); one of them is on the path of the best hypothesis."""
     config, survivors = CONFIG.with_changes(**changes), 0
     for seed in range(8):
         spy, rows = recorded(RandomWidth(seed=seed), seed, config)
@@ -195,10 +200,10 @@ def test_slots_are_in_the_order_of_the_verdict_and_name_the_same_survivor(change
             ranked = [node for node, _ in event.kept]
             assert sorted(ranked) == sorted(event.slots) and len(row["slot_deficits"]) == row["kept_width"]
             best = spy.path[depth] if depth < len(spy.path) else None
-            assert (row["survivor_rank"] == 0) == (row["survivor_slot"] == 0) == (best is None)
+            assert (row["survivor_slot"] == 0) == (best is None)
             if best is not None:
                 survivors += 1
-                assert ranked[row["survivor_rank"] - 1] == event.slots[row["survivor_slot"] - 1] == best
+                assert event.slots[row["survivor_slot"] - 1] == best
                 assert row["slot_deficits"][row["survivor_slot"] - 1] == 0.0
             assert min(row["slot_deficits"]) == 0.0
         kept = [event.kept for event in spy.events]
@@ -400,12 +405,11 @@ def test_an_interrupted_collection_goes_on_with_the_same_rows(tmp_path: Path, mo
         load_traces(directory)
     assert not list(directory.glob("*.partial"))
     parts, _ = load_traces(ensure_traces(cfg))
-    timeless = [c for c in whole.column_names if not c.endswith("_seconds")]
-    assert whole.select_columns(timeless).to_list() == parts.select_columns(timeless).to_list()
+    assert whole.to_list() == parts.to_list()
 
 
 def test_rows_do_not_depend_on_the_batch_size(tmp_path: Path):
-    """But for their seconds, which are shares; and a second run finds what another batch size has collected."""
+    """And a second run finds what another batch size has collected."""
     alone, _ = load_traces(ensure_traces(collect_config(tmp_path / "alone", batch_size=1)))
     together, _ = load_traces(ensure_traces(collect_config(tmp_path / "together", batch_size=4)))
     assert alone.column_names == together.column_names
@@ -414,7 +418,7 @@ def test_rows_do_not_depend_on_the_batch_size(tmp_path: Path):
         for column in row:
             if isinstance(row[column], str):
                 assert row[column] == other[column]
-            elif not column.endswith("_seconds"):
+            else:
                 np.testing.assert_allclose(row[column], other[column], atol=1e-4)  # float32 sums in other orders
     (first,), (second,) = ((tmp_path / name).iterdir() for name in ("alone", "together"))
     assert first.name == second.name
@@ -457,8 +461,8 @@ def test_damaged_traces_are_refused(tmp_path: Path, harm: str):
         pq.write_table(table.replace_schema_metadata({b"dsbd": b'{"trace_key": "other"}'}), shard)
     elif harm == "changed":
         table = pq.read_table(shard)
-        accepted = pa.array([0] * table.num_rows, table.schema.field("accepted").type)
-        pq.write_table(table.set_column(table.schema.get_field_index("accepted"), "accepted", accepted), shard)
+        layer = pa.array([0] * table.num_rows, table.schema.field("layer").type)
+        pq.write_table(table.set_column(table.schema.get_field_index("layer"), "layer", layer), shard)
     elif harm == "manifest":
         (directory / MANIFEST).write_text("{")
     elif harm == "schema":
