@@ -10,7 +10,6 @@ python train.py ckpt_path=outputs/train/.../checkpoints/last.ckpt
 from __future__ import annotations
 
 import copy
-import dataclasses
 import pickle
 import signal
 import sys
@@ -34,7 +33,6 @@ from controller.module import ControllerModule
 from controller.network import save_controller
 from controller.tracking import check_logger, tracked, trainer_options
 from decoding.collect import ensure_traces
-from decoding.config import DecodingConfig
 from decoding.entry import build_all, entry_point
 from decoding.errors import UserError
 from decoding.provenance import provenance, to_plain
@@ -258,12 +256,10 @@ def describe(
     cfg: DictConfig, data: TraceDataModule, features: Any, metrics: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     """Where a controller came from and how good it is; JSON-able, saved in its config.json."""
-    known = {field.name for field in dataclasses.fields(DecodingConfig)}
-    decoding = DecodingConfig(**{name: value for name, value in data.manifest["decoding"].items() if name in known})
     return {
         **provenance(),
         "pair": data.manifest["pair"],
-        "decoding": dataclasses.asdict(decoding),
+        "decoding": data.manifest["decoding"],
         "features": {
             "version": features.version,
             "names": list(features.names),

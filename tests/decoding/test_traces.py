@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from controller import WidthNet
+from controller.features import ContextFeatures
+from controller.network import save_controller
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, UserError
 from decoding.acceptance import joint_keys
-from decoding.collect import _describe, ensure_traces
+from decoding.bandit import BanditWidth
+from decoding.collect import Collection, ensure_traces, trace_key
 from decoding.forest import TokenForest
+from decoding.latency import LatencyTable
 from decoding.results import LayerEvent
 from decoding.tasks.base import Prompt
+from decoding.tasks.stdlib import StdlibTask
 from decoding.traces import MANIFEST, TRACE_FEATURES, TraceRecorder, deficits, load_traces
 from decoding.widths import DraftContext, TargetContext
 
@@ -73,6 +81,9 @@ class FixedTask:
 
     def prompts(self, split: str, limit: int | None, tokenizer: object) -> list[Prompt]:
         return [Prompt(f"{split}:{i}", [1 + i % 7, 2, 3], None, None) for i in range(limit or 3)]
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name}
 
 
 def collect_config(directory: Path, **collect: int) -> DictConfig:
@@ -324,13 +335,67 @@ def test_a_second_run_finds_the_traces(tmp_path: Path):
     assert ensure_traces(other) != directory
 
 
-def test_the_key_of_settings_without_files_is_that_of_the_settings(tmp_path: Path):
-    """It stays what it is: traces of the built-in task are found again by it."""
+def said(cfg: DictConfig) -> dict[str, Any]:
+    """What the traces of a config are found by."""
+    return Collection.of(cfg, make_pair()).describe()
+
+
+def test_the_key_is_of_what_the_parts_say(tmp_path: Path):
     cfg = collect_config(tmp_path)
-    cfg.data = {"_target_": "decoding.tasks.stdlib.StdlibTask", "prompt_tokens": 128, "reference_tokens": 64}
-    about = _describe(cfg, make_pair(), SimpleFeatures())
-    assert about["task"] == OmegaConf.to_container(cfg.data)
-    assert about["policy"] == {"_target_": "decoding.RandomWidth", "seed": 0}
+    cfg.data = {"_target_": "decoding.tasks.stdlib.StdlibTask"}
+    about = said(cfg)
+    assert about["decoding"] == asdict(CONFIG)
+    assert about["policy"] == RandomWidth(seed=0).describe()
+    assert about["task"] == StdlibTask(prompt_tokens=128, reference_tokens=64).describe()
+    assert about["pair"] == make_pair().fingerprint
+    key = trace_key(about)
+    cfg.data["reference_tokens"] = 64  # the default, written out
+    assert trace_key(said(cfg)) == key
+    for part, change in (("data", {"prompt_tokens": 99}), ("policy", {"seed": 1}), ("decoding", {"top_k": 9})):
+        other = cfg.copy()
+        other[part] = {**other[part], **change}
+        assert trace_key(said(other)) != key
+    for change in ({"train_prompts": 9}, {"test_prompts": 1}, {"hidden": True}):
+        other = cfg.copy()
+        other.collect = {**other.collect, **change}
+        assert trace_key(said(other)) != key
+
+
+def test_the_key_says_nothing_of_the_modules_that_hold_the_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One class by two dotted paths, then the same classes moved to a module of another name."""
+    cfg = collect_config(tmp_path)
+    cfg.data = {"_target_": "decoding.tasks.stdlib.StdlibTask"}
+    key = trace_key(said(cfg))
+    cfg.policy["_target_"], cfg.decoding["_target_"] = "decoding.widths.RandomWidth", "decoding.config.DecodingConfig"
+    assert trace_key(said(cfg)) == key
+    moved = ModuleType("moved")
+    for part, kind in (
+        ("policy", RandomWidth),
+        ("decoding", DecodingConfig),
+        ("data", StdlibTask),
+        ("features", SimpleFeatures),
+    ):
+        monkeypatch.setattr(kind, "__module__", "moved")
+        setattr(moved, kind.__name__, kind)
+        cfg[part]["_target_"] = f"moved.{kind.__name__}"
+    monkeypatch.setitem(sys.modules, "moved", moved)
+    assert trace_key(said(cfg)) == key
+
+
+class HalfWidth(FixedWidth):
+    """Says what its base says."""
+
+
+class SilentTask:
+    name = "silent"
+
+
+def test_parts_that_do_not_describe_themselves_are_refused(tmp_path: Path):
+    for part, kind in (("policy", HalfWidth), ("data", SilentTask)):
+        cfg = collect_config(tmp_path)
+        cfg[part] = {"_target_": f"{__name__}.{kind.__name__}"}
+        with pytest.raises(UserError, match=rf"{kind.__name__} does not describe itself, .* Give the class a describe"):
+            ensure_traces(cfg)
 
 
 def test_other_prompts_in_the_same_file_have_traces_of_their_own(tmp_path: Path):
@@ -348,27 +413,38 @@ def test_other_prompts_in_the_same_file_have_traces_of_their_own(tmp_path: Path)
 
 
 def test_a_policy_counts_by_what_is_in_its_files(tmp_path: Path):
-    (tmp_path / "controller").mkdir()
-    weights, table = tmp_path / "controller" / "model.safetensors", tmp_path / "table.json"
+    features = ContextFeatures()
+    names = {"version": features.version, "names": features.names, "target_names": features.target_names}
+    about = {"pair": {}, "decoding": {}, "features": names}
+    sizes = len(features.names), 5, 3, 0, 0, len(features.target_names)
+    first, second, table = tmp_path / "first", tmp_path / "second", tmp_path / "table.json"
+    torch.manual_seed(0)
+    net = WidthNet(*sizes)
+    save_controller(net, first, about)
+    save_controller(net, second, about | {"git_sha": "another commit"})
+    costs = LatencyTable((1, 8), (1.0, 2.0), (0.5, 0.5))
 
-    def policy(**settings: object) -> dict[str, Any]:
+    def policy(path: Path, **settings: object) -> dict[str, Any]:
         cfg = collect_config(tmp_path)
-        cfg.policy = {"_target_": "controller.LearnedWidth.load", **settings}
-        return dict(_describe(cfg, make_pair(), SimpleFeatures())["policy"])
+        cfg.policy = {"_target_": "controller.LearnedWidth.load", "path": str(path), **settings}
+        return dict(said(cfg)["policy"])
 
-    settings = {"path": str(tmp_path / "controller"), "latency": {"path": str(table)}, "mode": "after"}
-    weights.write_bytes(b"old")
-    table.write_bytes(b"old")
-    old = policy(**settings)
-    assert old["mode"] == "after" and str(tmp_path) not in str(old)
-    weights.write_bytes(b"new")
-    new = policy(**settings)
-    assert new != old
-    table.write_bytes(b"new")
-    assert policy(**settings)["path"] == new["path"] and policy(**settings) != new
-    (tmp_path / "controller").rename(tmp_path / "moved")
-    assert policy(path=str(tmp_path / "moved"))["path"] == new["path"]
-    assert policy(path="owner/controller", revision="1")["path"] == "owner/controller"  # of the hub
+    def kept(costs: LatencyTable, path: Path) -> Path:
+        path.write_text(json.dumps(costs.to_dict()))
+        return path
+
+    plain = policy(first)
+    assert plain == policy(second) and str(tmp_path) not in str(plain)
+    assert policy(first, width_value=3.0) != plain
+    save_controller(WidthNet(*sizes), second, about)
+    assert policy(second) != plain, "retrained"
+    by_table = policy(first, latency=str(kept(costs, table)))
+    assert by_table != plain
+    moved = kept(replace(costs, measured="2026-01-01"), tmp_path / "moved.json")
+    assert policy(first, latency=str(moved)) == by_table
+    assert policy(first, latency=str(kept(replace(costs, draft=(0.5, 0.6)), table))) != by_table
+    assert BanditWidth(latency=costs).describe() == BanditWidth(latency=LatencyTable.load(moved)).describe()
+    assert BanditWidth(latency=costs).describe() != BanditWidth(latency=LatencyTable.load(table)).describe()
 
 
 def test_traces_come_back_as_written(tmp_path: Path):
