@@ -1,4 +1,4 @@
-"""Does a change of the code change what is decoded? Record a commit's tokens, widths and traces, then compare two records.
+"""Does a change of the code change what is decoded? Record what two commits decode, then compare the records.
 
     PYTHONPATH=<checkout> python studies/same_decoding.py record <file.json> [controller directory]
     python studies/same_decoding.py compare <file.json> <file.json>
