@@ -27,7 +27,7 @@ class TraceRows(Dataset[Batch]):
 
     Columns: features [N, F], draft_hidden [N, H_q], target_hidden [N, H_p] float32; bits [N, W] bool;
     target_features [N, G], accept_probs [N, W], slot_deficits [N, R] float32; layer, draft_width, target_width,
-    kept_width, accepted, survivor_slot [N] int64. W pads to the widest draft width, R to the widest target width.
+    kept_width, survivor_slot [N] int64. W pads to the widest draft width, R to the widest target width.
     """
 
     def __init__(self, columns: Batch) -> None:
@@ -47,11 +47,11 @@ class TraceDataModule(LightningDataModule):
         directory: with Parquet shards and manifest.json.
         feature_names: what the network will be given when it decides; traces with others are refused. None: no check.
         batch_size: rows per batch.
-        use_hidden: load the hidden vectors; without them their sizes are 0.
+        use_hidden: load the hidden vectors, which must have been logged; without them their sizes are 0.
         max_train_rows: train on the first prompts only, as many as have at most so many rows together. None: on all.
 
     Raises:
-        UserError: no rows, other features, values that are not finite, or a prompt in two splits.
+        UserError: no rows, other features, no hidden vectors, values that are not finite, or a prompt in two splits.
     """
 
     def __init__(
@@ -74,6 +74,11 @@ class TraceDataModule(LightningDataModule):
             features = self.manifest["features"]
             found = [*features["names"], *features.get("target_names", [])]
             check_features(found, feature_names, f"The traces in {where} have")
+        if use_hidden and not self.manifest.get("hidden"):
+            raise UserError(
+                f"The traces in {where} hold no hidden states, and use_hidden is true. Collect traces with "
+                "collect.hidden=true, or leave use_hidden=false."
+            )
         table: pa.Table = rows.with_format("arrow")[:]
         prompts, split = table["prompt_id"].to_pylist(), np.asarray(table["split"].to_pylist())
         _check_splits(prompts, split, where)
@@ -145,7 +150,7 @@ def _columns(table: pa.Table, manifest: dict[str, Any], use_hidden: bool, direct
     decoding = manifest.get("decoding", {})
     counts = {
         name: torch.from_numpy(table[name].to_numpy().astype(np.int64))
-        for name in ("layer", "draft_width", "target_width", "kept_width", "accepted", "survivor_slot")
+        for name in ("layer", "draft_width", "target_width", "kept_width", "survivor_slot")
     }
     widest = max(int(decoding.get("target_width", 1)), int(counts["kept_width"].max()))  # R
     width = max(int(decoding.get("draft_width", 1)), int(counts["draft_width"].max()))  # W

@@ -15,12 +15,12 @@ from controller.experience import Outlook, Pace, Throughput
 from controller.features import ContextFeatures, Packed, check_features, hidden_vectors, known
 from controller.host import HostNet
 from controller.knob import choose_width_value
-from controller.network import WidthNet, load_controller
+from controller.network import WidthNet, load_controller, weights_sha256
 from controller.plan import Decision, Planner, kept_width, settles_alone
 from decoding.arrays import FloatArray, FloatVector
 from decoding.compiled import COMPILED
 from decoding.config import DecodingConfig
-from decoding.cost_table import Costs, LatencyTable, UnitCosts
+from decoding.cost_table import Costs, LatencyTable, UnitCosts, costs_digest
 from decoding.errors import UserError
 from decoding.sampling import Distribution
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
@@ -136,7 +136,7 @@ class LearnedWidth(WidthPolicy):
                 "controller."
             )
         if results is not None:
-            options["width_value"] = choose_width_value(results, **targets)
+            options["width_value"] = choose_width_value(results, **targets, weights=weights_sha256(path, revision))
         net, provenance = load_controller(path, revision)
         policy = cls(net, provenance, **options)
         if pair is not None:
@@ -259,8 +259,8 @@ class LearnedWidth(WidthPolicy):
             "width_value": self.width_value,
             "clock": "wall" if self._wall else "table",
             "share": self.share,
-            "trained_for": self.provenance.get("pair", {}).get("fingerprint"),
-            "git_sha": self.provenance.get("git_sha"),
+            "latency": costs_digest(self.planner.costs),
+            "network": self.net.fingerprint,
         }
 
     # What it knows.

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from decoding.config import DecodingConfig
-from decoding.cost_table import Costs, iteration_seconds
+from decoding.cost_table import Costs, costs_digest, iteration_seconds
 from decoding.errors import UserError
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
 
@@ -159,6 +159,7 @@ class BanditWidth(WidthPolicy):
             "exploration": self.exploration,
             "memory": self.memory,
             "clock": "wall" if self.latency is None else "table",
+            "latency": None if self.latency is None else costs_digest(self.latency),
             "share": self.share,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -185,6 +186,13 @@ class UnitCosts:
     def host_cost(self, layers: int) -> float:
         """The host costs nothing."""
         return 0.0
+
+
+def costs_digest(costs: Costs) -> str:
+    """Hash of what a table says, in hex; equal for tables that give equal costs, whoever measured them and when."""
+    nodes = [*range(1, 257), 512, 1024, 4096]
+    said = [[costs.draft_cost(n), costs.target_cost(n)] for n in nodes], [costs.host_cost(n) for n in (0, 1)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def iteration_seconds(costs: Costs, widths: Sequence[int], roots: int) -> float:

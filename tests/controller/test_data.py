@@ -66,6 +66,13 @@ def test_hidden_vectors_can_be_left_out(tmp_path: Path) -> None:
     assert sizes["draft_hidden"] == sizes["target_hidden"] == 0
 
 
+def test_hidden_vectors_that_were_not_logged_cannot_be_asked_for(tmp_path: Path) -> None:
+    directory = write_traces(tmp_path, prompts=10, hidden=False)
+    assert TraceDataModule(directory).sizes["target_hidden"] == 0
+    with pytest.raises(UserError, match=r"hold no hidden states.* collect.hidden=true, or leave use_hidden=false"):
+        TraceDataModule(directory, use_hidden=True)
+
+
 @pytest.mark.parametrize(("limit", "prompts"), [(1, 1), (20, 1), (39, 1), (40, 2), (10_000, 16), (None, 16)])
 def test_few_rows_are_the_first_prompts_and_whole(tmp_path: Path, limit: int | None, prompts: int) -> None:
     directory = write_traces(tmp_path / "traces", prompts=20)  # of 20 rows each; every fifth is validation

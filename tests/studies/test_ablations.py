@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 import train
 from decoding import UserError
-from decoding.collect import _describe
+from decoding.collect import Collection
 from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.entry import CONF_DIR
 from studies import ablations
@@ -37,14 +36,14 @@ class Pair:
 
 def described(cfg: DictConfig) -> dict[str, Any]:
     """What the traces of a config are found by."""
-    return _describe(cfg, Pair(), instantiate(cfg.features))  # type: ignore[arg-type]
+    return Collection.of(cfg, Pair()).describe()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["all_rows", "hidden", "rows_1k", "hard_labels", "smaller", "larger", "plain"])
-def test_an_ablation_uses_the_traces_of_wide(tmp_path: Path, name: str) -> None:
+def test_an_ablation_uses_the_traces_of_wide_but_hidden_states(tmp_path: Path, name: str) -> None:
     changes = ABLATIONS[name]
     wide, ablation = (config(tmp_path, "experiment=wide", *more) for more in ([], changes))
-    assert described(wide) == described(ablation)
+    assert described(wide) | {"hidden": name == "hidden"} == described(ablation)
     assert (wide == ablation) == (changes == []) == (name == "all_rows")
 
 
