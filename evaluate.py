@@ -17,9 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from controller import LearnedWidth
+from controller.checkpoint import load_controller, weights_sha256
 from controller.compare import family_of, undominated
-from controller.knob import warn_of_shared_prompts
-from controller.network import load_controller, weights_sha256
 from controller.report import (
     calibration_curves,
     compare_rows,
@@ -30,6 +29,7 @@ from controller.report import (
     write_report,
 )
 from controller.tracking import log_evaluation, tracked
+from controller.width_value import warn_of_shared_prompts
 from decoding import DecodingConfig, ModelPair, UserError, WidthPolicy
 from decoding.baselines import METHODS, Generate, Method, Settings, policy_method
 from decoding.choose import cost_table

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from controller.calibration import (
     inputs,
 )
-from controller.data import SPLITS, Batch, TraceDataModule
+from controller.data import Batch, TraceDataModule
 from controller.losses import (
     count_nll,
     is_draft,
@@ -25,6 +25,7 @@ from controller.losses import (
 from controller.metrics import StageMetrics
 from controller.network import WidthLogits, WidthNet
 from decoding.errors import UserError
+from decoding.tasks.base import SPLITS
 
 
 class ControllerModule(LightningModule):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from controller.checkpoint import load_controller, weights_sha256
 from controller.experience import Outlook, Pace, Throughput
 from controller.features import ContextFeatures, Packed, check_features, hidden_vectors, known
 from controller.host import HostNet
-from controller.knob import choose_width_value
-from controller.network import WidthNet, load_controller, weights_sha256
+from controller.network import WidthNet
 from controller.plan import Decision, Planner, kept_width, settles_alone
+from controller.width_value import choose_width_value
 from decoding.arrays import FloatArray, FloatVector
+from decoding.checks import choice, number
 from decoding.compiled import COMPILED
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, LatencyTable, UnitCosts, costs_digest
@@ -365,8 +366,5 @@ def _costs(latency: Costs | dict[str, Any] | str | Path | None) -> Costs:
 
 
 def _check_arguments(width_value: Any, clock: str | None) -> None:
-    number = isinstance(width_value, int | float) and not isinstance(width_value, bool)
-    if not number or not 0 <= width_value < math.inf:
-        raise UserError(f"width_value is {width_value!r}; give a number of 0 or more (0: speed alone).")
-    if clock not in (None, *CLOCKS):
-        raise UserError(f"clock is {clock!r}; choose one of {', '.join(map(repr, (None, *CLOCKS)))}.")
+    number("width_value", width_value, least=0, hint="0: speed alone")
+    choice("clock", clock, (None, *CLOCKS))

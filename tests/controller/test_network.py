@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from controller.checkpoint import CONFIG, WEIGHTS, load_controller, save_controller
 from controller.features import NAMES, TARGET_NAMES
 from controller.host import EarlyWeights, HostNet, LateWeights, early, late
-from controller.network import _CALIBRATED, CONFIG, WEIGHTS, WidthNet, load_controller, save_controller
+from controller.network import CALIBRATED, WidthNet
 from decoding.errors import UserError
 
 PROVENANCE = {"features": {"version": 2, "names": ["a", "b", "c"]}, "pair": {"name": "x"}, "decoding": {}}
@@ -51,7 +52,7 @@ def odd_start(made: WidthNet) -> None:
         torch.rand(ranks),
         torch.rand(ranks - 1),
     )
-    for name, value in zip(_CALIBRATED, (1.7, 0.6, 2.3, -0.4, 0.9), strict=True):
+    for name, value in zip(CALIBRATED, (1.7, 0.6, 2.3, -0.4, 0.9), strict=True):
         made.get_buffer(name).fill_(value)
 
 
@@ -136,7 +137,7 @@ def test_save_and_load_are_bit_equal(tmp_path: Path) -> None:
     odd_start(made)
     save_controller(made, tmp_path / "controller", PROVENANCE)
     loaded, provenance = load_controller(tmp_path / "controller")
-    assert provenance["pair"] == {"name": "x"} and set(provenance["calibration"]) == set(_CALIBRATED)
+    assert provenance["pair"] == {"name": "x"} and set(provenance["calibration"]) == set(CALIBRATED)
     assert provenance["calibration"]["late_regret_shift"] == pytest.approx(0.9)
     for (name, ours), theirs in zip(made.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -204,12 +205,12 @@ def test_what_is_not_a_controller_is_refused(tmp_path: Path) -> None:
 
 def test_hub_ids_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_controller(net(), tmp_path / "controller", PROVENANCE)
-    monkeypatch.setattr("controller.network.snapshot_download", lambda *_, **__: str(path))
+    monkeypatch.setattr("controller.checkpoint.snapshot_download", lambda *_, **__: str(path))
     assert load_controller("someone/a-controller")[0].sizes["draft_width"] == 6
 
     def offline(*_: object, **__: object) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("controller.network.snapshot_download", offline)
+    monkeypatch.setattr("controller.checkpoint.snapshot_download", offline)
     with pytest.raises(UserError, match="no network"):
         load_controller("someone/a-controller")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from controller import LearnedWidth
-from controller.knob import choose_width_value, warn_of_shared_prompts
-from controller.network import save_controller, weights_sha256
+from controller.checkpoint import save_controller, weights_sha256
+from controller.width_value import choose_width_value, warn_of_shared_prompts
 from decoding import UserError
 from decoding.results_file import SCHEMA_VERSION
 from tests.controller.test_policy import network, provenance
