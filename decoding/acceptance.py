@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from decoding.arrays import FloatArray, IntArray
 from decoding.closed_form import VOCABULARY_LIMIT
-from decoding.sampling import Dice, Distribution, FloatArray, IntArray, draw
+from decoding.sampling import Dice, Distribution, draw
 
 
 def joint_keys(joint: Distribution) -> IntArray:
