@@ -6,7 +6,8 @@ IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11; do \
 	$$p $(IS_NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 PIP_OPTIONS ?=
-PYTEST_OPTIONS ?= -n 2
+# worksteal: a process works through whole files, so that what a file sets up once is set up once, and none waits.
+PYTEST_OPTIONS ?= -n 2 --dist worksteal
 RUN := .venv/bin/python
 
 # These touch every dependency, and take a minute.

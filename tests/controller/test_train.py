@@ -26,11 +26,16 @@ from decoding.entry import CONF_DIR
 from tests.controller.synthetic import CONFIG, PAIR, draft_context, target_context, write_traces
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up traces, which no test changes."""
+    return write_traces(tmp_path_factory.mktemp("traces"), prompts=20)
+
+
 @pytest.fixture(autouse=True)
-def traces(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = write_traces(tmp_path_factory.mktemp("traces"), prompts=20)
-    monkeypatch.setattr(train, "ensure_traces", lambda cfg: directory)
-    return directory
+def traces(written: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(train, "ensure_traces", lambda cfg: written)
+    return written
 
 
 def config(directory: Path, *overrides: str) -> DictConfig:
@@ -48,6 +53,8 @@ def test_trains_calibrates_saves_and_returns_the_loss(tmp_path: Path, capsys: py
     assert {"argv", "git_sha", "versions", "traces", "training", "metrics", "reliability", "calibration"} <= set(about)
     assert about["metrics"]["val/loss"] <= loss + 1e-6  # calibrated on the same rows
     assert about["features"]["target_names"] == ContextFeatures().target_names
+    text = (tmp_path / "controller" / "config.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     for name, value in about["calibration"].items():
         assert value == pytest.approx(float(net.get_buffer(name)))
     learned = LearnedWidth.load(tmp_path / "controller", pair=PAIR)
@@ -224,9 +231,3 @@ def test_a_crash_closes_the_run_and_leaves_no_controller(tmp_path: Path, monkeyp
     with pytest.raises(RuntimeError, match="power cut"):
         train.main(config(tmp_path, "logger=wandb", "trainer.max_epochs=1"))
     assert wandb.run is None and not (tmp_path / "controller").exists()
-
-
-def test_config_json_has_no_nan(tmp_path: Path) -> None:
-    train.main(config(tmp_path, "trainer.max_epochs=1"))
-    text = (tmp_path / "controller" / "config.json").read_text()
-    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
