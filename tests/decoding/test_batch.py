@@ -51,6 +51,7 @@ CONFIG = DecodingConfig(
 )
 ENGINES = pytest.mark.parametrize("engine", ["auto", "transformers"])
 PASS, CAUGHT = 1e-3, 1e-6
+FEW = 200  # copies of each prompt that show what is wrong on purpose; fewer than where it must be right
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -242,12 +243,12 @@ def test_rows_that_swap_masks_are_caught(monkeypatch: pytest.MonkeyPatch) -> Non
         return honest(self, *args).roll(1, 0)
 
     monkeypatch.setattr(ForestCache, "masks", rolled)
-    assert min(batch_p_values("auto")) < CAUGHT
+    assert min(batch_p_values("auto", FEW)) < CAUGHT
 
 
 def test_fillers_that_write_over_a_prompt_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ForestCache, "filler_slot", lambda self, row: row * self.capacity)
-    assert min(batch_p_values("transformers")) < CAUGHT
+    assert min(batch_p_values("transformers", FEW)) < CAUGHT
 
 
 def test_a_neighbours_slots_in_sight_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +263,7 @@ def test_a_neighbours_slots_in_sight_are_caught(monkeypatch: pytest.MonkeyPatch)
         return mask
 
     monkeypatch.setattr(ForestCache, "masks", leaky)
-    assert min(batch_p_values("auto")) < CAUGHT
+    assert min(batch_p_values("auto", FEW)) < CAUGHT
 
 
 # Prompts: chunks and shared prefixes.
