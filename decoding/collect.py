@@ -19,6 +19,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from decoding.architecture import text_config
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
 from decoding.entry import entry_point
@@ -132,9 +133,9 @@ def _collect(cfg: DictConfig, pair: ModelPair, features: Any, directory: Path, m
     size = int(cfg.collect.batch_size)
     if size < 1:
         raise UserError(f"collect.batch_size is {size}; give a whole number of at least 1.")
-    if pair.draft is None:
+    if pair.drafter is None:
         raise UserError("Traces are logged of a target with a draft: give the pair one, such as pair.draft=ngram.")
-    sizes = hidden_size(pair.target), hidden_size(pair.models.get("draft"))
+    sizes = int(text_config(pair.target).hidden_size), pair.drafter.hidden_size
     prompts = _prompts(cfg, pair)
     directory.mkdir(parents=True, exist_ok=True)
     todo = [p for p in prompts if p[1].id not in set(manifest["done"])]
@@ -156,11 +157,6 @@ def _collect(cfg: DictConfig, pair: ModelPair, features: Any, directory: Path, m
             _add_shard(directory, manifest, rows, [prompt.id for _, prompt in chunk])
     manifest["complete"] = True
     write_manifest(directory, manifest)
-
-
-def hidden_size(model: Any) -> int:
-    """H of a model; 0 for a draft that is none."""
-    return int(model.config.get_text_config().hidden_size) if model is not None else 0
 
 
 @contextmanager
