@@ -65,8 +65,8 @@ class Static:
         inputs.tokens[filler] = torch.randint(7, (count,), generator=self._random)
         inputs.positions = inputs.positions.clone()
         inputs.positions[filler] = torch.randint(64, (count,), generator=self._random)
-        logits, hidden, _ = self.forward(inputs, store)
-        return PassOutput(without(logits, filler), without(hidden, filler) if hidden is not None else None)
+        logits, hidden, states = self.forward(inputs, store)
+        return PassOutput(without(logits, filler), without(hidden, filler) if hidden is not None else None, states)
 
 
 def without(values: Tensor, filler: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def static_runs(pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> list[Static
     """Let both models of a pair run in static shapes."""
     pair.check_forest_passes()
     forwards = []
-    for model in (pair.target, pair.draft):
+    for model in pair.models.values():
         runner = runner_of(model, pair.engine)
         runner._spare.clear()  # of capacities that are no bucket
         forwards.append(Static(runner.prompts))
@@ -232,7 +232,7 @@ def graphed(pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> list[GraphedFor
 
     monkeypatch.setattr(Runner, "borrow", noted)
     forwards = []
-    for model in (pair.target, pair.draft):
+    for model in pair.models.values():
         runner = runner_of(model, pair.engine)
         runner._spare.clear()
         forwards.append(GraphedForward(runner.prompts))
