@@ -15,7 +15,7 @@ from controller import kernels
 from controller.features import ContextFeatures, FloatVector, check_features, hidden_vectors, known
 from controller.kernels import Decision, Packed
 from controller.knob import choose_width_value
-from controller.network import HostNet, WidthNet, load_controller
+from controller.network import HostNet, WidthNet, load_controller, weights_sha256
 from controller.planner import (
     Outlook,
     Pace,
@@ -29,7 +29,7 @@ from controller.planner import (
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.latency import LatencyTable
-from decoding.pricing import Costs
+from decoding.pricing import Costs, costs_digest
 from decoding.sampling import Distribution, FloatArray
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
 
@@ -155,7 +155,7 @@ class LearnedWidth(WidthPolicy):
                 "controller."
             )
         if results is not None:
-            options["width_value"] = choose_width_value(results, **targets)
+            options["width_value"] = choose_width_value(results, **targets, weights=weights_sha256(path, revision))
         net, provenance = load_controller(path, revision)
         policy = cls(net, provenance, **options)
         if pair is not None:
@@ -282,8 +282,8 @@ class LearnedWidth(WidthPolicy):
             "clock": "wall" if self._wall else "table",
             "quality": self.quality,
             "share": self.share,
-            "trained_for": self.provenance.get("pair", {}).get("fingerprint"),
-            "git_sha": self.provenance.get("git_sha"),
+            "latency": costs_digest(self.planner.costs),
+            "network": self.net.fingerprint,
         }
 
     # What it knows.

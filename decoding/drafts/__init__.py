@@ -64,7 +64,7 @@ def draft_of(given: Any, target: Any, tokenizer: Any = None, draft_tokenizer: An
         return None
     if not hasattr(given, "config"):
         raise UserError(
-            f"draft is {given!r}; give a causal language model of transformers, loaded, a Draft, or {ALLOWED}."
+            f"draft is {given!r}; give a causal language model of transformers, loaded, or {ALLOWED}, or a Draft."
         )
     check_architecture(given.config, "draft")
     sizes = vocab_size_of(target), vocab_size_of(given)

@@ -22,8 +22,8 @@ class Draft(ABC):
     Attributes:
         hidden_size: H of the states that its scorer's `hidden` gives; 0 where it gives none.
         target_layers: which hidden states of the target its scorer reads, numbered as transformers numbers them: 0 is
-            the embeddings, i what the i-th block gives, the number of blocks what the head reads. The target's scorer keeps
-            these of every prompt token and of every living node, and no others.
+            the embeddings, i what the i-th block gives, the number of blocks what the head reads. The target's scorer
+            keeps these of every prompt token and of every living node, and no others.
         vocabulary: makes its token ids the target's; None where they are the same.
     """
 
