@@ -126,8 +126,8 @@ def test_from_a_file_and_into_a_policy(tmp_path: Path) -> None:
     found = {**results(), "provenance": {"controller_sha256": weights_sha256(controller)}}
     path.write_text(json.dumps(found))
     assert choose_width_value(path, target_tokens_per_second=200.0) == pytest.approx(10.0)
-    learned = LearnedWidth.load(controller, results=str(path), target_tokens_per_second=200.0, mode="after")
-    assert learned.width_value == pytest.approx(10.0) and learned.mode == "after"
+    learned = LearnedWidth.load(controller, results=str(path), target_tokens_per_second=200.0, clock="table")
+    assert learned.width_value == pytest.approx(10.0) and learned.clock == "table"
     assert LearnedWidth.load(controller, results=found, min_logprob_drop=0.1).width_value == pytest.approx(100.0)
     for options, sentence in (
         ({"results": path, "min_logprob_drop": 0.1, "width_value": 3.0}, "width_value is 3.0 beside results, min_log"),
