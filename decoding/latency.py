@@ -21,12 +21,11 @@ import torch
 
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
-from decoding.drafts import DraftScorer
 from decoding.errors import UserError
 from decoding.forest import TokenForest
+from decoding.node_scorer import NodeScorer, ScorerOptions
 from decoding.pair import ModelPair
 from decoding.sampling import FloatArray
-from decoding.scorer import ForestScorer
 from decoding.table_cache import cache_key, device_name, entry_file, read_entry, write_entry
 from decoding.widths import FixedWidth
 
@@ -224,17 +223,25 @@ def _read(file: Path, key: dict[str, Any]) -> LatencyTable | None:
 
 
 class ForestPasses:
-    """Single passes of one model over forests of a chosen size behind a prompt; `with` gives its buffers back."""
+    """Single passes over forests of a chosen size behind a prompt; `with` gives their buffers back.
 
-    def __init__(self, scorer: DraftScorer, prompt: Sequence[int]) -> None:
-        self._scorer, self._forest = scorer, TokenForest()
-        scorer.open(0, prompt, self._forest)
+    Args:
+        scorers: by role, in the order to open them: a draft may read what the target's scorer knows of the prompt.
+        role: whose passes they are.
+        prompt: token ids.
+    """
+
+    def __init__(self, scorers: Mapping[str, NodeScorer], role: str, prompt: Sequence[int]) -> None:
+        self._scorers, self._scorer, self._forest = scorers, scorers[role], TokenForest()
+        for scorer in scorers.values():
+            scorer.open(0, prompt, self._forest)
 
     def __enter__(self) -> ForestPasses:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._scorer.close()
+        for scorer in self._scorers.values():
+            scorer.close()
 
     def run(self, nodes: int) -> float:
         """Score so many new nodes and forget them; seconds inside the model, with its results on the host."""
@@ -247,15 +254,9 @@ class ForestPasses:
 
 def forest_passes(pair: ModelPair, role: str, prompt: Sequence[int]) -> ForestPasses:
     """Passes of a pair's "target" or "draft"."""
-    sizes: dict[str, Any] = {
-        "rows": 1,
-        "longest_prompt": len(prompt),
-        "spare_slots": max(NODE_COUNTS),
-        "top": min(_TOP, pair.vocab_size),
-    }
-    if role == "draft":
-        return ForestPasses(pair.draft_scorer(**sizes), prompt)
-    return ForestPasses(ForestScorer(pair.target, **sizes, engine=pair.engine), prompt)
+    top = min(_TOP, pair.vocab_size)
+    options = ScorerOptions(1, len(prompt), spare_slots=max(NODE_COUNTS), top=top, engine=pair.engine)
+    return ForestPasses(pair.scorers(options, drafting=role == "draft"), role, prompt)
 
 
 def synthetic_prompt(pair: ModelPair, tokens: int) -> list[int]:

@@ -18,6 +18,7 @@ import torch
 
 import decoding.batch
 import decoding.cache
+import decoding.drafts.model
 import decoding.pair
 import decoding.sampling
 import decoding.scorer
@@ -371,7 +372,7 @@ def test_slots_that_run_out_grow(engine: str, monkeypatch: pytest.MonkeyPatch) -
             self.seen.append(self.cache.capacity)
             super().close()
 
-    for module in (decoding.batch, decoding.pair):  # of the target, of the draft
+    for module in (decoding.pair, decoding.drafts.model):  # of the target, of the draft
         monkeypatch.setattr(module, "ForestScorer", Tight)
     monkeypatch.setattr(decoding.cache, "SLOT_STEP", 4)
     for model in (decoder.pair.target, decoder.pair.draft):

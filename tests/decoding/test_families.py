@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, FalconForCausalLM
 import decoding.alibi
 import decoding.graphs
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
+from decoding.architecture import check_architecture
 from decoding.cache import ForestCache
 from decoding.forest import TokenForest
 from decoding.forward import PassInputs
 from decoding.graphs import GraphedForward, _Captured, _read_by
-from decoding.pair import check_architecture
 from decoding.probe import check_forest_pass
 from decoding.runner import runner_of
 from decoding.scorer import ForestScorer
