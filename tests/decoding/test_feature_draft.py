@@ -12,6 +12,7 @@ from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, UserEr
 from decoding.baselines import METHODS
 from decoding.fused import FusedForward
 from decoding.latency import LatencyTable
+from decoding.layer_states import LayerStates
 from decoding.node_scorer import ScorerOptions
 from decoding.runner import runner_of
 from tests.decoding.feature_draft import FeatureDraft, FeatureScorer, own_states
@@ -76,6 +77,19 @@ def test_states_are_the_targets_own_at_every_node(engine: str, monkeypatch: pyte
 def _without_spare(init: Any) -> Any:
     """A cache's constructor that leaves no slot for nodes."""
     return lambda self, rows, longest, spare, *args, **options: init(self, rows, longest, 0, *args, **options)
+
+
+@pytest.mark.parametrize("wrong", ["layers", "shared prefix"])
+def test_wrong_states_are_caught(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States of another block, and a prefix that is not copied from the row that scored it."""
+    pair, scorers = feature_pair(), logged(monkeypatch)
+    if wrong == "shared prefix":
+        monkeypatch.setattr(LayerStates, "copy_slots", lambda *args: None)
+    DSBDDecoder(pair, settings(2, 3, 1, 4)).generate(PROMPTS, seeded())
+    if wrong == "layers":
+        pair.drafter.target_layers = (2, 3)
+    with pytest.raises(AssertionError, match="not close"):
+        check_states(pair, scorers)
 
 
 @pytest.mark.parametrize("family", ["grouped heads", "large epsilon", "mistral", "qwen2", "qwen3"])
