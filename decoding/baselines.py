@@ -18,15 +18,12 @@ from transformers import GenerationConfig
 from decoding.bandit import BanditWidth
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder, Prompts, as_token_lists
-from decoding.errors import UserError
 from decoding.hand_set import EntropyWidth, GapWidth, HandSetWidth, MassWidth
-from decoding.lookup import NgramDraft
 from decoding.oracles import SurvivorOracle
 from decoding.pair import ModelPair, check_prompt, end_tokens
 from decoding.results import DecodeResult, DecodeStats
 from decoding.widths import FixedWidth, RandomWidth, ThresholdWidth, WidthPolicy
 
-_LOOKUP_TOKENS = 10  # that transformers' prompt lookup drafts at a time, as its documentation does
 Streams = torch.Generator | Sequence[torch.Generator]  # one for each prompt, or one for all
 Generate = Callable[[Prompts, Streams], list[DecodeResult]]
 Settings = Mapping[str, Any]
@@ -125,7 +122,7 @@ def hf_generate(
     if num_beams > 1:
         options |= {"length_penalty": config.length_penalty, "early_stopping": config.early_stopping}
     if assisted:
-        options |= _assistance(pair)
+        options |= pair.drafter.assistance() if pair.drafter is not None else {"assistant_model": None}
     results = []
     for i, row in enumerate(as_token_lists(prompts)):
         check_prompt(pair, row, config, i)
@@ -159,18 +156,6 @@ def _hf_one(
     stats.seconds["other"] = seconds
     stats.kv_slots_peak = stats.kv_slots_end = beams * (len(row) + stats.new_tokens - 1)
     return DecodeResult(sequences, [float("nan")] * len(sequences), [finished for _, finished in ended], stats)
-
-
-def _assistance(pair: ModelPair) -> dict[str, Any]:
-    """What `generate` takes to be assisted by the pair's draft."""
-    if isinstance(pair.draft, NgramDraft):
-        return {"prompt_lookup_num_tokens": _LOOKUP_TOKENS, "max_matching_ngram_size": pair.draft.max_ngram}
-    if pair.vocabulary is not None:
-        raise UserError(
-            "hf_assisted needs a draft with the target's token ids and as many embedding rows, as transformers' own "
-            f"generate does; the target has {pair.vocab_size}, the draft {pair.vocabulary.draft_size}."
-        )
-    return {"assistant_model": pair.draft}
 
 
 def _cut_at_end(tokens: list[int], ends: frozenset[int]) -> tuple[list[int], bool]:

@@ -20,6 +20,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from decoding.architecture import text_config
 from decoding.checks import whole
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
@@ -161,9 +162,10 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
     cfg, pair, features = collection.cfg, collection.pair, collection.features
     decoder = DSBDDecoder(pair, collection.config, collection.policy)
     size = whole("collect.batch_size", cfg.collect.batch_size, least=1)
-    if pair.draft is None:
+    if pair.drafter is None:
         raise UserError("Traces are logged of a target with a draft: give the pair one, such as pair.draft=ngram.")
-    sizes = (hidden_size(pair.target), hidden_size(pair.models.get("draft"))) if collection.hidden else None
+    target_size = int(text_config(pair.target).hidden_size)
+    sizes = (target_size, pair.drafter.hidden_size) if collection.hidden else None
     prompts = _prompts(cfg, collection.task, pair)
     directory.mkdir(parents=True, exist_ok=True)
     todo = [p for p in prompts if p[1].id not in set(manifest["done"])]
@@ -185,11 +187,6 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
             _add_shard(directory, manifest, rows, [prompt.id for _, prompt in chunk])
     manifest["complete"] = True
     write_manifest(directory, manifest)
-
-
-def hidden_size(model: Any) -> int:
-    """H of a model; 0 for a draft that is none."""
-    return int(model.config.get_text_config().hidden_size) if model is not None else 0
 
 
 @contextmanager

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from decoding.arrays import FloatArray
 from decoding.cost_table import NODE_COUNTS
-from decoding.drafts import DraftScorer
 from decoding.errors import UserError
 from decoding.forest import TokenForest
+from decoding.node_scorer import NodeScorer, ScorerOptions
 from decoding.pair import ModelPair
-from decoding.scorer import ForestScorer
 
 TOP = 10  # tokens that a pass brings to the host, where nobody asks for another number
 
 
 class ForestPasses:
-    """Passes of one model over forests of a chosen size behind a prompt; leaving `with` gives its buffers back."""
+    """Passes over forests of a chosen size behind a prompt; leaving `with` gives the buffers back.
 
-    def __init__(self, scorer: DraftScorer, prompt: Sequence[int]) -> None:
-        self._scorer, self._forest = scorer, TokenForest()
-        scorer.open(0, prompt, self._forest)
+    Args:
+        scorers: by role, in the order to open them: a draft may read what the target's scorer knows of the prompt.
+        role: whose passes they are.
+        prompt: token ids.
+    """
+
+    def __init__(self, scorers: Mapping[str, NodeScorer], role: str, prompt: Sequence[int]) -> None:
+        self._scorers, self._scorer, self._forest = scorers, scorers[role], TokenForest()
+        for scorer in scorers.values():
+            scorer.open(0, prompt, self._forest)
 
     def __enter__(self) -> ForestPasses:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._scorer.close()
+        for scorer in self._scorers.values():
+            scorer.close()
 
     def run(self, nodes: int) -> tuple[float, float]:
         """Score `nodes` new nodes, results on the host, and forget them.
@@ -54,15 +60,9 @@ def check_draft(pair: ModelPair) -> None:
 
 def forest_passes(pair: ModelPair, role: str, prompt: Sequence[int], top: int = TOP) -> ForestPasses:
     """Passes of a pair's "target" or "draft" that bring the `top` likeliest tokens to the host."""
-    sizes: dict[str, Any] = {
-        "rows": 1,
-        "longest_prompt": len(prompt),
-        "spare_slots": max(NODE_COUNTS),
-        "top": min(top, pair.vocab_size),
-    }
-    if role == "draft":
-        return ForestPasses(pair.draft_scorer(**sizes), prompt)
-    return ForestPasses(ForestScorer(pair.target, **sizes, engine=pair.engine), prompt)
+    top = min(top, pair.vocab_size)
+    options = ScorerOptions(1, len(prompt), spare_slots=max(NODE_COUNTS), top=top, engine=pair.engine)
+    return ForestPasses(pair.scorers(options, drafting=role == "draft"), role, prompt)
 
 
 def synthetic_prompt(pair: ModelPair, tokens: int) -> list[int]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from decoding.acceptance import LayerVerdict, align, verify_layer
 from decoding.config import DecodingConfig
 from decoding.dense import DenseJoint, dense_joint, draw_dense, verify_dense
-from decoding.drafts import DraftScorer
 from decoding.forest import TokenForest
+from decoding.node_scorer import NodeScorer, mean_hidden
 from decoding.results import DecodeResult, DecodeStats, LayerEvent, Recorder
 from decoding.rules import Rules
 from decoding.sampling import Dice, IntArray, Joint, compact_joint, draw
@@ -90,7 +90,7 @@ class PromptRun:
         ends: frozenset[int],
         stream: torch.Generator,
         recorder: Recorder | None,
-        scorers: Mapping[str, DraftScorer],
+        scorers: Mapping[str, NodeScorer],
         rules: Rules | None = None,
     ) -> None:
         self.index, self.row, self.config, self.policy, self.eos = index, row, config, policy, ends
@@ -181,10 +181,10 @@ class PromptRun:
             remaining=self.config.max_new_tokens - self.stats.new_tokens,
             weights=np.array([beam.weight for beam in self.beams]),
             history=self.history,
-            target_hidden=self.target.hidden(self.row, [scored]),
+            target_hidden=mean_hidden(self.target, self.row, [scored]),
         )
 
-    def _draft_forest(self, root: RootContext, scorer: DraftScorer) -> Generator[Request, None, list[DraftedLayer]]:
+    def _draft_forest(self, root: RootContext, scorer: NodeScorer) -> Generator[Request, None, list[DraftedLayer]]:
         """Draw up to γ layers from the draft; the last token before max_new_tokens is never drafted.
 
         Where it has nothing to propose for any beam, nothing further is drafted: known before the layer is drawn.
@@ -202,7 +202,7 @@ class PromptRun:
             if not scorer.proposes(self.row, nodes):
                 break
             joint = self._joint(scorer, beams, "draft")
-            hidden = scorer.hidden(self.row, nodes)
+            hidden = mean_hidden(scorer, self.row, nodes)
             context = DraftContext(
                 root, layer, np.array([beam.weight for beam in beams]), joint, True, widths, draft_hidden=hidden
             )
@@ -221,7 +221,7 @@ class PromptRun:
         """Entries of Q to draft, in order."""
         return draw_entries(joint, width, self.config.replacement, self.dice)
 
-    def _joint(self, scorer: DraftScorer, beams: list[Beam], name: str) -> Joint | DenseJoint:
+    def _joint(self, scorer: NodeScorer, beams: list[Beam], name: str) -> Joint | DenseJoint:
         nodes, weights = [beam.node for beam in beams], [beam.weight for beam in beams]
         if scorer.top is None:
             return dense_joint(scorer.log_probs(self.row, nodes), nodes, weights, self.config, name)

@@ -181,7 +181,7 @@ def run(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     [
         (("train.py", "controller.hiden=3"), "Did you mean controller.hidden?"),
         (("train.py", "decoding.draft_width=2"), "draft_width (2) is less than target_width (4)"),
-        (("evaluate.py", "policies=[foo]"), "foo"),
+        (("evaluate.py", "policies=[foo]"), "policies holds 'foo'; choose among"),
         (("-m", "decoding.collect", "pair=foo"), "pair=foo is not known; choose one of inflated, llama2_13b,"),
     ],
 )

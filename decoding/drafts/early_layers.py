@@ -11,7 +11,34 @@ from typing import Any
 
 from torch import nn
 
+from decoding.drafts.base import NamedKind, whole_number
+from decoding.drafts.model import ModelDraft
 from decoding.errors import UserError
+
+
+class EarlyLayersDraft(ModelDraft):
+    """The target's first `count` blocks draft, as a model of their own.
+
+    Args:
+        target: a transformers causal LM.
+        count: 1 to one less than it has blocks.
+
+    Raises:
+        UserError: too few or too many, or a model whose blocks cannot be found or taken apart.
+    """
+
+    def __init__(self, target: Any, count: int) -> None:
+        super().__init__(first_layers(target, count))
+        self.name = f"layers:{count}"
+
+
+def _from_text(number: str | None, target: Any) -> EarlyLayersDraft | None:
+    """`layers:N`."""
+    count = whole_number(number)
+    return EarlyLayersDraft(target, count) if count is not None else None
+
+
+KIND = NamedKind("layers", "layers:N (the target's first N layers)", _from_text)
 
 
 def first_layers(target: Any, count: int) -> Any:

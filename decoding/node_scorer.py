@@ -1,35 +1,58 @@
-"""What may stand for the draft of a pair, and what the decoder asks of whatever scores its nodes.
-
-A draft is a small language model; the target's own first layers, `layers:8`; or n-grams of the prompt and the text so
-far, `ngram` or `ngram:4`. Whichever it is, the output follows the target: a draft only has to name the Q it drew from.
-"""
+"""NodeScorer: what decoding asks of whatever scores nodes, the target's `ForestScorer` and the scorer of any draft."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from decoding.early_layers import first_layers
-from decoding.errors import UserError
 from decoding.forest import TokenForest
-from decoding.lookup import NgramDraft
 from decoding.sampling import FloatArray, IntArray
 
-ALLOWED = "layers:N (the target's first N layers), ngram or ngram:N (no draft model; suffixes of up to N tokens)"
-_KINDS = re.compile(r"(layers|ngram)(:.*)?", re.DOTALL)
+Process = Callable[[int, Sequence[int], Tensor], Tensor]
 
 
-class DraftScorer(Protocol):
+@dataclass(frozen=True)
+class ScorerOptions:
+    """What every scorer of a batch is made with.
+
+    Args:
+        rows: prompts at a time.
+        longest_prompt: tokens of the longest of them.
+        spare_slots: KV slots of a row for new tokens; more are made when they run out.
+        temperature: divides the logits.
+        top: log-probabilities of so many likeliest tokens per node are brought to the host, for `tops`; None: all stay
+            on the device, for `log_probs`.
+        keep_hidden: `hidden` will be asked for.
+        process: (row, nodes, logits [N, V] float32) -> their log-probabilities; None: log-softmax.
+        engine: how models are run, as for `ModelPair`.
+    """
+
+    rows: int
+    longest_prompt: int
+    spare_slots: int
+    temperature: float = 1.0
+    top: int | None = None
+    keep_hidden: bool = False
+    process: Process | None = None
+    engine: str = "auto"
+
+
+class NodeScorer(Protocol):
     """Nodes in, log-probabilities of the next token out, in the target's token ids, for a batch of prompts."""
 
     top: int | None  # `tops` gives at most so many tokens of a node; None: `log_probs` gives all, on the device
     model_seconds: float  # spent in `score`, in passes or what stands for them
 
     def open(self, row: int, prompt: Sequence[int], forest: TokenForest, shared: tuple[int, int] | None = None) -> None:
-        """A prompt takes a row; its last token is node 0 of `forest`, scored at once. `shared` as for ForestScorer."""
+        """A prompt takes a row; its last token is node 0 of `forest`, scored at once. The target's scorer comes first.
+
+        Args:
+            row: that the prompt takes.
+            shared: (row, count): the first `count` tokens are those of the prompt that was opened in that row.
+        """
 
     def close_row(self, row: int) -> None:
         """The prompt in a row is done."""
@@ -53,8 +76,8 @@ class DraftScorer(Protocol):
         """Log-probabilities of the next token at scored nodes, [N, V] float32 on the target's device."""
         ...
 
-    def hidden(self, row: int, nodes: Sequence[int]) -> FloatArray | None:
-        """Mean of the last hidden states at scored nodes, [H]; None where none is known."""
+    def hidden(self, row: int, nodes: Sequence[int]) -> Tensor | None:
+        """Last hidden states at those of `nodes` that have been scored, [N, H]; None where none is kept."""
 
     def forget(self, row: int, dead: Sequence[int], live: Sequence[int]) -> None:
         """Nodes died; of the others, log-probabilities are asked for at `live` beams only."""
@@ -70,26 +93,7 @@ class DraftScorer(Protocol):
         """Keep nothing: memory is short, or what is kept may be spoilt."""
 
 
-def is_kind(text: str) -> bool:
-    """Whether a text names a draft that comes without a model of its own."""
-    return _KINDS.fullmatch(text) is not None
-
-
-def named_draft(text: str, target: Any) -> tuple[Any, str]:
-    """The draft that a text names, and its name written out.
-
-    Args:
-        text: `layers:8`, `ngram`, `ngram:4`.
-        target: whose layers they are.
-
-    Raises:
-        UserError: another text, or a number that cannot be.
-    """
-    kind, colon, number = text.partition(":")
-    whole = re.fullmatch(r"[0-9]{1,6}", number) is not None
-    if kind == "layers" and whole:
-        return first_layers(target, int(number)), f"layers:{int(number)}"
-    if kind == "ngram" and (not colon or (whole and int(number) > 0)):
-        draft = NgramDraft(int(number)) if colon else NgramDraft()
-        return draft, draft.name
-    raise UserError(f"draft is {text!r}; give a model, or {ALLOWED}.")
+def mean_hidden(scorer: NodeScorer, row: int, nodes: Sequence[int]) -> FloatArray | None:
+    """Mean of the last hidden states at those of `nodes` that have been scored, [H]; None where none is kept."""
+    states = scorer.hidden(row, nodes)
+    return states.float().mean(0).cpu().numpy() if states is not None else None

@@ -11,24 +11,29 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from decoding.architecture import vocab_size_of
+from decoding.drafts.base import Draft, NamedKind, whole_number
 from decoding.forest import TokenForest
+from decoding.node_scorer import NodeScorer, Process, ScorerOptions
 from decoding.sampling import FloatArray, IntArray
-from decoding.scorer import Process
+from decoding.scorer import ForestScorer
 
 MAX_NGRAM = 3
 BACKOFF = 0.3  # weight of matches of n - 1 tokens over those of n
+_LOOKUP_TOKENS = 10  # that transformers' prompt lookup drafts at a time, as its documentation does
 
 Gram = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class NgramDraft:
-    """Stands for a draft model in a `ModelPair`.
+class NgramDraft(Draft):
+    """Tokens drafted by looking up what followed a suffix before.
 
     Args:
         max_ngram: tokens of the longest suffix that is looked up.
@@ -38,8 +43,39 @@ class NgramDraft:
 
     @property
     def name(self) -> str:
-        """As it is written: `ngram:3`."""
+        """The draft as users write it: `ngram:3`."""
         return f"ngram:{self.max_ngram}"
+
+    def fingerprint(self) -> bytes:
+        """The name says all."""
+        return self.name.encode()
+
+    def scorer(self, target: ForestScorer, options: ScorerOptions) -> NodeScorer:
+        """Lookups on the host; of the target only its vocabulary and its device are read."""
+        return NgramScorer(
+            self,
+            options.rows,
+            vocab_size_of(target.model),
+            temperature=options.temperature,
+            top=options.top,
+            device=target.device,
+            process=options.process,
+        )
+
+    def assistance(self) -> dict[str, Any]:
+        """transformers' own prompt lookup, with suffixes as long."""
+        return {"prompt_lookup_num_tokens": _LOOKUP_TOKENS, "max_matching_ngram_size": self.max_ngram}
+
+
+def _from_text(number: str | None, target: Any) -> NgramDraft | None:
+    """`ngram` or `ngram:N`, N at least 1."""
+    if number is None:
+        return NgramDraft()
+    found = whole_number(number)
+    return NgramDraft(found) if found else None
+
+
+KIND = NamedKind("ngram", "ngram or ngram:N (no draft model; suffixes of up to N tokens)", _from_text)
 
 
 class NgramIndex:
@@ -136,7 +172,7 @@ class _Prompt:
 
 
 class NgramScorer:
-    """Nodes in, log-probabilities out, as `ForestScorer` for a model; a `DraftScorer`.
+    """Nodes in, log-probabilities out, as `ForestScorer` for a model; a `NodeScorer`.
 
     Args:
         draft: the settings.
@@ -227,7 +263,7 @@ class NgramScorer:
         table.view(-1)[torch.tensor(index, dtype=torch.int64).to(self.device)] = torch.tensor(values).to(self.device)
         return table
 
-    def hidden(self, row: int, nodes: Sequence[int]) -> FloatArray | None:
+    def hidden(self, row: int, nodes: Sequence[int]) -> Tensor | None:
         """None: there is no model."""
         return None
 
