@@ -17,9 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from controller import LearnedWidth
+from controller.checkpoint import load_controller, weights_sha256
 from controller.compare import family_of, undominated
-from controller.knob import warn_of_shared_prompts
-from controller.network import load_controller, weights_sha256
 from controller.report import (
     calibration_curves,
     compare_rows,
@@ -30,11 +29,12 @@ from controller.report import (
     write_report,
 )
 from controller.tracking import log_evaluation, tracked
+from controller.width_value import warn_of_shared_prompts
 from decoding import DecodingConfig, ModelPair, UserError, WidthPolicy
 from decoding.baselines import METHODS, Generate, Method, Settings, policy_method
-from decoding.costs import cost_table
+from decoding.choose import cost_table
+from decoding.cost_table import LatencyTable
 from decoding.entry import entry_point
-from decoding.latency import LatencyTable
 from decoding.measure import Measurement, Row, make_rows, run_rows, score
 from decoding.oracles import modelled_seconds
 from decoding.progress import RunProgress
@@ -42,7 +42,7 @@ from decoding.provenance import provenance, to_plain
 from decoding.results_file import SCHEMA_VERSION
 from decoding.tasks.base import Prompt, Task
 
-_MEASURES_SECONDS = "decoding.latency.LatencyTable.measure"
+_MEASURES_SECONDS = ("decoding.seconds.measure_seconds", "decoding.latency.LatencyTable.measure")
 # Learned widths that plan for the device of `latency`, and for that of `latency@also`.
 LEARNED_AXES = dict.fromkeys(("learned", "learned_also"), Method(lambda *_: NotImplemented, ("width_value",)))
 
@@ -149,7 +149,7 @@ def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> dict[st
     if pair.draft is None or not asked:
         return {}
     objective = cfg.learned.objective
-    measures_seconds = cfg.latency.get("_target_") == _MEASURES_SECONDS  # what it does by default
+    measures_seconds = cfg.latency.get("_target_") in _MEASURES_SECONDS  # what it does by default
     given = None if objective == "joules" and measures_seconds else instantiate(cfg.latency)
     tables = {"modelled": cost_table(pair, given, objective)}
     return tables | ({"also": cost_table(pair, instantiate(cfg.also))} if cfg.get("also") else {})

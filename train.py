@@ -26,9 +26,9 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 
 from controller.calibration import BINS, Curve, Reliability, calibrate, reliability_curves, reliability_from_sums
+from controller.checkpoint import save_controller
 from controller.data import TraceDataModule
 from controller.module import ControllerModule
-from controller.network import save_controller
 from controller.tracking import is_wandb, tracked
 from decoding.collect import ensure_traces
 from decoding.entry import build_all, entry_point

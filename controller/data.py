@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from controller.features import check_features
+from decoding.checks import whole
 from decoding.errors import UserError
+from decoding.tasks.base import SPLITS
 from decoding.traces import load_traces
 
-SPLITS = ("train", "val", "test")
 Batch = dict[str, Tensor]
 
 
@@ -63,10 +64,8 @@ class TraceDataModule(LightningDataModule):
         max_train_rows: int | None = None,
     ) -> None:
         super().__init__()
-        if max_train_rows is not None and max_train_rows < 1:
-            raise UserError(
-                f"max_train_rows is {max_train_rows}; give a whole number of at least 1, or null to train on all."
-            )
+        if max_train_rows is not None:
+            whole("max_train_rows", max_train_rows, least=1, hint="or null to train on all")
         where = str(directory)  # in messages
         rows, self.manifest = load_traces(Path(directory))
         self.batch_size = batch_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,25 +10,20 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from controller import kernels
-from controller.features import ContextFeatures, FloatVector, check_features, hidden_vectors, known
-from controller.kernels import Decision, Packed
-from controller.knob import choose_width_value
-from controller.network import HostNet, WidthNet, load_controller, weights_sha256
-from controller.planner import (
-    Outlook,
-    Pace,
-    Planner,
-    Throughput,
-    UnitCosts,
-    kept_width,
-    settles_alone,
-)
+from controller.checkpoint import load_controller, weights_sha256
+from controller.experience import Outlook, Pace, Throughput
+from controller.features import ContextFeatures, Packed, check_features, hidden_vectors, known
+from controller.host import HostNet
+from controller.network import WidthNet
+from controller.plan import Decision, Planner, kept_width, settles_alone
+from controller.width_value import choose_width_value
+from decoding.arrays import FloatArray, FloatVector
+from decoding.checks import choice, number
+from decoding.compiled import COMPILED
 from decoding.config import DecodingConfig
+from decoding.cost_table import Costs, LatencyTable, UnitCosts, costs_digest
 from decoding.errors import UserError
-from decoding.latency import LatencyTable
-from decoding.pricing import Costs, costs_digest
-from decoding.sampling import Distribution, FloatArray
+from decoding.sampling import Distribution
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
 
 CLOCKS = ("wall", "table")
@@ -320,7 +314,7 @@ class LearnedWidth(WidthPolicy):
 
     def _compile(self) -> None:
         """Ask everything once, so that no prompt waits for numba: 20 seconds on a new machine, then a blink."""
-        if not kernels.COMPILED:
+        if not COMPILED:
             return
         config, outlook, sizes = DecodingConfig(target_width=1, draft_width=1), Outlook(), self.net.sizes
         vectors = np.zeros(sizes["draft_hidden"], np.float32), np.zeros(sizes["target_hidden"], np.float32)
@@ -356,7 +350,7 @@ def _in_words(pair: dict[str, Any]) -> str:
 
 
 def _entries(joint: Distribution) -> Packed:
-    """A joint distribution for the kernels: parents, tokens and probabilities."""
+    """A joint distribution for a plan: parents, tokens and probabilities."""
     return joint.parents, joint.tokens, joint.probs
 
 
@@ -366,14 +360,11 @@ def _costs(latency: Costs | dict[str, Any] | str | Path | None) -> Costs:
     if isinstance(latency, str | Path):
         return LatencyTable.load(latency)
     costs = LatencyTable.from_dict(latency) if isinstance(latency, dict) else latency
-    if not all(hasattr(costs, name) for name in ("draft_seconds", "target_seconds", "host_seconds")):
+    if not all(hasattr(costs, name) for name in ("draft_cost", "target_cost", "host_cost")):
         raise UserError(f"latency is {latency!r}; give a LatencyTable, its dict, the path of its JSON, or None.")
     return costs
 
 
 def _check_arguments(width_value: Any, clock: str | None) -> None:
-    number = isinstance(width_value, int | float) and not isinstance(width_value, bool)
-    if not number or not 0 <= width_value < math.inf:
-        raise UserError(f"width_value is {width_value!r}; give a number of 0 or more (0: speed alone).")
-    if clock not in (None, *CLOCKS):
-        raise UserError(f"clock is {clock!r}; choose one of {', '.join(map(repr, (None, *CLOCKS)))}.")
+    number("width_value", width_value, least=0, hint="0: speed alone")
+    choice("clock", clock, (None, *CLOCKS))

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from controller.compare import LAST, OURS, STOP, comparisons, family_of, undominated
+from decoding.arrays import FloatArray
+from decoding.cost_table import Costs
 from decoding.files import write_whole
 from decoding.measure import REFERENCE_METHODS, Measurement, Row
 from decoding.oracles import hindsight_seconds, modelled_seconds
-from decoding.pricing import Costs
 from decoding.results import PHASES
 from decoding.results_file import RESULTS, write_results
-from decoding.sampling import FloatArray
 
 FRONTIER, CALIBRATION, TABLE = "frontier.png", "calibration.png", "results.md"
 FRONTIER_ALSO = "frontier_also.png"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from decoding.errors import UserError
+from decoding.families import family_of
 
 _SAMPLED = 64  # entries of each weight that a fingerprint holds
 # Fields of configs of models that keep a state; not all of them name their kinds of layers.
@@ -15,11 +16,6 @@ _STATE = (
     *("state_size", "ssm_state_size", "mamba_d_state", "lru_width"),
     *("conv_kernel", "conv_L_cache", "rescale_every"),
 )
-# Models that the probe could accept although some of their passes would be wrong.
-_UNFIT = {
-    "mpt": "its attention takes one ALiBi bias for all prompts of a batch, whose tokens lie in different slots",
-    "gpt_neo": "its attention hides tokens by their place in the cache, whatever the mask says",
-}
 
 
 def check_architecture(config: Any, role: str) -> None:
@@ -40,8 +36,9 @@ def check_architecture(config: Any, role: str) -> None:
             f"The {role} model ({kind}) keeps a recurrent state{what}, which cannot branch into a forest of beams; use "
             "a model whose layers are all attention."
         )
-    if kind in _UNFIT:
-        raise UserError(f"The {role} model ({kind}) cannot score a forest of beams: {_UNFIT[kind]}.")
+    unfit = family_of(config).unfit
+    if unfit is not None:
+        raise UserError(f"The {role} model ({kind}) cannot score a forest of beams: {unfit}.")
 
 
 def text_config(model: Any) -> Any:

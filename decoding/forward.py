@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from decoding.alibi import alibi_by_position
 from decoding.errors import UserError
-from decoding.windows import sliding_layers
+from decoding.positions import alibi_by_position, sliding_layers
 
 
 @dataclass

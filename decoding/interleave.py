@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from decoding.baselines import Generate
-from decoding.energy import EnergyMeter
 from decoding.errors import UserError
 from decoding.measure import OUT_OF_MEMORY, Measurement, Row, measure
+from decoding.meter import EnergyMeter
 from decoding.pair import ModelPair
 from decoding.runner import runner_of
 from decoding.tasks.base import Prompt

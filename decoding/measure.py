@@ -15,8 +15,8 @@ import torch
 from decoding.baselines import Generate, Method, now
 from decoding.config import DecodingConfig
 from decoding.decoder import OutOfDeviceMemory
-from decoding.energy import EnergyMeter
 from decoding.errors import UserError
+from decoding.meter import EnergyMeter
 from decoding.pair import ModelPair
 from decoding.results import DecodeStats
 from decoding.tasks.base import Prompt, Task, stable_hash

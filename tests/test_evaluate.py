@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import evaluate
 from controller import WidthNet
+from controller.checkpoint import load_controller, save_controller
 from controller.features import ContextFeatures
-from controller.network import load_controller, save_controller
 from decoding import UserError
 from decoding.measure import log_probability
 from tests.small_pair import small_pair

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from controller import LearnedWidth, WidthNet, kernels
+from controller import LearnedWidth, WidthNet
+from controller.checkpoint import save_controller
 from controller.features import ContextFeatures, known
-from controller.network import save_controller
+from controller.host import foresee
 from decoding import DecodingConfig, UserError
-from decoding.latency import LatencyTable
-from decoding.pricing import iteration_seconds
+from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.widths import DraftContext, IterationRecord, LayerRecord
 from tests.controller.synthetic import CONFIG, H_P, H_Q, PAIR, draft_context, target_context
 
@@ -104,7 +104,7 @@ def test_plans_go_by_what_the_network_says() -> None:
     rows = [torch.from_numpy(v)[None] for v in (*vectors, learned.features.of_target(context))]
     logits = learned.net(*rows)
     scene, hidden = learned.features.of_context(draft), (draft.draft_hidden, draft.root.target_hidden)
-    at_least, early_loss = kernels.foresee(scene, *hidden, learned._host.early, CONFIG.target_width)
+    at_least, early_loss = foresee(scene, *hidden, learned._host.early, CONFIG.target_width)
     assert at_least.shape == (7, 7)
     assert at_least[1, 1] == pytest.approx(logits.accept[0, 0, 0].sigmoid().item())
     early = (logits.survivor, logits.regret, early_loss)
@@ -366,7 +366,7 @@ def test_refusals() -> None:
     for options, message in (
         ({"width_value": -1}, "width_value is -1"),
         ({"width_value": float("nan")}, "width_value is nan"),
-        ({"clock": "sun"}, "clock is 'sun'; choose one of None, 'wall', 'table'"),
+        ({"clock": "sun"}, "clock is 'sun'; choose one of None, wall, table"),
         ({"clock": ["wall"]}, r"clock is \['wall'\]; choose one of"),
         ({"clock": "wall"}, "needs a latency table"),
         ({"latency": 0.01}, r"latency is 0\.01; give a LatencyTable"),

@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 
 import train
 from controller import LearnedWidth
+from controller.checkpoint import load_controller
 from controller.features import ContextFeatures
-from controller.network import load_controller
 from controller.report import calibration_curves
 from decoding import UserError
 from decoding.entry import CONF_DIR

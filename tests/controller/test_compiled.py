@@ -1,57 +1,68 @@
-"""The kernels: compiled and plain, one source gives the same numbers; and widths against a search of all of them.
+"""Compiled functions: one source gives the same numbers compiled and plain; and widths against a search of all.
 
 What else they compute is tested where it is used.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from controller import kernels
-from controller.counts import count_table, tails
-from controller.kernels import CostTable, Prospect, Rules
-from decoding.acceptance import accept_probabilities, accepted_count_table, align
-from decoding.sampling import FloatArray, Joint
+from controller import features, host, plan, policy
+from controller.features import NAMES, TARGET_NAMES
+from controller.losses import count_table, tails
+from controller.plan import CostTable, Prospect, Rules
+from decoding.acceptance import align
+from decoding.arrays import FloatArray
+from decoding.closed_form import accept_probabilities, accepted_count_table
+from decoding.compiled import COMPILED
+from decoding.sampling import Joint
 
-needs_numba = pytest.mark.skipif(not kernels.COMPILED, reason="numba is not installed, or disabled")
+needs_numba = pytest.mark.skipif(not COMPILED, reason="numba is not installed, or disabled")
+
+
+EARLY, LATE = len(NAMES), len(TARGET_NAMES)
+
+
+def functions_of(*modules: ModuleType) -> SimpleNamespace:
+    """All that modules with compiled functions define."""
+    return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
+
+
+OURS = functions_of(features, host, plan)
 
 
 @pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module as it is without numba."""
-    spec = importlib.util.spec_from_file_location("plain_kernels", kernels.__file__)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "plain_kernels", module)
-    with monkeypatch.context() as patch:  # no longer: numba reads it again wherever it compiles
-        patch.setenv("NUMBA_DISABLE_JIT", "1")
-        spec.loader.exec_module(module)
-    assert not module.COMPILED and module.times is np.dot
-    return module
+def plain(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What they define without numba."""
+    names = ("decoding.compiled", "controller.features", "controller.host", "controller.plan")
+    kept = {name: sys.modules.pop(name) for name in names}
+    try:
+        with monkeypatch.context() as patch:  # no longer: numba reads it again wherever it compiles
+            patch.setenv("NUMBA_DISABLE_JIT", "1")
+            found = functions_of(*(importlib.import_module(name) for name in names[1:]))
+    finally:
+        for name, module in kept.items():
+            package, _, leaf = name.rpartition(".")
+            sys.modules[name] = module
+            setattr(sys.modules[package], leaf, module)
+    assert not found.COMPILED and found.times is np.dot
+    return found
 
 
-def decide_by(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Policies made from now on use these kernels."""
-    from controller import features, network, planner, policy
-
-    for user in (planner, policy):
-        monkeypatch.setattr(user, "kernels", module)
-    for name in ("EarlyWeights", "LateWeights"):
-        monkeypatch.setattr(network, name, getattr(module, name))
-    for name in ("CostTable", "Decision"):
-        monkeypatch.setattr(planner, name, getattr(module, name))
-    for name in ("describe_context", "describe_target"):
-        monkeypatch.setattr(features, name, getattr(module, name))
+def decide_by(functions: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies made from now on use these functions."""
+    for name in ("ContextFeatures", "HostNet", "Planner", "COMPILED"):
+        monkeypatch.setattr(policy, name, getattr(functions, name))
 
 
 def f32(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -84,20 +95,20 @@ def foreseen(rng: np.random.Generator, widest: int) -> np.ndarray:
 
 
 def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every kernel; records are the module's own."""
+    """Arguments of every compiled function; records are the module's own."""
     hidden, ranks, draft = 9, int(rng.integers(2, 6)), int(rng.choice([0, 4]))
 
     def linear(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
         return f32(rng, inputs, outputs), f32(rng, outputs)
 
     projections = f32(rng, draft, 3 if draft else 0), np.zeros((0, 0), np.float32)
-    inputs = 21 + projections[0].shape[1]
+    inputs = EARLY + projections[0].shape[1]
     trunk = linear(inputs, hidden), linear(hidden, hidden)
-    shapes = (hidden, 36), (6, 6), (hidden, 2 * ranks - 1), (2 * ranks - 1,)
+    shapes = (hidden, LATE), (6, 6), (hidden, 2 * ranks - 1), (2 * ranks - 1,)
     heads = (f32(rng, *shape) for shape in shapes)
-    early = module.EarlyWeights(f32(rng, 21), f32(rng, 21), *projections, trunk, *heads)
-    layers = linear(36, 8), linear(8, 8), linear(8, 2 * ranks - 1)
-    late = module.LateWeights(f32(rng, 36), f32(rng, 36), layers)
+    early = module.EarlyWeights(f32(rng, EARLY), f32(rng, EARLY), *projections, trunk, *heads)
+    layers = linear(LATE, 8), linear(8, 8), linear(8, 2 * ranks - 1)
+    late = module.LateWeights(f32(rng, LATE), f32(rng, LATE), layers)
     nodes = np.arange(64.0)
     costs = module.CostTable(0.2 + rng.random() * 0.02 * nodes, 1.0 + rng.random() * 0.02 * nodes, rng.random() * 0.1)
     known = rng.random(int(rng.integers(0, 4)))
@@ -119,15 +130,13 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
     return {
         "describe_context": (context,),
         "describe_target": (target,),
-        "early": (f32(rng, 21), *vectors, early),
-        "late": (f32(rng, 36), late),
-        "late_loss": (f32(rng, 36), late, target_width),
+        "early": (f32(rng, EARLY), *vectors, early),
+        "late": (f32(rng, LATE), late),
+        "late_loss": (f32(rng, LATE), late, target_width),
         "expected_loss": (f32(rng, 2 * ranks - 1), target_width),
         "foreseen_counts": (f32(rng, 6, 6) * 9,),
         "foresee": (context, *vectors, packed[0], target_width),
-        "matched": (p, q),
-        "accept_chances": (rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(5)), draft_width),
-        "renewed_counts": (rng.random(draft_width),),
+        "passing_chances": (p, q, draft_width),
         "ahead": (prospect, costs, layer, 4, 7, 5, 3),
         "worth_drafting": (*packed[1:], rate, reach, layer, 4, 3, 7, 5),
         "best_depth": (reach, gained, rate, spent),
@@ -149,25 +158,27 @@ def parts(value: Any) -> tuple[Any, ...]:
 
 
 @needs_numba
-def test_compiled_kernels_are_the_plain_ones(plain: ModuleType) -> None:
+def test_compiled_functions_are_the_plain_ones(plain: SimpleNamespace) -> None:
     tried = set()
     for seed in range(60):
-        ours = arguments(np.random.default_rng(seed), kernels)
+        ours = arguments(np.random.default_rng(seed), OURS)
         theirs = arguments(np.random.default_rng(seed), plain)
         for name in ours:
-            function: Callable[..., Any] = getattr(kernels, name)
+            function: Callable[..., Any] = getattr(OURS, name)
             assert getattr(function, "py_func", function) is not function, f"{name} is not compiled"
             compiled, expected = function(*ours[name]), getattr(plain, name)(*theirs[name])
             for a, b in zip(parts(compiled), parts(expected), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=f"{name}, seed {seed}")
             tried.add(name)
-    compiled_names = {name for name, value in vars(kernels).items() if hasattr(value, "py_func")}
+    compiled_names = {name for name, value in vars(OURS).items() if hasattr(value, "py_func")}
     assert tried == {name for name in compiled_names if not name.startswith("_") and name != "times"}
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_learned_policy_works_without_numba(plain: ModuleType, monkeypatch: pytest.MonkeyPatch, exact: bool) -> None:
-    """The plain kernels decide as the compiled ones do."""
+def test_a_learned_policy_works_without_numba(
+    plain: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    """The plain functions decide as the compiled ones do."""
     from decoding import DSBDDecoder
     from tests.controller.test_learned_decoding import PROMPTS, config_of, learned
     from tests.decoding.stubs import random_pair
@@ -186,13 +197,14 @@ def test_a_learned_policy_works_without_numba(plain: ModuleType, monkeypatch: py
 
 DECODE_IN_ALL_WAYS = """
 import torch
-from controller import kernels
+from controller import features, host, plan
 from decoding import DSBDDecoder
 from tests.controller.test_learned_decoding import PROMPTS, config_of, learned, net_of_llamas
 from tests.decoding.stubs import llama_pair, random_pair
 
 def compiled():
-    return {name: len(f.signatures) for name, f in vars(kernels).items() if hasattr(f, "signatures")}
+    found = {name: f for module in (features, host, plan) for name, f in vars(module).items()}
+    return {name: len(f.signatures) for name, f in found.items() if hasattr(f, "signatures")}
 
 random, llamas = random_pair(6, seed=1, closeness=0.7), llama_pair()
 assert compiled()["plan_context"] == 0
@@ -282,7 +294,7 @@ def test_planned_widths_are_the_best_of_every_width_and_depth(keep: bool, full: 
                 for d, (gained, spent) in enumerate(rest):
                     nets[w, m, d] = reach * (now + passing * gained) - rate * (seconds + spent)
         place = value, rate, reach, layer, deepest, scored, widest
-        plan = kernels.plan_widths(at_least, loss, prospect, costs, rules, *place)
+        plan = OURS.plan_widths(at_least, loss, prospect, costs, rules, *place)
 
         best = max(nets.values())
         equals = {pair for pair, net in nets.items() if net > best - 1e-9}  # more than one where passing is certain
@@ -313,7 +325,7 @@ def pairs_of_joints(rng: np.random.Generator, count: int) -> list[tuple[Any, Any
 
 
 def closed_form(p: Any, q: Any, draft_width: int) -> FloatArray:
-    """P(K_w >= M) by `decoding.acceptance`; [w + 1]."""
+    """P(K_w >= M) on the union of the supports; [w + 1]."""
     both = align(as_joint(p), as_joint(q))
     counts = accepted_count_table(accept_probabilities(both.p, both.q, draft_width))[-1]
     return counts[::-1].cumsum()[::-1]
@@ -323,8 +335,7 @@ def test_the_closed_form_is_that_of_the_verification() -> None:
     rng, seen = np.random.default_rng(1), set()
     for p, q in pairs_of_joints(rng, 300):
         for draft_width in (1, 2, 8, int(rng.integers(3, 33))):
-            chances = kernels.accept_chances(p[2], kernels.matched(p, q), draft_width)
-            found = kernels.renewed_counts(chances)
+            found = plan.passing_chances(p, q, draft_width)
             np.testing.assert_allclose(found, closed_form(p, q, draft_width), atol=1e-12)
             assert found[0] == 1 and found.max() <= 1
             seen.add(round(float(found[1]), 1))
@@ -341,7 +352,7 @@ def test_loss_is_the_mean_of_nats_and_of_the_chance_that_the_best_line_is_lost()
         beyond = np.array([shares[k:].sum() for k in range(1, ranks + 1)])
         mean = (nats + beyond) / 2
         expected = np.maximum(mean - mean[widest - 1], 0)
-        found = kernels.expected_loss(quality, widest)
+        found = OURS.expected_loss(quality, widest)
         np.testing.assert_allclose(found[1:], expected, atol=1e-9)
         assert found[0] == found[1]
 
@@ -353,11 +364,11 @@ def test_a_judged_width_is_the_best_of_all_by_p_and_q(keep: bool, full: bool) ->
         ranks = int(rng.integers(2, 9))
         most, draft_width = int(rng.integers(1, ranks + 1)), int(rng.integers(1, 9))
         rules = Rules(min(int(rng.integers(1, 3)), most), most, keep, full)
-        layers = (f32(rng, 36, 8), f32(rng, 8)), (f32(rng, 8, 8), f32(rng, 8))
+        layers = (f32(rng, LATE, 8), f32(rng, 8)), (f32(rng, 8, 8), f32(rng, 8))
         head = 0.2 * f32(rng, 8, 2 * ranks - 1), f32(rng, 2 * ranks - 1)
-        late = kernels.LateWeights(np.zeros(36, np.float32), np.ones(36, np.float32), (*layers, head))
+        late = OURS.LateWeights(np.zeros(LATE, np.float32), np.ones(LATE, np.float32), (*layers, head))
         target = True, 2, 30, *joint(rng)
-        expected_loss = kernels.late_loss(kernels.describe_target(target), late, most)
+        expected_loss = OURS.late_loss(OURS.describe_target(target), late, most)
         value, brought = rng.exponential(), rng.uniform(0.2, 3.0)
         at_least = closed_form(p, q, draft_width)
 
@@ -367,7 +378,7 @@ def test_a_judged_width_is_the_best_of_all_by_p_and_q(keep: bool, full: bool) ->
             passing = at_least[m] if m <= draft_width else 0.0
             nets[m] = passing * brought - value * mean_loss(counts, expected_loss, m, rules)
         place = tuple(late), value, brought, tuple(rules)
-        asked, loss = kernels.judge_counted(target, p, q, draft_width, *place)
+        asked, loss = OURS.judge_counted(target, p, q, draft_width, *place)
         np.testing.assert_array_equal(loss, expected_loss)
         assert asked in [m for m, net in nets.items() if net > max(nets.values()) - 1e-9]
         chosen.add((asked, asked > draft_width))

@@ -13,14 +13,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 
-from controller import room
-from controller.counts import count_table, tails
-from controller.planner import UnitCosts
-from controller.room import DeepWidth, Iteration, candidates, compare, earnings, room_table, rules
+from controller.losses import count_table, tails
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
+from decoding.cost_table import UnitCosts
 from decoding.entry import CONF_DIR
 from decoding.oracles import modelled_seconds, passed_layers
 from decoding.widths import IterationRecord, LayerRecord
+from studies import depth_room
+from studies.depth_room import DeepWidth, Iteration, candidates, compare, earnings, room_table, rules
 from tests.controller.synthetic import draft_context, target_context
 from tests.controller.test_learned_decoding import config_of
 from tests.controller.test_policy import network, provenance
@@ -75,7 +75,7 @@ def test_beyond_the_first_failure_the_promise_stands_for_p() -> None:
 
 def test_candidates_stop_at_the_first_layer_below_the_threshold() -> None:
     score = np.array([[1.0, 0.31, 0.9], [0.1, 0.9, 0.9]])
-    depths = candidates(score).reshape(len(room.THRESHOLDS), 4, 2)  # t from 0 by 0.05, at most 0 to 3 layers
+    depths = candidates(score).reshape(len(depth_room.THRESHOLDS), 4, 2)  # t from 0 by 0.05, at most 0 to 3 layers
     assert depths[0].tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
     assert depths[4].tolist() == [[0, 0], [1, 0], [2, 0], [3, 0]]
     assert depths[7].tolist() == [[0, 0], [1, 0], [1, 0], [1, 0]]
@@ -244,7 +244,7 @@ def test_more_that_can_be_borne_asks_for_less() -> None:
 
 
 def settings(folder: Path, *overrides: str) -> DictConfig:
-    """room.yaml on random models, a modelled device and prompts of the test's own."""
+    """depth_room.yaml on random models, a modelled device and prompts of the test's own."""
     rows = [{"prompt": f"def f{i}(x):\n", "reference": f"    return x + {i}\n"} for i in range(6)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = [
@@ -257,7 +257,7 @@ def settings(folder: Path, *overrides: str) -> DictConfig:
         f"controller_path={saved_controller(folder)}",
     ]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("room", [*given, *overrides])
+        cfg = compose("depth_room", [*given, *overrides])
     with open_dict(cfg):
         cfg.pair = {"_target_": "tests.small_pair.small_pair"}
     return cfg
@@ -265,13 +265,13 @@ def settings(folder: Path, *overrides: str) -> DictConfig:
 
 def test_from_a_config_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "tables" / "room.md"
-    outcomes = room.main(settings(tmp_path, f"output={output}", "prompts.skip=1", "batch_size=2"))
+    outcomes = depth_room.main(settings(tmp_path, f"output={output}", "prompts.skip=1", "batch_size=2"))
     printed = capsys.readouterr().out
     assert printed == output.read_text()
     assert printed.startswith("5 prompts of split val, ") and "c = 1.2; H200" in printed
     assert len(outcomes) == 5 and all(len(outcome.tokens) == 5 for outcome in outcomes)
     assert printed.count("\n|") == 7 and "tokens/second" in printed
-    again = room.main(settings(tmp_path, "prompts.skip=1", "batch_size=5"))
+    again = depth_room.main(settings(tmp_path, "prompts.skip=1", "batch_size=5"))
     assert [o.tokens.tolist() for o in again] == [o.tokens.tolist() for o in outcomes]  # whatever the batch
 
 
@@ -296,7 +296,7 @@ def test_from_a_config_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
 )
 def test_mistakes_are_one_sentence(tmp_path: Path, overrides: list[str], sentence: str) -> None:
     with pytest.raises(UserError) as caught:
-        room.main(settings(tmp_path, *overrides))
+        depth_room.main(settings(tmp_path, *overrides))
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 

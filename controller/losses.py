@@ -1,9 +1,12 @@
-"""Accept probabilities a[i, k] (draft i, k accepted before it) -> P(K_w = k), and the likelihood of logged bits.
+"""Losses: accept probabilities a[i, k] (draft i, k accepted before it) -> P(K_w = k), the likelihood of logged bits,
+of survivors, and of what is regretted.
 
 Design section 8: one table of accept probabilities answers every width, so widths agree with each other.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +68,11 @@ def count_nll(accept_logits: Tensor, bits: Tensor, labels: Tensor | None = None)
     """
     labels = bits if labels is None else labels
     return F.binary_cross_entropy_with_logits(bit_logits(accept_logits, bits), labels.float(), reduction="none")
+
+
+def is_draft(rows: Mapping[str, Tensor]) -> Tensor:
+    """Which entries of the padded bits are drafts; [N, W] bool."""
+    return torch.arange(rows["bits"].shape[1], device=rows["bits"].device) < rows["draft_width"][:, None]
 
 
 def bernoulli_nll(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from controller.counts import (
+from controller.losses import (
     bernoulli_nll,
     censored,
     count_nll,
@@ -19,8 +19,8 @@ from controller.counts import (
     survivor_nll,
     tails,
 )
-from controller.module import regret_rates, survivor_rates
-from decoding.acceptance import accepted_count_table
+from controller.metrics import regret_rates, survivor_rates
+from decoding.closed_form import accepted_count_table
 
 WIDTH = 5
 

@@ -1,4 +1,4 @@
-"""Planner: choices by hand and by trying all of them, and the directions in which they must move."""
+"""Plans: choices by hand and by trying all of them, and the directions in which they must move."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from controller import kernels
-from controller.counts import count_table, tails
-from controller.kernels import Context, Decision, FloatVector, Packed, Target
-from controller.planner import (
-    Outlook,
-    Pace,
+from controller.experience import Outlook, Pace, Throughput
+from controller.features import NAMES, TARGET_NAMES, Context, Packed, Target
+from controller.host import EarlyWeights, LateWeights, foresee
+from controller.losses import count_table, tails
+from controller.plan import (
+    Decision,
     Planner,
-    Throughput,
-    UnitCosts,
+    best_width,
     kept_width,
+    least_bearable,
     rules_of,
     settles_alone,
 )
 from decoding import DecodingConfig, DSBDDecoder, RandomWidth
-from decoding.pricing import iteration_seconds
+from decoding.arrays import FloatArray, FloatVector
+from decoding.cost_table import UnitCosts, iteration_seconds
 from decoding.results import LayerEvent
-from decoding.sampling import FloatArray
 from tests.controller.synthetic import CONFIG
 from tests.decoding.stubs import random_pair
 
@@ -74,14 +74,19 @@ class Saying:
         def nothing(*shape: int) -> FloatVector:
             return np.zeros(shape, np.float32)
 
-        layers = (nothing(21, 2), nothing(2)), (nothing(2, 2), nothing(2))
+        features, late_features = len(NAMES), len(TARGET_NAMES)
+        layers = (nothing(features, 2), nothing(2)), (nothing(2, 2), nothing(2))
         accept_bias, quality_bias = (bias.astype(np.float32) for bias in biases)
         sizes = accept_bias.size, quality_bias.size
         heads = nothing(2, sizes[0]), accept_bias, nothing(2, sizes[1]), quality_bias
         none = nothing(0, 0)
-        self.early = tuple(kernels.EarlyWeights(nothing(21), nothing(21), none, none, layers, *heads))
-        late = (nothing(36, 2), nothing(2)), (nothing(2, 2), nothing(2)), (nothing(2, sizes[1]), quality_bias)
-        self.late = tuple(kernels.LateWeights(nothing(36), nothing(36), late))
+        self.early = tuple(EarlyWeights(nothing(features), nothing(features), none, none, layers, *heads))
+        late = (
+            (nothing(late_features, 2), nothing(2)),
+            (nothing(2, 2), nothing(2)),
+            (nothing(2, sizes[1]), quality_bias),
+        )
+        self.late = tuple(LateWeights(nothing(late_features), nothing(late_features), late))
 
 
 def prediction(accept: float = 0.6, survivors: tuple[float, ...] = (0.6, 0.2, 0.1, 0.1)) -> Saying:
@@ -147,7 +152,7 @@ def below(
     for layer in layers:
         passed *= outlook.passing(layer)
         gained += passed * outlook.left * outlook.earned
-        seconds += costs.draft_seconds(parents) + costs.target_seconds(nodes + width) - costs.target_seconds(nodes)
+        seconds += costs.draft_cost(parents) + costs.target_cost(nodes + width) - costs.target_cost(nodes)
         nodes, parents = nodes + width, width
         if reach * gained - rate * seconds > best:
             best, promised = reach * gained - rate * seconds, gained
@@ -165,7 +170,7 @@ def some_outlook(rng: np.random.Generator) -> Outlook:
 
 def test_a_host_says_what_it_is_made_to_say() -> None:
     for host in random_predictions(10):
-        at_least, early = kernels.foresee(scene_of(1, 10), NO_HIDDEN, NO_HIDDEN, host.early, CONFIG.target_width)
+        at_least, early = foresee(scene_of(1, 10), NO_HIDDEN, NO_HIDDEN, host.early, CONFIG.target_width)
         late = Planner(FREE, 1.0).final_width(host, TARGET, CONFIG, 1.0)[1]
         np.testing.assert_allclose(at_least, host.at_least, atol=1e-6)
         np.testing.assert_allclose([early, late], [host.loss] * 2, atol=1e-6)
@@ -211,7 +216,7 @@ def test_chosen_pair_is_the_best_of_all_pairs(surplus: str, refill: str) -> None
             passing = min(1.0, at_least[m] * outlook.correction)
             now = worth(m, counts, predicted.loss, outlook.earned, value, config)
             now += (passing - at_least[m]) * outlook.earned
-            seconds = costs.target_seconds(8 + w) - costs.target_seconds(8)
+            seconds = costs.target_cost(8 + w) - costs.target_cost(8)
             # Layers 2 and 3 would be as wide as can be.
             more, promised = below(costs, outlook, rate, reach * passing, range(2, 4), 8 + 6, 6, w)
             return reach * now - rate * seconds + more, promised
@@ -239,9 +244,9 @@ class Case:
     def choose(self, alone: bool) -> int:
         config, price = self.config, (self.width_value, self.further)
         if alone:
-            return kernels.least_bearable(self.loss, *price, config.min_width, config.target_width)
+            return least_bearable(self.loss, *price, config.min_width, config.target_width)
         at_least = tails(torch.from_numpy(self.counts)).numpy()
-        return kernels.best_width(self.loss, at_least, *price, rules_of(config))
+        return best_width(self.loss, at_least, *price, rules_of(config))
 
     def short_of_best(self, asked: int) -> float:
         """Worth lost by asking for so many, beside the best that may be asked."""
@@ -324,7 +329,7 @@ def test_final_width_is_the_best_of_all() -> None:
         loss, rate, value = random_losses(rng, most + int(rng.integers(3))), rng.exponential(), rng.exponential()
         host = Saying(np.full((1, 1), 0.5), loss)
         price = {
-            m: value * loss[m] + rate * (costs.target_seconds(m) + (costs.draft_seconds(m) if depth else 0.0))
+            m: value * loss[m] + rate * (costs.target_cost(m) + (costs.draft_cost(m) if depth else 0.0))
             for m in range(config.min_width, most + 1)
         }
         chosen = final_width(Planner(costs, value), host, config, rate)
@@ -428,7 +433,7 @@ def test_what_comes_further_is_worth_asking_for_less() -> None:
     for _ in range(200):
         loss, value = random_losses(rng, CONFIG.target_width), rng.exponential()
         ends = CONFIG.min_width, CONFIG.target_width
-        asked = [kernels.least_bearable(loss, value, further, *ends) for further in (3.0, 1.0, 0.3, 0.01, 0.0)]
+        asked = [least_bearable(loss, value, further, *ends) for further in (3.0, 1.0, 0.3, 0.01, 0.0)]
         assert asked == sorted(asked) and loss[asked[-1]] == 0
 
 
@@ -450,8 +455,8 @@ def test_support_and_settled_width_limit_what_is_asked() -> None:
     def asked(width: int, value: float, config: DecodingConfig) -> list[int]:
         """By the counts, and where it settles alone."""
         at_least, ends = predicted.at_least[width, : width + 1], (config.min_width, config.target_width)
-        counted = kernels.best_width(predicted.loss, at_least, value, 1.0, rules_of(config))
-        return [counted, kernels.least_bearable(predicted.loss, value, 1.0, *ends)]
+        counted = best_width(predicted.loss, at_least, value, 1.0, rules_of(config))
+        return [counted, least_bearable(predicted.loss, value, 1.0, *ends)]
 
     assert min(asked(2, 100.0, CONFIG)) > 2  # more than there are: such a layer had better fail
     assert asked(5, 0.0, narrow) == asked(1, 0.0, narrow) == [3, 3]
@@ -485,9 +490,9 @@ def test_a_further_layer_pays_if_any_depth_that_begins_with_it_does() -> None:
 def test_throughput_starts_at_the_table_and_follows_what_happens() -> None:
     costs = UnitCosts()
     expected = Throughput.expected(costs, CONFIG)
-    seconds = costs.draft_seconds(4) + 2 * costs.draft_seconds(6) + costs.target_seconds(4 + 18)
+    seconds = costs.draft_cost(4) + 2 * costs.draft_cost(6) + costs.target_cost(4 + 18)
     assert expected.rate == pytest.approx((1 + 0.6 + 0.36 + 0.216) / seconds)
-    assert iteration_seconds(costs, [], 4) == costs.target_seconds(4)
+    assert iteration_seconds(costs, [], 4) == costs.target_cost(4)
     for _ in range(1000):
         expected.update(3, 2.0)
     assert expected.rate == pytest.approx(1.5, rel=1e-6)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from controller import LearnedWidth
-from controller.knob import choose_width_value, warn_of_shared_prompts
-from controller.network import save_controller, weights_sha256
+from controller.checkpoint import save_controller, weights_sha256
+from controller.width_value import choose_width_value, warn_of_shared_prompts
 from decoding import UserError
 from decoding.results_file import SCHEMA_VERSION
 from tests.controller.test_policy import network, provenance
@@ -94,8 +94,8 @@ def without(method: str) -> dict[str, Any]:
     [
         (results(), {}, "give one of the two"),
         (results(), {"min_logprob_drop": 0.1, "target_tokens_per_second": 10.0}, "give one of the two"),
-        (results(), {"min_logprob_drop": -0.1}, "give nats per token, 0 or more"),
-        (results(), {"min_logprob_drop": True}, "give nats per token"),
+        (results(), {"min_logprob_drop": -0.1}, r"give a number of at least 0 \(nats per token"),
+        (results(), {"min_logprob_drop": True}, r"give a number of at least 0 \(nats per token"),
         (results(), {"target_tokens_per_second": 0}, "give a number above 0"),
         (results(), {"target_tokens_per_second": float("nan")}, "give a number above 0"),
         (results(), {"target_tokens_per_second": 401.0}, "is 401; the table's learned rows reach 100 to 400"),

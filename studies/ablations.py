@@ -1,4 +1,4 @@
-"""Compare controllers trained with different settings: python -m controller.ablations outputs/ablation.
+"""Compare controllers trained with different settings: python -m studies.ablations outputs/ablation.
 
 Prints Markdown (docs/ablations.md): what each controller found under the folder scores on validation rows, and, of the
 results of evaluate.py found there, how fast its widths are without any clock: the policy's own time is left out.
@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.compare import speed_at
+from decoding.arrays import FloatArray
+from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.errors import UserError
-from decoding.latency import LatencyTable
-from decoding.pricing import iteration_seconds
 
-FloatArray = NDArray[np.float64]
 RESAMPLES = 2000
 _REFERENCE, _OURS = "beam_sample", "learned"
 _METRICS = ("count_explained", "late_regret_nll", "late_survivor_nll", "regret_nll", "survivor_nll")

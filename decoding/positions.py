@@ -1,9 +1,4 @@
-"""ALiBi in a forest pass: the bias of a key follows its token's position, not the slot that holds it.
-
-Models with ALiBi make the bias themselves, for keys in order, from a 2-D mask. They are given such a mask, and for the
-time of a pass hooks on their blocks hand on the forest's mask and the bias gathered by position. Softmax does not see
-what is added to all keys of a query alike, so slope * (position of the key) is enough; the models count on that too.
-"""
+"""Positions in a forest pass: which layers see a window only, and the ALiBi bias of a token in any slot."""
 
 from __future__ import annotations
 
@@ -16,10 +11,22 @@ import torch
 from torch import Tensor
 
 
-def has_alibi(config: Any) -> bool:
-    """Whether a model of this config makes an ALiBi bias, as `alibi_by_position` knows them."""
-    kind = getattr(config, "model_type", None)
-    return kind == "bloom" or (kind == "falcon" and config.alibi)
+def window_of(config: Any) -> int | None:
+    """Tokens that a sliding layer sees, the query's own among them; None where no layer slides."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    return window if window and any(sliding_layers(config)) else None
+
+
+def sliding_layers(config: Any) -> list[bool]:
+    """Whether each layer sees a window only."""
+    text = config.get_text_config()
+    count = text.num_hidden_layers
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        return [kind == "sliding_attention" for kind in kinds[:count]]
+    slides = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    return [bool(slides)] * count
 
 
 @contextmanager
@@ -28,7 +35,12 @@ def alibi_by_position(
     mask: Tensor,  # [rows, 1, N, S] additive
     key_positions: Tensor,  # [rows, S] int64
 ) -> Iterator[Tensor]:
-    """Within the block, the model's layers see `mask`, and a bias by `key_positions`.
+    """Within the block, the model's layers see `mask`, and a bias by `key_positions`: of tokens, not of slots.
+
+    Models with ALiBi make the bias themselves, for keys in order, from a 2-D mask. They are given such a mask, and for
+    the time of a pass hooks on their blocks hand on the forest's mask and the bias gathered by position. Softmax does
+    not see what is added to all keys of a query alike, so slope * (position of the key) is enough; the models count on
+    that too.
 
     Yields:
         The attention mask to call the model with: ones, [rows, S].

@@ -1,4 +1,4 @@
-"""How much is to be had from deciding the depth well: python -m controller.room controller=outputs/wide/controller
+"""How much is to be had from deciding the depth well: python -m studies.depth_room controller=outputs/wide/controller
 
 Prompts are decoded as deep as the config allows, at full draft width. What an iteration would have earned and cost, had
 it stopped drafting after d layers, is arithmetic then, and so is what rules give that know more and more of it.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,25 +20,26 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from controller import kernels
-from controller.ablations import RESAMPLES, interval, markdown
 from controller.features import known
+from controller.host import foresee
 from controller.network import WidthNet
-from controller.planner import settles_alone
+from controller.plan import least_bearable, passing_chances, settles_alone
 from controller.policy import LearnedWidth
+from decoding.arrays import FloatArray, IntArray
+from decoding.checks import number, whole
+from decoding.choose import cost_table
 from decoding.config import DecodingConfig
-from decoding.costs import cost_table
+from decoding.cost_table import Costs, iteration_seconds
 from decoding.decoder import DSBDDecoder
 from decoding.entry import entry_point
 from decoding.errors import UserError
 from decoding.files import write_whole
 from decoding.measure import prompt_stream
 from decoding.pair import ModelPair
-from decoding.pricing import Costs, iteration_seconds
 from decoding.progress import RunProgress
-from decoding.sampling import FloatArray, IntArray
 from decoding.tasks.base import Prompt, Task
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext
+from studies.ablations import RESAMPLES, interval, markdown
 
 THRESHOLDS = np.arange(20) / 20  # on a chance, above which a rule drafts a layer
 
@@ -83,9 +83,7 @@ class DeepWidth(LearnedWidth):
     name = "deep"
 
     def __init__(self, net: WidthNet, provenance: dict[str, Any], bearable: float = 1.2) -> None:
-        number = isinstance(bearable, int | float) and not isinstance(bearable, bool)
-        if not number or not 0 < bearable < math.inf:
-            raise UserError(f"bearable is {bearable!r}; give a number above 0 (0.5 to 3 are worth trying).")
+        number("bearable", bearable, above=0, hint="0.5 to 3 are worth trying")
         # A token a nat: what a pass brings is what it can bear.
         super().__init__(net, provenance, width_value=1.0)
         self.bearable = bearable
@@ -115,8 +113,8 @@ class DeepWidth(LearnedWidth):
         config = context.root.config
         width = config.draft_width if config.replacement else min(config.draft_width, len(context.joint))
         scene, hidden = self.features.of_context(context), self._hidden(context)
-        at_least, loss = kernels.foresee(scene, *hidden, self._host.early, config.target_width)
-        asked = kernels.least_bearable(loss, self.width_value, self.bearable, config.min_width, config.target_width)
+        at_least, loss = foresee(scene, *hidden, self._host.early, config.target_width)
+        asked = least_bearable(loss, self.width_value, self.bearable, config.min_width, config.target_width)
         self._widths = (*self._widths, width)
         self._promised.append(float(at_least[width, asked]) if asked <= width else 0.0)
         return width
@@ -144,7 +142,7 @@ class DeepWidth(LearnedWidth):
         self._closed: list[float] = []
 
 
-@entry_point("room", renames={"controller": "controller_path"})
+@entry_point("depth_room", renames={"controller": "controller_path"})
 def main(cfg: DictConfig) -> list[Outcome]:
     """Decode, compare, print the table, write it where `output` says, and return what it is of."""
     if cfg.controller_path is None:
@@ -183,8 +181,8 @@ def read_prompts(cfg: DictConfig, pair: ModelPair) -> list[Prompt]:
     split, skip, limit = cfg.prompts.split, cfg.prompts.skip, cfg.prompts.limit
     least = {"batch_size": 1, "prompts.skip": 0, "prompts.limit": 2}  # chosen on one half, measured on the other
     for name, value in zip(least, (cfg.batch_size, skip, limit), strict=True):
-        if value is not None and value < least[name]:
-            raise UserError(f"{name} is {value}; give a whole number of at least {least[name]}.")
+        if value is not None:
+            whole(name, value, least[name])
     task: Task = instantiate(cfg.data)
     prompts = task.prompts(split, None if limit is None else skip + limit, pair.tokenizer)[skip:]
     if len(prompts) < 2:
@@ -218,7 +216,7 @@ def compare(prompts: Sequence[Sequence[Iteration]], costs: Costs) -> list[Outcom
 def closed_form(context: TargetContext) -> FloatArray:
     """P(K_w >= M) of the layer's P and Q with replacement (design 5.3); [w + 1]."""
     p, q = ((joint.parents, joint.tokens, joint.probs) for joint in (context.target, context.draft.joint))
-    return kernels.renewed_counts(kernels.accept_chances(p[2], kernels.matched(p, q), context.draft_width))
+    return passing_chances(p, q, context.draft_width)
 
 
 def earnings(iterations: Sequence[Iteration], costs: Costs) -> tuple[FloatArray, FloatArray]:

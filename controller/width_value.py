@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from decoding.arrays import FloatArray
+from decoding.checks import number
 from decoding.errors import UserError
 from decoding.results_file import Results, name_of, read_results
-from decoding.sampling import FloatArray
 
 _REFERENCE = "beam_sample"
 _ROUNDING = 1e-9  # nats
@@ -184,11 +185,7 @@ def _check_targets(drop: Any, speed: Any) -> None:
         raise UserError(
             f"min_logprob_drop is {drop!r} and target_tokens_per_second is {speed!r}; give one of the two, a number."
         )
-    if drop is not None and not (_is_number(drop) and 0 <= drop < math.inf):
-        raise UserError(f"min_logprob_drop is {drop!r}; give nats per token, 0 or more (0.01 to 0.1 are worth trying).")
-    if speed is not None and not (_is_number(speed) and 0 < speed < math.inf):
-        raise UserError(f"target_tokens_per_second is {speed!r}; give a number above 0.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if drop is not None:
+        number("min_logprob_drop", drop, least=0, hint="nats per token; 0.01 to 0.1 are worth trying")
+    if speed is not None:
+        number("target_tokens_per_second", speed, above=0)

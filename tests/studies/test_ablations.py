@@ -11,12 +11,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 import train
-from controller import ablations
 from decoding import UserError
 from decoding.collect import Collection
+from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.entry import CONF_DIR
-from decoding.latency import LatencyTable
-from decoding.pricing import iteration_seconds
+from studies import ablations
 from tests.controller.synthetic import write_traces
 
 PAGE = (CONF_DIR.parent / "docs" / "ablations.md").read_text()
