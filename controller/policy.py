@@ -31,7 +31,7 @@ from decoding.errors import UserError
 from decoding.latency import LatencyTable
 from decoding.pricing import Costs
 from decoding.sampling import Distribution, FloatArray
-from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
+from decoding.widths import DraftContext, IterationRecord, Knob, RootContext, TargetContext, WidthPolicy
 
 MODES = ("before", "after", "both")
 CLOCKS = ("wall", "table")
@@ -79,6 +79,8 @@ class LearnedWidth(WidthPolicy):
     """
 
     name = "learned"
+    knobs = (Knob("width_value", "value", axis="width_values"),)
+    family = "learned"
 
     def __init__(
         self,

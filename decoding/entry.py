@@ -13,7 +13,6 @@ from __future__ import annotations
 import collections.abc
 import difflib
 import functools
-import importlib
 import inspect
 import os
 import re
@@ -33,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from decoding.errors import UserError
+from decoding.names import locate
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -158,7 +158,7 @@ def _check_kinds(path: str, node: dict[str, Any], default: dict[str, Any]) -> No
 def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
     """Parameters of a `_target_` with their annotations, and whether it takes further ones (**options)."""
     try:
-        target = _locate(name)
+        target = locate(name)
         signature = inspect.signature(target)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"{path}._target_ is {name!r}, which cannot be used: {error}.") from error
@@ -170,17 +170,6 @@ def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
     parameters = signature.parameters.values()
     takes = {p.name: hints.get(p.name, Any) for p in parameters if p.kind not in variable and p.name[0] != "_"}
     return takes, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-def _locate(name: str) -> Any:
-    """The object with a dotted name; unlike Hydra's own function it leaves the report to the caller."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if not module or error.name is None or not module.startswith(error.name):
-            raise  # the module is there, one that it needs is not
-        return getattr(_locate(module), attribute)  # a method: module.Class.method
 
 
 def _fits(value: Any, hint: Any) -> bool:
