@@ -56,19 +56,26 @@ class Record:
     row: Row
     generate: Generate
     pair: ModelPair  # that it decodes with
+    batch_size: int = 1
     repeats: list[list[Measurement]] = field(default_factory=list)  # prompts in order; the last may not be whole
     counters: dict[str, dict[str, int]] = field(default_factory=dict)  # of CUDA graphs in its turns, by model
     error: str | None = None  # a row that failed takes no further turns
 
 
-def make_records(rows: Sequence[Row], pair: ModelPair) -> list[Record]:
+def make_records(rows: Sequence[Row], pair: ModelPair, batch_size: int = 1) -> list[Record]:
     """Every row built, with the pair that it decodes with.
+
+    Args:
+        batch_size: of rows that have none of their own, and whose methods decode prompts together.
 
     Raises:
         UserError: a policy that cannot work with its row's config, or with the pair.
     """
     pairs = {None: pair} | {row.draft: pair.with_draft(row.draft) for row in rows if row.draft is not None}
-    return [Record(row, row.build(pairs[row.draft]), pairs[row.draft]) for row in rows]
+    sizes = [row.batch_size or (batch_size if row.method.batches else 1) for row in rows]
+    return [
+        Record(row, row.build(pairs[row.draft]), pairs[row.draft], size) for row, size in zip(rows, sizes, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- turns
@@ -78,14 +85,13 @@ def warm_up(
     records: Sequence[Record],
     prompts: Sequence[Prompt],
     seed: int,
-    batch_size: int = 1,
     advance: Callable[[int], None] = lambda prompts: None,
 ) -> None:
-    """Decode prompts by every row without measuring; one whose batches are larger decodes them over again."""
+    """Decode prompts by every row without measuring; a row with a batch size fills a batch, with some of them twice."""
     for record in records if prompts else ():
-        size = record.row.batch_size or batch_size
-        count = max(len(prompts), size)
-        _take_turn(record, [prompts[i % len(prompts)] for i in range(count)], seed, size, EnergyMeter("cpu"))
+        count = max(len(prompts), record.row.batch_size or 1)
+        group = [prompts[i % len(prompts)] for i in range(count)]
+        _take_turn(record, group, seed, EnergyMeter("cpu"))
         advance(len(prompts))
 
 
@@ -94,7 +100,6 @@ def take_turns(
     prompts: Sequence[Prompt],
     seed: int,
     repeats: int = 1,
-    batch_size: int = 1,
     advance: Callable[[int], None] = lambda prompts: None,
 ) -> Iterator[int]:
     """Every row decodes all prompts, a batch of the largest row in a turn: machine drift hits all rows alike.
@@ -103,14 +108,13 @@ def take_turns(
 
     Args:
         records: get the measurements, not yet scored. One that fails takes no further turns, and says why.
-        batch_size: of rows that have none of their own; methods that decode one prompt at a time do so within it.
         advance: called with the number of prompts after each turn.
 
     Yields:
         Each repeat that is done.
     """
     meter = EnergyMeter(records[0].pair.device)  # all have one target
-    size = max(record.row.batch_size or batch_size for record in records)
+    size = max(record.batch_size for record in records)
     turn = 0
     for repeat in range(repeats):
         for record in records:
@@ -120,21 +124,18 @@ def take_turns(
             for j in range(len(records)):
                 record = records[(turn + j) % len(records)]
                 if record.error is None:
-                    taken = _take_turn(record, group, seed + repeat, record.row.batch_size or batch_size, meter)
-                    record.repeats[-1] += taken
+                    record.repeats[-1] += _take_turn(record, group, seed + repeat, meter)
                 advance(len(group))
             turn += 1
         yield repeat
 
 
-def _take_turn(
-    record: Record, prompts: Sequence[Prompt], seed: int, batch_size: int, meter: EnergyMeter
-) -> list[Measurement]:
+def _take_turn(record: Record, prompts: Sequence[Prompt], seed: int, meter: EnergyMeter) -> list[Measurement]:
     """Decode by one row; nothing if it failed, which the record then says."""
     before, measured = graph_counters(record.pair), []
     try:
         with meter:  # one window a turn: the counter moves in steps
-            for group in _groups(prompts, batch_size):
+            for group in _groups(prompts, record.batch_size):
                 measured += measure(record.generate, group, seed, record.pair.device)
     except (UserError, torch.OutOfMemoryError) as error:
         record.error = sentence(error)
@@ -182,8 +183,8 @@ def keep_whole(records: Sequence[Record], count: int) -> int:
     alive = [record for record in records if record.error is None]
     left = min((len(record.repeats[0]) if record.repeats else 0 for record in alive), default=count)
     for record in records:
-        whole = [repeat for repeat in record.repeats if len(repeat) == count]
-        record.repeats = whole if left == count else [repeat[:left] for repeat in record.repeats[:1]]
+        enough = [repeat[:left] for repeat in record.repeats if len(repeat) >= max(left, 1)]
+        record.repeats = enough if left == count else enough[:1]
     return left
 
 
