@@ -18,10 +18,9 @@ from rich.console import Console
 
 from controller import LearnedWidth
 from controller.compare import family_of, undominated
-from controller.knob import warn_of_other_controller, warn_of_shared_prompts
-from controller.network import load_controller
+from controller.knob import warn_of_shared_prompts
+from controller.network import load_controller, weights_sha256
 from controller.report import (
-    SCHEMA_VERSION,
     calibration_curves,
     compare_rows,
     comparison_lines,
@@ -40,6 +39,7 @@ from decoding.measure import Measurement, Row, make_rows, run_rows, score
 from decoding.oracles import modelled_seconds
 from decoding.progress import RunProgress
 from decoding.provenance import provenance, to_plain
+from decoding.results_file import SCHEMA_VERSION
 from decoding.tasks.base import Prompt, Task
 
 _MEASURES_SECONDS = "decoding.latency.LatencyTable.measure"
@@ -65,13 +65,13 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     rows = make_rows(chosen, methods | LEARNED_AXES, config, grid_of(cfg, config), cfg.references)
     candidates = tuning_rows(cfg, methods, config)
     trained = load_controller(cfg.controller_path)[1] if cfg.controller_path is not None else {}
+    weights = weights_sha256(cfg.controller_path) if cfg.controller_path is not None else None
     task: Task = instantiate(cfg.data)
     with tracked(cfg) as run:
         pair: ModelPair = instantiate(cfg.pair)
         prompts, warmup = read_prompts(cfg, task, pair)
         if cfg.learned.results is not None and cfg.controller_path is not None:
             warn_of_shared_prompts(cfg.learned.results, task.describe(), [prompt.id for prompt in prompts])
-            warn_of_other_controller(cfg.learned.results, cfg.controller_path, trained, cfg.learned.quality)
         costs = cost_tables(cfg, pair, any(row.method in LEARNED_AXES for row in rows))
         for name, table in zip(LEARNED_AXES, costs.values(), strict=False):
             methods[name] = learned_method(cfg.controller_path, cfg.learned, table)
@@ -92,6 +92,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
                 "pair": pair.describe(),
                 "task": {**task.describe(), "split": cfg.prompts.split, "prompts": len(measured[0])},
                 "controller": cfg.controller_path,
+                "controller_sha256": weights,
                 "latency": costs["modelled"].to_dict() if "modelled" in costs else None,
                 "also": costs["also"].to_dict() if "also" in costs else None,
                 "config": to_plain(cfg),

@@ -15,7 +15,7 @@ from controller import kernels
 from controller.features import ContextFeatures, FloatVector, check_features, hidden_vectors, known
 from controller.kernels import Decision, Packed
 from controller.knob import choose_width_value
-from controller.network import HostNet, WidthNet, load_controller
+from controller.network import HostNet, WidthNet, load_controller, weights_sha256
 from controller.planner import (
     Outlook,
     Pace,
@@ -157,7 +157,7 @@ class LearnedWidth(WidthPolicy):
                 "controller."
             )
         if results is not None:
-            options["width_value"] = choose_width_value(results, **targets)
+            options["width_value"] = choose_width_value(results, **targets, weights=weights_sha256(path, revision))
         net, provenance = load_controller(path, revision)
         policy = cls(net, provenance, **options)
         if pair is not None:

@@ -22,18 +22,18 @@ from rich.table import Table
 
 from controller.compare import LAST, OURS, STOP, comparisons, family_of, undominated
 from decoding.config import DecodingConfig
-from decoding.files import json_bytes, write_whole
+from decoding.files import write_whole
 from decoding.measure import REFERENCE_METHODS, Measurement, Row
 from decoding.oracles import hindsight_seconds, modelled_seconds
 from decoding.pricing import Costs
+from decoding.results import PHASES
+from decoding.results_file import RESULTS, write_results
+from decoding.sampling import FloatArray
 
-SCHEMA_VERSION = 1
-PHASES = ("prompt", "draft", "target", "verify", "policy", "other")
-FRONTIER, CALIBRATION, TABLE, RESULTS = "frontier.png", "calibration.png", "results.md", "results.json"
+FRONTIER, CALIBRATION, TABLE = "frontier.png", "calibration.png", "results.md"
 FRONTIER_ALSO = "frontier_also.png"
 _LABELLED = 12  # rows of a plot that can all have labels
 
-FloatArray = NDArray[np.float64]
 Share = tuple[float, float]  # numerator and denominator of a prompt; a summary is the ratio of their sums
 
 
@@ -222,8 +222,8 @@ def write_report(
     Returns:
         Path of each file by its name.
     """
+    written = {RESULTS: write_results(directory, results)}
     files: dict[str, Callable[[], bytes]] = {
-        RESULTS: lambda: json_bytes(results),
         TABLE: lambda: results_page(results, with_calibration=bool(calibration)).encode(),
         **{
             name: functools.partial(_frontier_png, results["rows"], speed) for name, speed in frontiers(results).items()
@@ -231,7 +231,7 @@ def write_report(
     }
     if calibration:
         files[CALIBRATION] = lambda: _png(plot_calibration(calibration))
-    return {name: write_whole(directory / name, content()) for name, content in files.items()}
+    return written | {name: write_whole(directory / name, content()) for name, content in files.items()}
 
 
 _CURVES = {

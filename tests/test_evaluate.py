@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import evaluate
 from controller import WidthNet
 from controller.features import ContextFeatures
-from controller.network import save_controller
+from controller.network import load_controller, save_controller
 from decoding import UserError
 from decoding.measure import log_probability
 from tests.small_pair import small_pair
@@ -160,6 +160,11 @@ def test_width_value_by_what_an_evaluation_gave(tmp_path: Path) -> None:
     chosen = [f"learned.results={results}", "learned.target_tokens_per_second=1"]
     (*_, row) = evaluate.main(config(tmp_path, *settings, *chosen))["rows"]
     assert row["name"] == "learned M=2"
+    net, about = load_controller(controller)
+    net.accept_bias.data += 1.0
+    save_controller(net, controller, about)
+    with pytest.raises(UserError, match="this one's have"):
+        evaluate.main(config(tmp_path, *settings, *chosen))
     with pytest.raises(UserError, match=r"min_logprob_drop|results"):
         evaluate.main(config(tmp_path, *settings, "learned.min_logprob_drop=0.1"))
 
