@@ -161,15 +161,16 @@ class PromptRun:
         wanted = dict.fromkeys([beam.node for beam in self.beams] + [n for n in drafted if not self._ended(n)])
         yield Request("target", list(wanted))
         forest_nodes = len(set(drafted))
-        self.stats.roots.append(len(self.beams))
-        self.stats.forests.append([len(layer.nodes) for layer in layers])
+        roots, drafts = len(self.beams), tuple(len(layer.nodes) for layer in layers)
         self.touched += [beam.node for beam in self.beams] + drafted
         self.history = tuple(self._verify_forest(root, layers))
         self._prune()
         self._tell()
         self.stats.iterations += 1
         spent = {name: self.stats.seconds[name] - before[name] for name in PHASES}
-        record = IterationRecord(self.history, self.stats.new_tokens - committed_before, sum(spent.values()))
+        tokens = self.stats.new_tokens - committed_before
+        record = IterationRecord(self.history, tokens, sum(spent.values()), roots, drafts)
+        self.stats.records.append(record)
         with self.clock.phase("policy"):
             self.policy.observe(record)
         if self.recorder is not None:
@@ -294,9 +295,6 @@ class PromptRun:
         return record
 
     def _log(self, event: LayerEvent) -> None:
-        self.stats.target_widths.append(event.record.target_width)
-        self.stats.draft_widths.append(event.record.draft_width)
-        self.stats.accepted.append(event.record.accepted)
         if self.recorder is not None:
             self.recorder.layer(event)
 

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decoding.compare import OURS, comparisons, curve_of
-from decoding.config import DecodingConfig
 from decoding.oracles import hindsight_seconds, modelled_seconds
 from decoding.pricing import Costs
 from decoding.results import PHASES
@@ -50,7 +49,7 @@ def _seconds(phase: str) -> Ratio:
 
 def _milliseconds(phase: str) -> Ratio:
     """A phase's share of an iteration; transformers' methods have no phases."""
-    return lambda m: (1000 * m.stats.seconds.get(phase, 0.0), m.stats.iterations) if m.stats.forests else _NOTHING
+    return lambda m: (1000 * m.stats.seconds.get(phase, 0.0), m.stats.iterations) if m.stats.records else _NOTHING
 
 
 def _iteration_seconds(m: Measurement) -> float:
@@ -89,18 +88,18 @@ RATIOS: dict[str, Ratio] = {
 }
 
 
-def _modelled(costs: Costs, config: DecodingConfig | None) -> Ratio:
-    """Tokens against modelled seconds, the policy's own measured ones included; with a config, in hindsight.
+def _modelled(costs: Costs, hindsight: bool = False) -> Ratio:
+    """Tokens against modelled seconds, the policy's own measured ones included; or against those in hindsight.
 
     By a table of joules the policy costs nothing: what it draws is not known. An oracle takes no time either.
     """
     in_seconds = getattr(costs, "unit", "seconds") == "seconds"
 
     def share(m: Measurement) -> Share:
-        if not m.stats.forests:
+        if not m.stats.records:
             return _NOTHING  # not of this engine
-        if config is not None:
-            return m.stats.new_tokens, hindsight_seconds(m.stats, config, costs)
+        if hindsight:
+            return m.stats.new_tokens, hindsight_seconds(m.stats, costs)
         policy = m.stats.seconds["policy"] if in_seconds else 0.0
         return m.stats.new_tokens, modelled_seconds(m.stats, costs) + policy
 
@@ -184,8 +183,8 @@ def _estimates(
     """Every metric of a row, NaN where no prompt has it."""
     ratios = dict(RATIOS)
     for name, table in costs.items():
-        ratios[f"{name}_tokens_per_second"] = _modelled(table, None)
-        ratios[f"{name}_hindsight"] = _modelled(table, record.row.config)
+        ratios[f"{name}_tokens_per_second"] = _modelled(table)
+        ratios[f"{name}_hindsight"] = _modelled(table, hindsight=True)
     for name in sorted({name for repeat in record.repeats for m in repeat for name in m.metrics}):
         ratios[name] = _task_metric(name)
     found = {name: estimate(record.repeats, ratio, draws) for name, ratio in ratios.items()}
@@ -252,23 +251,23 @@ def compare_records(
         ours: method of the rows that are compared.
     """
     draws = _draws([record for record in records if record.repeats], resamples, seed)
-    modelled = [record for record in records if record.repeats and record.repeats[0][0].stats.forests]
+    modelled = [record for record in records if record.repeats and record.repeats[0][0].stats.records]
     records = [record for record in records if record.repeats] if costs is None else modelled
 
-    def values(ratio: Callable[[Record], Ratio]) -> tuple[FloatArray, FloatArray]:
-        found = [estimate(record.repeats, ratio(record), draws) for record in records]
+    def values(ratio: Ratio) -> tuple[FloatArray, FloatArray]:
+        found = [estimate(record.repeats, ratio, draws) for record in records]
         return np.array([each.value for each in found]), np.array([each.draws for each in found])
 
-    speed = RATIOS["tokens_per_second"] if costs is None else _modelled(costs, None)
+    speed = RATIOS["tokens_per_second"] if costs is None else _modelled(costs)
     rows = [record.row for record in records]
     references = {row.name: i for i, row in enumerate(rows) if row.method.name == "beam_sample"}
-    hindsight = None if costs is None else values(lambda record: _modelled(costs, record.row.config))[0]
+    hindsight = None if costs is None else values(_modelled(costs, hindsight=True))[0]
     return comparisons(
         [curve_of(row.method.name, row.settings) for row in rows],
         {row.method.name for row in rows if row.method.family == "hand-set"},
         references,
-        values(lambda record: speed),
-        values(lambda record: RATIOS["log_prob"]),
+        values(speed),
+        values(RATIOS["log_prob"]),
         hindsight,
         ours,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, as in results.json."""
-        return asdict(self)
+        return vars(self) | {"stats": self.stats.to_dict()}
 
 
 @dataclass

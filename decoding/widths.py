@@ -113,11 +113,18 @@ class TargetContext:
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """What an iteration gave, for policies that learn on line."""
+    """What an iteration drafted and gave: for policies that learn on line, and for `DecodeStats`."""
 
-    layers: tuple[LayerRecord, ...]
-    tokens: int  # layers committed
+    layers: tuple[LayerRecord, ...]  # that were committed
+    tokens: int  # their number
     seconds: float
+    roots: int = 1  # input beams
+    drafts: tuple[int, ...] = ()  # of every layer that was drafted, those below a failed layer too
+
+    @property
+    def passed_drafts(self) -> tuple[int, ...]:
+        """Drafts of the drafted layers that passed: all above the first one that failed."""
+        return self.drafts[: sum(layer.passed for layer in self.layers[: len(self.drafts)])]
 
 
 class WidthPolicy:
