@@ -33,7 +33,7 @@ from decoding.decoder import DSBDDecoder
 from decoding.entry import entry_point
 from decoding.errors import UserError
 from decoding.files import write_whole
-from decoding.measure import prompt_stream
+from decoding.turns import prompt_stream
 from decoding.pair import ModelPair
 from decoding.pricing import Costs, iteration_seconds
 from decoding.progress import RunProgress

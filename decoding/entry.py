@@ -37,6 +37,7 @@ from decoding.names import locate
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _BUGS = (LookupError, AttributeError, NameError, AssertionError, ArithmeticError)  # inside a callable that we built
+_MAY_BE_NULL = ("prompts.limit", "prompts.warmup", "prompts.tokens", "reference_width")  # all there are, none, as they are
 _NODE_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 _KINDS = {
     bool: "true or false",
@@ -107,6 +108,23 @@ def check_settings(cfg: DictConfig, defaults: DictConfig | None = None) -> None:
         raise UserError(f"{path} is not set: give it as {path}=...")
     known = None if defaults is None else OmegaConf.to_container(defaults, resolve=False)
     _check_node("", OmegaConf.to_container(cfg, resolve=True), known)
+
+
+def check_counts(cfg: DictConfig, least: Mapping[str, int]) -> None:
+    """Refuse counts that cannot be.
+
+    Args:
+        least: smallest value by the setting's name.
+
+    Raises:
+        UserError: the first that is no whole number, or too small.
+    """
+    for name, smallest in least.items():
+        value = OmegaConf.select(cfg, name)
+        if value is None and name in _MAY_BE_NULL:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise UserError(f"{name} is {value!r}; give a whole number of at least {smallest}.")
 
 
 # ------------------------------------------------------------------------------------------- settings

@@ -83,7 +83,7 @@ RATIOS: dict[str, Ratio] = {
     **{f"{phase}_seconds": _seconds(phase) for phase in PHASES},
     "iteration_milliseconds": lambda m: (1000 * _iteration_seconds(m), m.stats.iterations),
     **{f"{phase}_milliseconds": _milliseconds(phase) for phase in PHASES if phase != "prompt"},
-    "prompt_milliseconds": lambda m: (1000 * m.stats.seconds.get("prompt", 0.0), "prompt" in m.stats.seconds),
+    "prompt_milliseconds": lambda m: (1000 * m.stats.seconds.get("prompt", 0.0), bool(m.stats.records)),
     "overhead_share": _overhead,
 }
 
@@ -124,7 +124,7 @@ def summarise(
         resamples: of the bootstrap over prompts.
         costs: tables by name; each adds `<name>_tokens_per_second` and `<name>_hindsight`, modelled.
         reference: method and target width of a row; adds `speedup_over_reference` and `log_prob_over_reference`.
-        kv_bytes_per_slot: of the target; adds `kv_bytes` of the longest prompt at its peak.
+        kv_bytes_per_slot: of the target; adds `kv_megabytes`, of the longest prompt at its peak.
 
     Returns:
         What docs/results.md says of `rows`; metrics that no prompt has are absent from a summary.
@@ -137,10 +137,10 @@ def summarise(
     tables = costs or {}
     return [
         {
-            **_about(record, kv_bytes_per_slot),
+            **_about(record),
             "summary": {
                 name: estimate.to_dict()
-                for name, estimate in _estimates(record, draws, bases, reference, tables).items()
+                for name, estimate in _estimates(record, draws, bases, reference, tables, kv_bytes_per_slot).items()
                 if not math.isnan(estimate.value)
             },
         }
@@ -148,10 +148,9 @@ def summarise(
     ]
 
 
-def _about(record: Record, kv_bytes_per_slot: int | None) -> dict[str, Any]:
+def _about(record: Record) -> dict[str, Any]:
     """A row without its summary."""
     row, measured = record.row, [m for repeat in record.repeats for m in repeat]
-    peak = max(m.stats.kv_slots_peak for m in measured)
     return {
         "name": row.name,
         "method": row.method.name,
@@ -163,7 +162,6 @@ def _about(record: Record, kv_bytes_per_slot: int | None) -> dict[str, Any]:
         "error": record.error,
         "repeats": len(record.repeats),
         "graphs": record.counters,
-        "kv_bytes": None if kv_bytes_per_slot is None else peak * kv_bytes_per_slot,
         "counts": {
             "target_width": _histogram(m.stats.target_widths for m in measured),
             "draft_width": _histogram(m.stats.draft_widths for m in measured),
@@ -179,6 +177,7 @@ def _estimates(
     bases: Mapping[tuple[str, int], Record],
     reference: tuple[str, int] | None,
     costs: Mapping[str, Costs],
+    kv_bytes_per_slot: int | None,
 ) -> dict[str, Estimate]:
     """Every metric of a row, NaN where no prompt has it."""
     ratios = dict(RATIOS)
@@ -194,6 +193,9 @@ def _estimates(
     if reference in bases:
         found["speedup_over_reference"] = _speedup(record, bases[reference], draws)
         found["log_prob_over_reference"] = _over(record, bases[reference], "log_prob", np.subtract, draws)
+    if kv_bytes_per_slot is not None:
+        peak = max(m.stats.kv_slots_peak for repeat in record.repeats for m in repeat) * kv_bytes_per_slot / 1e6
+        found["kv_megabytes"] = Estimate(peak, np.full(len(draws), peak), [])
     return found
 
 

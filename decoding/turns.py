@@ -78,6 +78,21 @@ def make_records(rows: Sequence[Row], pair: ModelPair, batch_size: int = 1) -> l
     ]
 
 
+def read_prompts(about: Any, task: Task, pair: ModelPair) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to measure, and others to warm up with: of split val, or the same where there are no others.
+
+    Args:
+        about: split, limit and warmup, as in the `prompts` of a config.
+    """
+    prompts = task.prompts(about.split, about.limit, pair.tokenizer)
+    if not about.warmup:
+        return prompts, []
+    try:
+        return prompts, task.prompts("val", about.warmup, pair.tokenizer)
+    except UserError:
+        return prompts, prompts[: about.warmup]
+
+
 # ---------------------------------------------------------------------------------------------- turns
 
 
