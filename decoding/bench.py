@@ -146,7 +146,8 @@ class Bench:
 
     def finish(self, complete: bool) -> None:
         """Score what was decoded; after a complete run also roofline and profile; write and print."""
-        keep_whole(self.records, len(self.prompts))
+        left = keep_whole(self.records, len(self.prompts))
+        self.results["provenance"]["task"]["prompts"] = left
         self.results["graphs"] = graph_counters(self.pair)
         self.results["unscored"] = score_all(self.records, self.prompts, self.pair, self.task)
         self.write()

@@ -1,4 +1,4 @@
-"""How much faster learned widths are than others at the same quality, with paired bootstrap intervals."""
+"""Rows against each other at the same quality: learned widths over others with paired intervals, and who is fastest."""
 
 from __future__ import annotations
 
@@ -130,3 +130,10 @@ def undominated(points: Sequence[tuple[float, float]], keep: int) -> list[int]:
     marks = np.linspace(points[front[0]][1], points[front[-1]][1], keep)
     nearest = [min(front, key=lambda j: abs(points[j][1] - mark)) for mark in marks]
     return list(dict.fromkeys(nearest))
+
+
+def fastest_at(rows: Sequence[Mapping[str, Any]], quality: float, speed: str) -> Mapping[str, Any] | None:
+    """The fastest of results' rows whose log-probability per token is at least `quality`; None: none reaches it."""
+    known = [row for row in rows if {speed, "log_prob"} <= row["summary"].keys()]
+    able = [row for row in known if row["summary"]["log_prob"]["value"] >= quality]
+    return max(able, key=lambda row: row["summary"][speed]["value"], default=None)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from decoding.methods import Generate
-from decoding.turns import prompt_stream
 from decoding.pair import ModelPair
 from decoding.runner import runner_of
 from decoding.tasks.base import Prompt
+from decoding.turns import prompt_stream
 
 _CHECKPOINTS = 10
 

@@ -1,4 +1,4 @@
-"""What measurements come to: ratios of sums over the prompts, with paired bootstrap intervals; one JSON-able dict a row.
+"""What measurements come to: ratios of sums over the prompts, with paired bootstrap intervals, in JSON-able dicts.
 
 docs/results.md lists the metrics. The same resamples of the prompts serve all rows, so that two rows' ratio is paired.
 """
@@ -130,6 +130,8 @@ def summarise(
         What docs/results.md says of `rows`; metrics that no prompt has are absent from a summary.
     """
     records = [record for record in records if record.repeats]
+    if not records:
+        return []
     draws = _draws(records, resamples, seed)
     bases: dict[tuple[str, int], Record] = {}
     for record in records:

@@ -140,6 +140,8 @@ def take_turns(
                 record = records[(turn + j) % len(records)]
                 if record.error is None:
                     record.repeats[-1] += _take_turn(record, group, seed + repeat, meter)
+                    if record.error is not None:
+                        record.repeats.pop()  # it was not finished
                 advance(len(group))
             turn += 1
         yield repeat
@@ -187,19 +189,19 @@ def prompt_stream(seed: int, prompt: Prompt) -> torch.Generator:
 
 
 def keep_whole(records: Sequence[Record], count: int) -> int:
-    """Forget unfinished repeats of an interrupted run; without a whole one, keep the prompts that all rows have decoded.
+    """Forget the unfinished repeat of an interrupted run; of the first one keep the prompts that all rows decoded.
 
     Args:
         count: prompts of a repeat.
 
     Returns:
-        Prompts that are left of each repeat: `count`, or fewer where not even the first repeat is whole. 0: none.
+        Prompts that are left of each repeat: `count`, or fewer where not even the first repeat is whole; 0: none.
     """
     alive = [record for record in records if record.error is None]
     left = min((len(record.repeats[0]) if record.repeats else 0 for record in alive), default=count)
     for record in records:
         enough = [repeat[:left] for repeat in record.repeats if len(repeat) >= max(left, 1)]
-        record.repeats = enough if left == count else enough[:1]
+        record.repeats = enough if left == count else enough[:1] if left else []
     return left
 
 
