@@ -29,7 +29,7 @@ from controller.report import (
     tuning_lines,
     write_report,
 )
-from controller.tracking import check_logger, log_evaluation, tracked
+from controller.tracking import log_evaluation, tracked
 from decoding import DecodingConfig, ModelPair, UserError, WidthPolicy
 from decoding.baselines import METHODS, Generate, Method, Settings, policy_method
 from decoding.costs import cost_table
@@ -60,14 +60,13 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     methods = dict(METHODS)
     # Before anything is loaded: settings that cannot be are refused.
     check_counts(cfg)
-    check_logger(cfg)
     chosen, config = chosen_policies(cfg), instantiate(cfg.decoding)
     rows = make_rows(chosen, methods | LEARNED_AXES, config, grid_of(cfg, config), cfg.references)
     candidates = tuning_rows(cfg, methods, config)
     trained = load_controller(cfg.controller_path)[1] if cfg.controller_path is not None else {}
     weights = weights_sha256(cfg.controller_path) if cfg.controller_path is not None else None
     task: Task = instantiate(cfg.data)
-    with tracked(cfg) as run:
+    with tracked(cfg) as logger:
         pair: ModelPair = instantiate(cfg.pair)
         prompts, warmup = read_prompts(cfg, task, pair)
         if cfg.learned.results is not None and cfg.controller_path is not None:
@@ -107,7 +106,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
             "rows": summarise(rows, measured, cfg.bootstrap, cfg.seed, costs),
         }
         files = write_report(Path(cfg.output_dir), results, calibration_curves(trained))
-        log_evaluation(run, results, files)
+        log_evaluation(logger, results, files)
     show(results, files)
     if not complete:
         raise KeyboardInterrupt

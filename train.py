@@ -32,7 +32,7 @@ from controller.calibration import BINS, Curve, Reliability, calibrate, reliabil
 from controller.data import TraceDataModule
 from controller.module import ControllerModule
 from controller.network import save_controller
-from controller.tracking import check_logger, tracked, trainer_options
+from controller.tracking import is_wandb, tracked
 from decoding.collect import ensure_traces
 from decoding.config import DecodingConfig
 from decoding.entry import build_all, entry_point
@@ -46,7 +46,6 @@ _AGAIN = "Give a checkpoint that train.py wrote with these settings, or leave ck
 def main(cfg: DictConfig) -> float:
     """Train the controller that the config describes; returns the best `val/loss`, for sweeps."""
     check_rounds(cfg)
-    check_logger(cfg, trains=True)  # before traces are collected for hours
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = read_checkpoint(cfg.ckpt_path)
     directories = [ensure_traces(cfg)]
@@ -67,8 +66,8 @@ def fit(cfg: DictConfig, directories: list[Path], checkpoint: dict[str, Any] | N
     data = TraceDataModule(directories, names, *sizes)
     module: ControllerModule = instantiate(cfg.controller, **data.sizes)
     check_checkpoint(checkpoint, module, cfg)
-    with tracked(cfg, trains=True) as run:  # a crash closes it too
-        loggers = build_loggers(cfg, run)
+    with tracked(cfg) as wandb_logger:  # a crash closes its run too
+        loggers = build_loggers(cfg, wandb_logger)
         callbacks = [*build_all(cfg.callbacks), GoOn()]
         trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
         started = time.perf_counter()
@@ -83,7 +82,7 @@ def fit(cfg: DictConfig, directories: list[Path], checkpoint: dict[str, Any] | N
         metrics = final_metrics(module, data) | curve_metrics(curves, held_out)
         about = describe(cfg, data, features, metrics, seconds) | {"reliability": describe_curves(curves, held_out)}
         saved = save_controller(module.net, Path(cfg.output_dir) / "controller", about)
-        log_results(loggers, run, data, metrics, curves)
+        log_results(loggers, wandb_logger, data, metrics, curves)
         print_results(saved, metrics)
     return loss
 
@@ -201,13 +200,13 @@ def what_is_kept(trainer: Trainer, cfg: DictConfig) -> str:
     return f"The best epoch so far is kept; the same command with ckpt_path={last} goes on from there."
 
 
-def build_loggers(cfg: DictConfig, run: Any | None) -> list[Logger]:
-    """The config's loggers with the config in them; Weights & Biases writes into the run that is open."""
-    nodes = [node for node in cfg.logger.values() if node and not str(node.get("_target_")).endswith("WandbLogger")]
+def build_loggers(cfg: DictConfig, wandb_logger: WandbLogger | None) -> list[Logger]:
+    """The config's loggers with the config in them; that of Weights & Biases is there already."""
+    nodes = [node for node in cfg.logger.values() if node and not is_wandb(node)]
     loggers: list[Logger] = [instantiate(node) for node in nodes]
     for logger in loggers:
         logger.log_hyperparams({**to_plain(cfg), "provenance": provenance()})
-    return [*loggers, WandbLogger(experiment=run, **trainer_options(cfg))] if run is not None else loggers
+    return [*loggers, wandb_logger] if wandb_logger is not None else loggers
 
 
 def load_best(trainer: Trainer, module: ControllerModule) -> None:
@@ -274,13 +273,17 @@ def describe(
 
 
 def log_results(
-    loggers: list[Logger], run: Any | None, data: TraceDataModule, metrics: dict[str, float], curves: dict[str, Curve]
+    loggers: list[Logger],
+    wandb_logger: WandbLogger | None,
+    data: TraceDataModule,
+    metrics: dict[str, float],
+    curves: dict[str, Curve],
 ) -> None:
     """Final metrics to every logger; histograms of the traces and the calibration tables to Weights & Biases."""
     for logger in loggers:
         logger.log_metrics({f"calibrated/{name}": value for name, value in metrics.items()})
         logger.save()
-    if run is None:
+    if wandb_logger is None:
         return
     import wandb
 
@@ -298,7 +301,7 @@ def log_results(
         )
         for name, curve in curves.items()
     }
-    run.log(histograms | tables)
+    wandb_logger.experiment.log(histograms | tables)
 
 
 def print_results(directory: Path, metrics: dict[str, float]) -> None:
