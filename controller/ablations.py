@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.compare import speed_at
+from decoding.compare import speed_at
 from decoding.errors import UserError
 from decoding.latency import LatencyTable
 from decoding.pricing import iteration_seconds

@@ -33,12 +33,12 @@ from decoding.decoder import DSBDDecoder
 from decoding.entry import entry_point
 from decoding.errors import UserError
 from decoding.files import write_whole
-from decoding.turns import prompt_stream
 from decoding.pair import ModelPair
 from decoding.pricing import Costs, iteration_seconds
 from decoding.progress import RunProgress
 from decoding.sampling import FloatArray, IntArray
 from decoding.tasks.base import Prompt, Task
+from decoding.turns import prompt_stream
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext
 
 THRESHOLDS = np.arange(20) / 20  # on a chance, above which a rule drafts a layer

@@ -20,7 +20,7 @@ import shutil
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
@@ -32,12 +32,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from decoding.errors import UserError
-from decoding.names import locate
+from decoding.names import is_dotted, locate
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _BUGS = (LookupError, AttributeError, NameError, AssertionError, ArithmeticError)  # inside a callable that we built
-_MAY_BE_NULL = ("prompts.limit", "prompts.warmup", "prompts.tokens", "reference_width")  # all there are, none, as they are
+_MAY_BE_NULL = ("prompts.limit", "prompts.warmup", "prompts.tokens", "reference_width")  # all, none, as they are, none
 _NODE_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 _KINDS = {
     bool: "true or false",
@@ -50,7 +50,7 @@ _KINDS = {
 
 
 def entry_point(
-    config_name: str, renames: Mapping[str, str] | None = None
+    config_name: str, renames: Mapping[str, str] | None = None, open_nodes: Sequence[str] = ()
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:
     """Make a task function a command line; called from Python with a config, it runs on that and returns its value.
 
@@ -61,6 +61,7 @@ def entry_point(
         config_name: primary config in conf/.
         renames: command line keys that are config groups in conf/ but plain settings of this command; Hydra would
             take `controller=outputs/x` for a choice of the group controller/.
+        open_nodes: nodes that take settings of any name; the command checks them.
     """
 
     tracebacks = os.environ.get(_FULL_ERROR) == "1"
@@ -70,7 +71,7 @@ def entry_point(
         def job(cfg: DictConfig) -> Any:
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"(lightning|torch)\.")  # not ours to mend
             with _one_sentence(config_name, tracebacks):  # inside the job: Hydra reports failed jobs itself
-                check_settings(cfg, _compose(config_name, _chosen_groups()))
+                check_settings(cfg, _compose(config_name, _chosen_groups()), open_nodes)
                 hydra.utils.instantiate(cfg.get("decoding"))  # widths that cannot work, before a pair is loaded
                 return task(cfg)
 
@@ -80,7 +81,8 @@ def entry_point(
         def main(cfg: DictConfig | None = None) -> Any:
             if cfg is not None:
                 return task(cfg)
-            sys.argv[1:] = [_renamed(argument, renames or {}) for argument in sys.argv[1:]]
+            arguments = [_renamed(argument, renames or {}) for argument in sys.argv[1:]]
+            sys.argv[1:] = _opened(arguments, _groups(config_name), open_nodes)
             with _one_sentence(config_name, tracebacks), _hydra_raises():
                 return launch()
 
@@ -94,12 +96,13 @@ def build_all(nodes: DictConfig | None) -> list[Any]:
     return [hydra.utils.instantiate(node) for node in (nodes or {}).values() if node is not None]
 
 
-def check_settings(cfg: DictConfig, defaults: DictConfig | None = None) -> None:
+def check_settings(cfg: DictConfig, defaults: DictConfig | None = None, open_nodes: Sequence[str] = ()) -> None:
     """Refuse settings that are missing, unknown or of the wrong type.
 
     Args:
         cfg: the composed config.
         defaults: the same groups without the user's values; settings of no callable are compared with it.
+        open_nodes: nodes whose settings have any name.
 
     Raises:
         UserError: the first such setting, with what is allowed.
@@ -107,7 +110,12 @@ def check_settings(cfg: DictConfig, defaults: DictConfig | None = None) -> None:
     for path in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{path} is not set: give it as {path}=...")
     known = None if defaults is None else OmegaConf.to_container(defaults, resolve=False)
-    _check_node("", OmegaConf.to_container(cfg, resolve=True), known)
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    for name in open_nodes:
+        for node in (plain, known):
+            if isinstance(node, dict):
+                node.pop(name, None)
+    _check_node("", plain, known)
 
 
 def check_counts(cfg: DictConfig, least: Mapping[str, int]) -> None:
@@ -362,6 +370,24 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig | None:
         return hydra.compose(config_name, overrides)
     except (HydraException, OmegaConfBaseException):
         return None
+
+
+def _opened(arguments: list[str], groups: set[str], open_nodes: Sequence[str]) -> list[str]:
+    """Arguments as Hydra takes them: a class in place of a group's choice, and settings of any name below open nodes.
+
+    `policy=mine.HalfWidth policy.fraction=0.5` makes a node with that `_target_`, checked like any other.
+    """
+    split = [argument.partition("=") for argument in arguments]
+    of_class = {key for key, _, value in split if key in groups and is_dotted(value)}
+    opened = []
+    for argument, (key, equals, value) in zip(arguments, split, strict=True):
+        if equals and key in of_class:
+            opened += [f"~{key}", f"++{key}._target_={value}"]
+        elif equals and key.partition(".")[0] in {*of_class, *open_nodes} and "." in key:
+            opened.append(f"++{argument}")
+        else:
+            opened.append(argument)
+    return opened
 
 
 def _renamed(argument: str, renames: Mapping[str, str]) -> str:

@@ -155,8 +155,11 @@ def find_method(name: Any, known: Mapping[str, Method], said: str = "policies ho
 def _of_yaml(name: str) -> Method:
     """The policy that conf/policy/<name>.yaml describes; what is in it may be set by a row."""
     path = CONF_DIR / "policy" / f"{name}.yaml"
-    node = OmegaConf.load(path)
-    return _of_class(name, str(node.get("_target_")), str(path), OmegaConf.to_container(node, resolve=False))
+    node: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    target = node.get("_target_") if isinstance(node, dict) else None
+    if not isinstance(target, str):
+        raise UserError(f"{path} has no _target_; give the dotted name of a WidthPolicy there.")
+    return _of_class(name, target, str(path), node)
 
 
 def _of_class(name: str, target: str, where: str, node: Any = None) -> Method:
@@ -232,11 +235,11 @@ METHODS: dict[str, Method] = {
         # A fixed width that drafts nothing: one of the settings that someone would tune.
         Method("beam_sample", _engine_alone, _WIDTH, _SAMPLE | _ALL_BEAMS, family="hand-set", drafts=False),
         Method("speculative", _widest, (DRAFT_DEPTH,), _CHAIN),  # a chain of single drafts, 2211.17192
-        Method("multi_draft", _widest, _DRAFT, {"target_width": 1}),  # SpecInfer, 2305.09781: several drafts, one sample
+        Method(
+            "multi_draft", _widest, _DRAFT, {"target_width": 1}
+        ),  # SpecInfer, 2305.09781: several drafts, one sample
         *map(policy_method, POLICIES.values()),
-        policy_method(
-            ThresholdWidth, "threshold_as_shipped", partial(ThresholdWidth, as_shipped=True), **_PAPER
-        ),
+        policy_method(ThresholdWidth, "threshold_as_shipped", partial(ThresholdWidth, as_shipped=True), **_PAPER),
         # The paper's rule as its authors ran it, widths by the right probabilities.
         policy_method(
             ThresholdWidth,

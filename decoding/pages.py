@@ -54,7 +54,7 @@ target's cache at the end. Seconds are per prompt."""
 
 
 def joined_rows(runs: Runs) -> list[Node]:
-    """The rows of all runs, one run after another; of several, each row has its run's label in `run` and in its name."""
+    """The rows of all runs, one run after another; of several, each row's `run` and name have the label of its run."""
     return [
         {**row, "run": label, "name": f"{label}: {row['name']}"} if label else row
         for label, results in runs.items()
@@ -93,8 +93,10 @@ def results_page(runs: Runs, plots: Mapping[str, str] | None = None) -> str:
     rows = joined_rows(runs)
     columns = present(rows, [*COLUMNS, *_task_columns(rows), *_MORE_COLUMNS])
     phases = present(rows, [Column(f"{phase} s", f"{phase}_seconds", ".3f") for phase in PHASES])
-    tables = [markdown(["row", *(c.heading for c in some)], [[row["name"], *(cell(row, c) for c in some)] for row in rows])
-              for some in (columns, phases)]
+    tables = [
+        markdown(["row", *(c.heading for c in some)], [[row["name"], *(cell(row, c) for c in some)] for row in rows])
+        for some in (columns, phases)
+    ]
     lines = [line for label, results in runs.items() for line in _source_lines(label, results)]
     lines += [*tables[0], "", _EXPLANATION, "", *tables[1], ""]
     for label, results in runs.items():
@@ -133,7 +135,12 @@ def _run_lines(label: str, results: Node) -> list[str]:
         lines += [f"{name} failed: {sentence}", ""]
     if about := results.get("tuned"):
         chosen = f"Hand-set settings were chosen on {about['prompts']} prompts of split {about['split']}"
-        lines += [f"{chosen}; tokens/s by the tables of latency (modelled) and latency@also:", "", *tuning_lines(about), ""]
+        lines += [
+            f"{chosen}; tokens/s by the tables of latency (modelled) and latency@also:",
+            "",
+            *tuning_lines(about),
+            "",
+        ]
     return [f"## {label}", "", *lines] if label and lines else lines
 
 

@@ -1,4 +1,4 @@
-"""Plots of results: quality against speed, and how well a controller is calibrated. What they show is in results.json."""
+"""Plots of results: quality against speed, and how well a controller is calibrated."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _LINES = {"": "-", LAST: "--", STOP: ":", LAST + STOP: "-."}
 def plot_frontier(rows: Sequence[Mapping[str, Any]], speed: str = "tokens_per_second") -> Figure:
     """Quality (log-probability per token) against tokens/s: one curve per method through its best rows.
 
-    Curves with a last width are dashed, those that stop by entropy dotted, in the colour of those that do neither. Where
-    there are many rows, only learned ones and beam sampling are labelled; rows far below the others are left out, and
-    counted.
+    Curves with a last width are dashed, those that stop by entropy dotted, in the colour of those that do neither.
+    Where there are many rows, only learned ones and beam sampling are labelled; rows far below the others are left out,
+    and counted.
 
     Args:
         rows: those without the metric are left out.

@@ -144,7 +144,9 @@ def _read(file: str) -> Node:
     results = read_results(file)
     source = results.get("provenance")
     if not isinstance(source, Mapping) or not source.keys() >= _PROVENANCE:
-        raise UserError(f"The results {file!r} do not say where they came from; give what evaluate.py or the bench wrote.")
+        raise UserError(
+            f"The results {file!r} do not say where they came from; give what evaluate.py or the bench wrote."
+        )
     return results
 
 
@@ -203,7 +205,9 @@ def winner_lines(runs: Runs, quality: str | None = None, speed: str = "tokens_pe
     if len({machine_of(results) for results in runs.values()}) > 1:
         lines.append("These runs were timed on different machines: compare their speeds within a run only.")
     elif len(runs) > 1:
-        lines.append("These runs did not take turns: compare their speeds within a run, where all rows met the same load.")
+        lines.append(
+            "These runs did not take turns: compare their speeds within a run, where all rows met the same load."
+        )
     return lines
 
 

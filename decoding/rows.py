@@ -106,7 +106,7 @@ def _read_grid(grid: Mapping[str, Any], known: Mapping[str, Knob]) -> dict[str, 
     unknown = set(grid) - set(known)
     if unknown:
         raise UserError(f"grid holds {', '.join(sorted(unknown))}; its axes are {', '.join(known)}.")
-    axes = {}
+    axes: dict[str, list[Any]] = {}
     for name, values in grid.items():
         values = known[name].grid if values is None else values
         if not isinstance(values, list | tuple):

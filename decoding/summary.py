@@ -192,7 +192,7 @@ def _estimates(
     for method in REFERENCES:
         if base := bases.get((method, record.row.config.target_width)):
             found[f"speedup_over_{method}"] = _speedup(record, base, draws)
-    if reference in bases:
+    if reference is not None and reference in bases:
         found["speedup_over_reference"] = _speedup(record, bases[reference], draws)
         found["log_prob_over_reference"] = _over(record, bases[reference], "log_prob", np.subtract, draws)
     if kv_bytes_per_slot is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from decoding.measure import log_probability
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -19,7 +20,6 @@ from controller import WidthNet
 from controller.features import ContextFeatures
 from controller.network import load_controller, save_controller
 from decoding import UserError
-from decoding.measure import log_probability
 from tests.small_pair import small_pair
 
 ROOT = Path(evaluate.__file__).parent

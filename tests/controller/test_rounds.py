@@ -17,11 +17,11 @@ from controller.calibration import reliability_curves
 from controller.data import TraceDataModule
 from controller.module import ControllerModule
 from controller.network import WidthNet, load_controller
-from controller.report import calibration_curves
 from decoding import UserError
 from decoding.collect import _describe
 from decoding.entry import CONF_DIR
 from decoding.latency import LatencyTable
+from decoding.plots import calibration_curves
 from decoding.pricing import iteration_seconds
 from decoding.traces import read_manifest
 from tests.controller.synthetic import CONFIG, PAIR, write_traces

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from decoding.baselines import METHODS, Method
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding import DecodingConfig, UserError, bench, interleave
 from decoding import roofline as roofline_module
-from decoding.baselines import METHODS, Method
 from decoding.decoder import OutOfDeviceMemory
 from decoding.entry import CONF_DIR
 from decoding.roofline import cache_bytes, kv_bytes_per_slot, roofline, weight_bytes

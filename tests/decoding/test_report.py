@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from controller.report import calibration_curves, plot_frontier, summarise, write_report
+from decoding.measure import Measurement, Row
 
 from controller import report
-from controller.report import calibration_curves, plot_frontier, summarise, write_report
 from decoding import DecodeStats, DecodingConfig
-from decoding.measure import Measurement, Row
 from decoding.widths import IterationRecord, LayerRecord
 
 PROVENANCE = {

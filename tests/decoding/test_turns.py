@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
+from decoding.baselines import METHODS, Streams
+from decoding.measure import Measurement, Row, log_probability, make_rows, run_rows
 
 from decoding import DecodeResult, DecodeStats, DecodingConfig, UserError
-from decoding.baselines import METHODS, Streams
 from decoding.decoder import OutOfDeviceMemory, Prompts
 from decoding.files import json_bytes
-from decoding.measure import Measurement, Row, log_probability, make_rows, run_rows
 from decoding.tasks.base import Prompt, stable_hash
 from decoding.widths import IterationRecord, LayerRecord
 from tests.small_pair import small_pair
