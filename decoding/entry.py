@@ -20,7 +20,7 @@ import shutil
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
@@ -82,7 +82,7 @@ def entry_point(
             if cfg is not None:
                 return task(cfg)
             arguments = [_renamed(argument, renames or {}) for argument in sys.argv[1:]]
-            sys.argv[1:] = _opened(arguments, _groups(config_name), open_nodes)
+            sys.argv[1:] = opened(arguments, _groups(config_name), open_nodes)
             with _one_sentence(config_name, tracebacks), _hydra_raises():
                 return launch()
 
@@ -372,7 +372,7 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig | None:
         return None
 
 
-def _opened(arguments: list[str], groups: set[str], open_nodes: Sequence[str]) -> list[str]:
+def opened(arguments: Sequence[str], groups: Collection[str], open_nodes: Sequence[str]) -> list[str]:
     """Arguments as Hydra takes them: a class in place of a group's choice, and settings of any name below open nodes.
 
     `policy=mine.HalfWidth policy.fraction=0.5` makes a node with that `_target_`, checked like any other.

@@ -107,6 +107,7 @@ def warm_up(
         count = max(len(prompts), record.row.batch_size or 1)
         group = [prompts[i % len(prompts)] for i in range(count)]
         _take_turn(record, group, seed, EnergyMeter("cpu"))
+        record.counters.clear()  # what is captured now is not captured while timing
         advance(len(prompts))
 
 

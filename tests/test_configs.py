@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from decoding import DecodingConfig, EntropyWidth, FixedWidth, GapWidth, MassWidth, RandomWidth, ThresholdWidth
-from decoding.entry import CONF_DIR, build_all, check_settings
+from decoding.entry import CONF_DIR, build_all, check_settings, opened
 
 COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency", "room")
 GLOBAL = ("experiment", "debug", "sweep")  # set values of other groups; each is for the commands that it names
@@ -112,7 +112,8 @@ def test_commands_in_comments_compose(where: str, command: str, given: tuple[str
     settings += [text for choice in MISSING if choice in settings for text in MISSING[choice]]
     if command in ("evaluate", "room"):  # as their entry points rename it
         settings = [re.sub(r"^controller=", "controller_path=", text) for text in settings]
-    check_settings(composed(command, *settings), composed(command))
+    settings = opened(settings, groups_of(command), ("grid",))
+    check_settings(composed(command, *settings), composed(command), ("grid",))
 
 
 def test_decoding_lists_every_field() -> None:
