@@ -10,7 +10,6 @@ python train.py ckpt_path=outputs/train/.../checkpoints/last.ckpt
 from __future__ import annotations
 
 import copy
-import dataclasses
 import pickle
 import signal
 import sys
@@ -34,7 +33,6 @@ from controller.module import ControllerModule
 from controller.network import save_controller
 from controller.tracking import is_wandb, tracked
 from decoding.collect import ensure_traces
-from decoding.config import DecodingConfig
 from decoding.entry import build_all, entry_point
 from decoding.errors import UserError
 from decoding.provenance import provenance, to_plain
@@ -46,6 +44,7 @@ _AGAIN = "Give a checkpoint that train.py wrote with these settings, or leave ck
 def main(cfg: DictConfig) -> float:
     """Train the controller that the config describes; returns the best `val/loss`, for sweeps."""
     check_rounds(cfg)
+    check_hidden(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = read_checkpoint(cfg.ckpt_path)
     directories = [ensure_traces(cfg)]
@@ -98,6 +97,15 @@ def check_rounds(cfg: DictConfig) -> None:
         raise UserError(
             f"ckpt_path resumes one fit, and rounds is {cfg.rounds}. Give rounds=1, or leave ckpt_path out: traces "
             "that are there already are used again."
+        )
+
+
+def check_hidden(cfg: DictConfig) -> None:
+    """Refuse to learn from hidden states that are not logged."""
+    if cfg.controller.get("use_hidden", False) and not cfg.collect.get("hidden", False):
+        raise UserError(
+            "controller.use_hidden is true, but collect.hidden is false: traces would be logged without hidden states. "
+            "Set collect.hidden=true, or leave controller.use_hidden=false."
         )
 
 
@@ -247,12 +255,10 @@ def describe(
     cfg: DictConfig, data: TraceDataModule, features: Any, metrics: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     """Where a controller came from and how good it is; JSON-able, saved in its config.json."""
-    known = {field.name for field in dataclasses.fields(DecodingConfig)}
-    decoding = DecodingConfig(**{name: value for name, value in data.manifest["decoding"].items() if name in known})
     return {
         **provenance(),
         "pair": data.manifest["pair"],
-        "decoding": dataclasses.asdict(decoding),
+        "decoding": data.manifest["decoding"],
         "features": {
             "version": features.version,
             "names": list(features.names),

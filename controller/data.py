@@ -28,7 +28,7 @@ class TraceRows(Dataset[Batch]):
 
     Columns: features [N, F], draft_hidden [N, H_q], target_hidden [N, H_p] float32; bits [N, W] bool;
     target_features [N, G], accept_probs [N, W], slot_deficits [N, R] float32; layer, draft_width, target_width,
-    kept_width, accepted, survivor_slot [N] int64. W pads to the widest draft width, R to the widest target width.
+    kept_width, survivor_slot [N] int64. W pads to the widest draft width, R to the widest target width.
     """
 
     def __init__(self, columns: Batch) -> None:
@@ -48,12 +48,12 @@ class TraceDataModule(LightningDataModule):
         directories: each with Parquet shards and manifest.json; all of one pair, with the same decoding and features.
         feature_names: what the network will be given when it decides; traces with others are refused. None: no check.
         batch_size: rows per batch.
-        use_hidden: load the hidden vectors; without them their sizes are 0.
+        use_hidden: load the hidden vectors, which must have been logged; without them their sizes are 0.
         max_train_rows: train on the first prompts only, as many as have at most so many rows together. None: on all.
 
     Raises:
-        UserError: no rows, other features, directories that differ, values that are not finite, or a prompt in two
-            splits.
+        UserError: no rows, other features, no hidden vectors, directories that differ, values that are not finite, or
+            a prompt in two splits.
     """
 
     def __init__(
@@ -78,6 +78,11 @@ class TraceDataModule(LightningDataModule):
             if feature_names is not None:
                 features, what = manifest["features"], f"The traces in {path} have"
                 check_features([*features["names"], *features.get("target_names", [])], feature_names, what)
+            if use_hidden and not manifest.get("hidden"):
+                raise UserError(
+                    f"The traces in {path} hold no hidden states, and use_hidden is true. Collect traces with "
+                    "collect.hidden=true, or leave use_hidden=false."
+                )
             _check_alike(paths[0], self.manifest, path, manifest)
         table: pa.Table = pa.concat_tables(
             [rows.with_format("arrow")[:].replace_schema_metadata(None) for rows, _ in loaded]
@@ -167,7 +172,7 @@ def _columns(table: pa.Table, manifest: dict[str, Any], use_hidden: bool, direct
     decoding = manifest.get("decoding", {})
     counts = {
         name: torch.from_numpy(table[name].to_numpy().astype(np.int64))
-        for name in ("layer", "draft_width", "target_width", "kept_width", "accepted", "survivor_slot")
+        for name in ("layer", "draft_width", "target_width", "kept_width", "survivor_slot")
     }
     widest = max(int(decoding.get("target_width", 1)), int(counts["kept_width"].max()))  # R
     width = max(int(decoding.get("draft_width", 1)), int(counts["draft_width"].max()))  # W

@@ -148,6 +148,14 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
             self.late_regret_head(late) + self.late_regret_shift,
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the sizes, the weights and the calibration; equal for equal networks, wherever they were loaded."""
+        digest = hashlib.sha256(json.dumps(self.arguments, sort_keys=True).encode())
+        for name, values in sorted(self.state_dict().items()):
+            digest.update(name.encode() + values.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     @torch.no_grad()
     def start_from(
         self,

@@ -29,7 +29,7 @@ from controller.planner import (
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.latency import LatencyTable
-from decoding.pricing import Costs
+from decoding.pricing import Costs, costs_digest
 from decoding.sampling import Distribution, FloatArray
 from decoding.widths import DraftContext, IterationRecord, Knob, RootContext, TargetContext, WidthPolicy
 
@@ -284,8 +284,8 @@ class LearnedWidth(WidthPolicy):
             "clock": "wall" if self._wall else "table",
             "quality": self.quality,
             "share": self.share,
-            "trained_for": self.provenance.get("pair", {}).get("fingerprint"),
-            "git_sha": self.provenance.get("git_sha"),
+            "latency": costs_digest(self.planner.costs),
+            "network": self.net.fingerprint,
         }
 
     # What it knows.

@@ -57,7 +57,7 @@ class Batch:
             top: int | None = entries_searched(config, len(self.ends), pair.vocab_size)
         else:
             top = entries_needed(config, pair.vocab_size)
-        hidden = policy.needs_hidden or any(recorder is not None for recorder in recorders)
+        hidden = policy.needs_hidden or any(recorder.needs_hidden for recorder in recorders if recorder is not None)
         spare = config.max_new_tokens + config.draft_width * config.draft_depth + 2 * config.target_width
 
         options: dict[str, Any] = {

@@ -150,9 +150,6 @@ class SurvivorOracle(WidthPolicy):
     def layer(self, event: LayerEvent) -> None:
         """Nothing to learn from."""
 
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        """Nothing to learn from."""
-
     def end(self, best_path: list[int]) -> None:
         """Nothing to learn from."""
 

@@ -19,7 +19,7 @@ from decoding.config import DecodingConfig
 from decoding.dense import DenseJoint, dense_joint, draw_dense, verify_dense
 from decoding.drafts import DraftScorer
 from decoding.forest import TokenForest
-from decoding.results import PHASES, DecodeResult, DecodeStats, LayerEvent, Recorder
+from decoding.results import DecodeResult, DecodeStats, LayerEvent, Recorder
 from decoding.rules import Rules
 from decoding.sampling import Dice, IntArray, Joint, compact_joint, draw
 from decoding.scorer import ForestScorer
@@ -151,7 +151,7 @@ class PromptRun:
     # One iteration: draft, verify, commit.
 
     def _iterate(self) -> Generator[Request]:
-        before = dict(self.stats.seconds)
+        seconds_before = self.stats.total_seconds
         committed_before = self.stats.new_tokens
         root = self._root_context()
         layers = (yield from self._draft_forest(root, self.draft)) if self.draft is not None else []
@@ -160,35 +160,28 @@ class PromptRun:
             self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], _weighted(layers))
         wanted = dict.fromkeys([beam.node for beam in self.beams] + [n for n in drafted if not self._ended(n)])
         yield Request("target", list(wanted))
-        forest_nodes = len(set(drafted))
         roots, drafts = len(self.beams), tuple(len(layer.nodes) for layer in layers)
         self.touched += [beam.node for beam in self.beams] + drafted
         self.history = tuple(self._verify_forest(root, layers))
         self._prune()
         self._tell()
         self.stats.iterations += 1
-        spent = {name: self.stats.seconds[name] - before[name] for name in PHASES}
-        tokens = self.stats.new_tokens - committed_before
-        record = IterationRecord(self.history, tokens, sum(spent.values()), roots, drafts)
+        tokens, seconds = self.stats.new_tokens - committed_before, self.stats.total_seconds - seconds_before
+        record = IterationRecord(self.history, tokens, seconds, roots, drafts)
         self.stats.records.append(record)
         with self.clock.phase("policy"):
             self.policy.observe(record)
-        if self.recorder is not None:
-            self.recorder.iteration(spent | {"iteration": record.seconds}, forest_nodes)
 
     def _root_context(self) -> RootContext:
-        hidden = None
-        if self.policy.needs_hidden or self.recorder is not None:
-            best = self.beams[0].node
-            scored = best if self.target.cache.holds(self.row, best) else self.forest.parents[best]
-            hidden = self.target.hidden(self.row, [scored])
+        best = self.beams[0].node
+        scored = best if self.target.cache.holds(self.row, best) else self.forest.parents[best]
         return RootContext(
             config=self.config,
             iteration=self.stats.iterations,
             remaining=self.config.max_new_tokens - self.stats.new_tokens,
             weights=np.array([beam.weight for beam in self.beams]),
             history=self.history,
-            target_hidden=hidden,
+            target_hidden=self.target.hidden(self.row, [scored]),
         )
 
     def _draft_forest(self, root: RootContext, scorer: DraftScorer) -> Generator[Request, None, list[DraftedLayer]]:

@@ -97,6 +97,7 @@ class Recorder(Protocol):
     """Listens to a decoding run, for traces."""
 
     shadow: Dice | None
+    needs_hidden: bool  # ask the decoder for hidden states in the contexts
 
     def drafted(
         self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
@@ -111,9 +112,6 @@ class Recorder(Protocol):
 
     def layer(self, event: LayerEvent) -> None:
         """A layer was committed."""
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        """An iteration ended."""
 
     def end(self, best_path: list[int]) -> None:
         """The prompt is done; `best_path` are the nodes of the best hypothesis, by depth from 1."""

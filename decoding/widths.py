@@ -174,7 +174,10 @@ class WidthPolicy:
         """An iteration ended."""
 
     def describe(self) -> dict[str, Any]:
-        """Name and settings, for results and traces."""
+        """Name and all that the widths depend on, JSON-able: for results, and to find traces again.
+
+        Files are described by what is in them, not by their paths.
+        """
         return {"name": self.name}
 
 

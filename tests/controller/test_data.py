@@ -66,6 +66,13 @@ def test_hidden_vectors_can_be_left_out(tmp_path: Path) -> None:
     assert sizes["draft_hidden"] == sizes["target_hidden"] == 0
 
 
+def test_hidden_vectors_that_were_not_logged_cannot_be_asked_for(tmp_path: Path) -> None:
+    directory = write_traces(tmp_path, prompts=10, hidden=False)
+    assert TraceDataModule(directory).sizes["target_hidden"] == 0
+    with pytest.raises(UserError, match=r"hold no hidden states.* collect.hidden=true, or leave use_hidden=false"):
+        TraceDataModule(directory, use_hidden=True)
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no traces were logged"):
         TraceDataModule(tmp_path / "absent")

@@ -203,6 +203,7 @@ class Steps:
     """Keeps all steps of a prompt, as paths."""
 
     shadow = None
+    needs_hidden = False
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -216,9 +217,6 @@ class Steps:
         kept = frozenset(tuple(self._forest.path(node)) for node, _ in event.kept)
         self.steps.append(Step(self._beams, event.record.target_width, kept))
         self._beams = kept
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        pass
 
     def end(self, best_path: list[int]) -> None:
         pass

@@ -517,6 +517,7 @@ class Keeping:
     """A recorder that compares what a layer kept with what its record says it did."""
 
     shadow = None
+    needs_hidden = False
 
     def __init__(self, config: DecodingConfig) -> None:
         self.config = config
@@ -532,9 +533,6 @@ class Keeping:
             assert said == kept_beams(record.accepted, record.target_width, self.config)
         assert said >= kept if self.config.replacement else said == kept  # equal draws are one beam
         self.seen.add((record.draft_width > 0, record.passed, kept < self.config.target_width))
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        pass
 
     def end(self, best_path: list[int]) -> None:
         pass

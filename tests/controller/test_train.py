@@ -69,6 +69,12 @@ def test_equal_seeds_give_equal_controllers(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_hidden_states_that_would_not_be_logged_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "ensure_traces", lambda cfg: pytest.fail("collected"))
+    with pytest.raises(UserError, match=r"Set collect\.hidden=true, or leave controller\.use_hidden=false"):
+        train.main(config(tmp_path, "controller.use_hidden=true"))
+
+
 def test_fast_dev_run(tmp_path: Path) -> None:
     train.main(config(tmp_path, "trainer.max_epochs=1", "+trainer.fast_dev_run=true"))
     assert load_controller(tmp_path / "controller")

@@ -110,6 +110,7 @@ class Listener:
     """Keeps every iteration's layers, as the decoder recorded them."""
 
     shadow = None
+    needs_hidden = False
 
     def __init__(self) -> None:
         self.iterations: list[list[LayerRecord]] = []
@@ -119,8 +120,6 @@ class Listener:
 
     def layer(self, event: LayerEvent) -> None:
         self.iterations[-1].append(event.record)
-
-    def iteration(self, *_: object) -> None: ...
 
     def end(self, *_: object) -> None: ...
 
