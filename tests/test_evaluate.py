@@ -6,11 +6,11 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from decoding.measure import log_probability
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -20,6 +20,8 @@ from controller import WidthNet
 from controller.features import ContextFeatures
 from controller.network import load_controller, save_controller
 from decoding import UserError
+from decoding.methods import METHODS
+from decoding.turns import Record, log_probability
 from tests.small_pair import small_pair
 
 ROOT = Path(evaluate.__file__).parent
@@ -207,18 +209,36 @@ def test_mistakes_are_sentences_and_write_nothing(tmp_path: Path, overrides: lis
 def test_without_widths_there_are_powers_of_two_up_to_the_configs(tmp_path: Path) -> None:
     for width, expected in ((4, [1, 2, 4]), (6, [1, 2, 4, 6]), (1, [1])):
         cfg = config(tmp_path, f"decoding.target_width={width}", "grid.widths=null")
-        assert evaluate.grid_of(cfg, instantiate(cfg.decoding))["widths"] == expected
+        assert evaluate.grid_of(cfg, instantiate(cfg.decoding), [], METHODS)["widths"] == expected
 
 
 def test_an_interrupted_evaluation_is_scored_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = evaluate.run_rows
-    monkeypatch.setattr(evaluate, "run_rows", lambda *given: [row[:2] for row in decoded(*given)])
+    turns = evaluate.take_turns
+
+    def interrupted(records: list[Record], *given: Any, **options: Any) -> Iterator[int]:
+        yield from turns(records, *given, **options)
+        for each in records:
+            del each.repeats[0][2:]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "take_turns", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(config(tmp_path, "prompts.limit=4", "policies=[fixed]"))
     read = json.loads((tmp_path / "out" / "results.json").read_text())
     assert not read["complete"] and read["provenance"]["task"]["prompts"] == 2
     assert {len(row["prompts"]) for row in read["rows"]} == {2}
     assert all(prompt["log_prob"] < 0 for row in read["rows"] for prompt in row["prompts"])
+
+
+def test_a_policy_of_ones_own_is_a_row(tmp_path: Path) -> None:
+    """Its own grid where the config says nothing of it, and the config's where it does."""
+    policy = "tests.decoding.test_rows.HalfWidth"
+    settings = [f"policies=[{policy}]", "references=[]", "prompts.limit=1"]
+    found = evaluate.main(config(tmp_path, *settings))
+    assert [row["settings"]["fraction"] for row in found["rows"]] == [0.25, 0.5]
+    assert {row["family"] for row in found["rows"]} == {"hand-set"}
+    found = evaluate.main(config(tmp_path, *settings, "+grid.fraction=[0.75]"))
+    assert [row["name"] for row in found["rows"]] == [f"{policy} M=2 w=8 γ=3 f=0.75"]
 
 
 def test_rows_that_a_plot_cannot_show_leave_it_out(tmp_path: Path) -> None:
