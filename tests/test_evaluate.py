@@ -241,6 +241,15 @@ def test_a_policy_of_ones_own_is_a_row(tmp_path: Path) -> None:
     assert [row["name"] for row in found["rows"]] == [f"{policy} M=2 w=8 γ=3 f=0.75"]
 
 
+def test_a_task_of_ones_own(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "policies=[multinomial]", "references=[]", "prompts.limit=2")
+    with open_dict(cfg):
+        cfg.data = {"_target_": "tests.test_configs.Poems", "lines": 2}
+    found = evaluate.main(cfg)
+    assert found["provenance"]["task"] == {"name": "poems", "lines": 2, "split": "test", "prompts": 2}
+    assert 0 <= found["rows"][0]["summary"]["lines"]["value"] <= 1
+
+
 def test_rows_that_a_plot_cannot_show_leave_it_out(tmp_path: Path) -> None:
     settings = ["policies=[hf_sample]", "references=[]", "latency=h200_8b_1b", "prompts.limit=2"]
     evaluate.main(config(tmp_path, *settings))
