@@ -18,14 +18,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from controller import LearnedWidth
-from controller.knob import warn_of_shared_prompts
-from controller.network import load_controller, weights_sha256
+from controller.checkpoint import load_controller, weights_sha256
 from controller.tracking import log_evaluation, tracked
+from controller.width_value import warn_of_shared_prompts
 from decoding import DecodingConfig, ModelPair, UserError
+from decoding.choose import cost_table
 from decoding.compare import curve_of, undominated
-from decoding.costs import cost_table
-from decoding.entry import check_counts, entry_point
-from decoding.latency import LatencyTable
+from decoding.cost_table import LatencyTable
+from decoding.entry import entry_point
 from decoding.methods import METHODS, Method, find_method, policy_method
 from decoding.oracles import modelled_seconds
 from decoding.pages import comparison_lines, console_table, tuning_lines
@@ -35,6 +35,8 @@ from decoding.provenance import run_provenance, to_plain
 from decoding.report import write_report
 from decoding.results_file import SCHEMA_VERSION
 from decoding.rows import Row, make_rows
+from decoding.seconds import measure_seconds
+from decoding.settings import check_counts
 from decoding.summary import compare_records, summarise
 from decoding.tasks.base import Prompt, Task
 from decoding.turns import Measurement, Record, keep_whole, make_records, read_prompts, score_all, take_turns, warm_up
@@ -222,7 +224,7 @@ def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> Tables:
     if pair.draft is None or not asked:
         return {}
     objective, given = cfg.learned.objective, instantiate(cfg.latency)
-    if getattr(given, "func", None) == LatencyTable.measure and objective == "joules":
+    if objective == "joules" and getattr(given, "func", None) in (measure_seconds, LatencyTable.measure):
         given = None  # measured, in the objective's unit
     tables = {"modelled": cost_table(pair, given, objective)}
     return tables | ({"also": cost_table(pair, instantiate(cfg.also))} if cfg.get("also") else {})

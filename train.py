@@ -3,13 +3,11 @@
 python train.py
 python train.py pair=llama3_8b trainer=gpu logger=wandb controller.hidden=256 seed=1
 python train.py -m controller.lr=1e-3,3e-4
-python train.py rounds=2
 python train.py ckpt_path=outputs/train/.../checkpoints/last.ckpt
 """
 
 from __future__ import annotations
 
-import copy
 import pickle
 import signal
 import sys
@@ -25,12 +23,12 @@ from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 from controller.calibration import BINS, Curve, Reliability, calibrate, reliability_curves, reliability_from_sums
+from controller.checkpoint import save_controller
 from controller.data import TraceDataModule
 from controller.module import ControllerModule
-from controller.network import save_controller
 from controller.tracking import is_wandb, tracked
 from decoding.collect import ensure_traces
 from decoding.entry import build_all, entry_point
@@ -43,61 +41,41 @@ _AGAIN = "Give a checkpoint that train.py wrote with these settings, or leave ck
 @entry_point(config_name="train")
 def main(cfg: DictConfig) -> float:
     """Train the controller that the config describes; returns the best `val/loss`, for sweeps."""
-    check_rounds(cfg)
     check_hidden(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = read_checkpoint(cfg.ckpt_path)
-    directories = [ensure_traces(cfg)]
-    for number in range(1, cfg.rounds):
-        part = copy.deepcopy(cfg)
-        part.output_dir = f"{cfg.output_dir}/round-{number}"
-        fit(part, directories, checkpoint)
-        directories.append(ensure_traces(under_learned(cfg, Path(part.output_dir) / "controller")))
-        seed_everything(cfg.seed, workers=True, verbose=False)
-    return fit(cfg, directories, checkpoint)
+    with tracked(cfg) as wandb_logger:  # before traces are collected for hours; a crash closes its run too
+        return fit(cfg, ensure_traces(cfg), checkpoint, wandb_logger)
 
 
-def fit(cfg: DictConfig, directories: list[Path], checkpoint: dict[str, Any] | None) -> float:
-    """Train on the traces of some directories, calibrate, save to `output_dir`; returns the best `val/loss`."""
+def fit(
+    cfg: DictConfig, traces: Path, checkpoint: dict[str, Any] | None, wandb_logger: WandbLogger | None = None
+) -> float:
+    """Train on the traces of a directory, calibrate, save to `output_dir`; returns the best `val/loss`."""
     features = instantiate(cfg.features)
     names = [*features.names, *features.target_names]
     sizes = cfg.controller.get("batch_size", 512), cfg.controller.get("use_hidden", False), cfg.max_train_rows
-    data = TraceDataModule(directories, names, *sizes)
+    data = TraceDataModule(traces, names, *sizes)
     module: ControllerModule = instantiate(cfg.controller, **data.sizes)
     check_checkpoint(checkpoint, module, cfg)
-    with tracked(cfg) as wandb_logger:  # a crash closes its run too
-        loggers = build_loggers(cfg, wandb_logger)
-        callbacks = [*build_all(cfg.callbacks), GoOn()]
-        trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
-        started = time.perf_counter()
-        with interruptible(trainer, cfg):
-            trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
-        seconds = time.perf_counter() - started
-        load_best(trainer, module)
-        loss = module.evaluate(data.rows["val"].columns)["val/loss"]
-        calibrate(module.net, data.rows["val"].columns, module.soft_labels)
-        held_out = "test" if len(data.rows["test"]) else "val"
-        curves = reliability_curves(module.net, data.rows[held_out].columns)
-        metrics = final_metrics(module, data) | curve_metrics(curves, held_out)
-        about = describe(cfg, data, features, metrics, seconds) | {"reliability": describe_curves(curves, held_out)}
-        saved = save_controller(module.net, Path(cfg.output_dir) / "controller", about)
-        log_results(loggers, wandb_logger, data, metrics, curves)
-        print_results(saved, metrics)
+    loggers = build_loggers(cfg, wandb_logger)
+    callbacks = [*build_all(cfg.callbacks), GoOn()]
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
+    started = time.perf_counter()
+    with interruptible(trainer):
+        trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    seconds = time.perf_counter() - started
+    load_best(trainer, module)
+    loss = module.evaluate(data.rows["val"].columns)["val/loss"]
+    calibrate(module.net, data.rows["val"].columns, module.soft_labels)
+    held_out = "test" if len(data.rows["test"]) else "val"
+    curves = reliability_curves(module.net, data.rows[held_out].columns)
+    metrics = final_metrics(module, data) | curve_metrics(curves, held_out)
+    about = describe(cfg, data, features, metrics, seconds) | {"reliability": describe_curves(curves, held_out)}
+    saved = save_controller(module.net, Path(cfg.output_dir) / "controller", about)
+    log_results(loggers, wandb_logger, data, metrics, curves)
+    print_results(saved, metrics)
     return loss
-
-
-def check_rounds(cfg: DictConfig) -> None:
-    """Refuse rounds that cannot be."""
-    if not isinstance(cfg.rounds, int) or isinstance(cfg.rounds, bool) or cfg.rounds < 1:
-        raise UserError(
-            f"rounds is {cfg.rounds}; give a whole number of at least 1: 1 trains on the traces that the config "
-            "describes, 2 again with those of the controller it gave."
-        )
-    if cfg.rounds > 1 and cfg.ckpt_path is not None:
-        raise UserError(
-            f"ckpt_path resumes one fit, and rounds is {cfg.rounds}. Give rounds=1, or leave ckpt_path out: traces "
-            "that are there already are used again."
-        )
 
 
 def check_hidden(cfg: DictConfig) -> None:
@@ -107,24 +85,6 @@ def check_hidden(cfg: DictConfig) -> None:
             "controller.use_hidden is true, but collect.hidden is false: traces would be logged without hidden states. "
             "Set collect.hidden=true, or leave controller.use_hidden=false."
         )
-
-
-def under_learned(cfg: DictConfig, controller: Path) -> DictConfig:
-    """The config that logs traces of the train and validation prompts under a controller.
-
-    Prompts do not learn from each other, so that the rows depend neither on their order nor on an interruption.
-    """
-    policy = {
-        "_target_": "controller.LearnedWidth.load",
-        "path": str(controller),
-        "width_value": float(cfg.round_width_value),
-        "share": False,
-    }
-    changed: DictConfig = copy.deepcopy(cfg)
-    with open_dict(changed):
-        changed.policy = policy
-        changed.collect.test_prompts = 0
-    return changed
 
 
 def read_checkpoint(path: str | None) -> dict[str, Any] | None:
@@ -182,7 +142,7 @@ class GoOn(Callback):
 
 
 @contextmanager
-def interruptible(trainer: Trainer, cfg: DictConfig) -> Iterator[None]:
+def interruptible(trainer: Trainer) -> Iterator[None]:
     """Let Ctrl-C out of a fit as KeyboardInterrupt, and say what is kept.
 
     Lightning would exit with code 1, and ignore every further Ctrl-C.
@@ -194,17 +154,15 @@ def interruptible(trainer: Trainer, cfg: DictConfig) -> Iterator[None]:
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         signal.signal(signal.SIGINT, handler)
-        print(what_is_kept(trainer, cfg), file=sys.stderr)
+        print(what_is_kept(trainer), file=sys.stderr)
         raise KeyboardInterrupt from None
 
 
-def what_is_kept(trainer: Trainer, cfg: DictConfig) -> str:
+def what_is_kept(trainer: Trainer) -> str:
     """How to go on after an interrupted fit."""
     last = getattr(trainer.checkpoint_callback, "last_model_path", "")
     if not last or not Path(last).is_file():
         return "No epoch of this fit is kept; the same command starts it again, with the traces that are there."
-    if cfg.rounds > 1:
-        return "A fit of several rounds is not resumed; the same command starts again, with the traces that are there."
     return f"The best epoch so far is kept; the same command with ckpt_path={last} goes on from there."
 
 
@@ -265,8 +223,7 @@ def describe(
             "target_names": list(features.target_names),
         },
         "traces": [
-            {name: manifest.get(name) for name in ("trace_key", "rows", "prompts", "policy", "task", "seed")}
-            for manifest in data.manifests
+            {name: data.manifest.get(name) for name in ("trace_key", "rows", "prompts", "policy", "task", "seed")}
         ],
         "training": {
             "controller": to_plain(cfg.controller),

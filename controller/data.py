@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from controller.features import check_features
+from decoding.checks import whole
 from decoding.errors import UserError
+from decoding.tasks.base import SPLITS
 from decoding.traces import load_traces
 
-SPLITS = ("train", "val", "test")
 Batch = dict[str, Tensor]
 
 
@@ -42,51 +42,43 @@ class TraceRows(Dataset[Batch]):
 
 
 class TraceDataModule(LightningDataModule):
-    """The traces of one directory, or of several together.
+    """The traces of a directory.
 
     Args:
-        directories: each with Parquet shards and manifest.json; all of one pair, with the same decoding and features.
+        directory: with Parquet shards and manifest.json.
         feature_names: what the network will be given when it decides; traces with others are refused. None: no check.
         batch_size: rows per batch.
         use_hidden: load the hidden vectors, which must have been logged; without them their sizes are 0.
         max_train_rows: train on the first prompts only, as many as have at most so many rows together. None: on all.
 
     Raises:
-        UserError: no rows, other features, no hidden vectors, directories that differ, values that are not finite, or
-            a prompt in two splits.
+        UserError: no rows, other features, no hidden vectors, values that are not finite, or a prompt in two splits.
     """
 
     def __init__(
         self,
-        directories: str | Path | Sequence[str | Path],
+        directory: str | Path,
         feature_names: list[str] | None = None,
         batch_size: int = 512,
         use_hidden: bool = False,
         max_train_rows: int | None = None,
     ) -> None:
         super().__init__()
-        if max_train_rows is not None and max_train_rows < 1:
+        if max_train_rows is not None:
+            whole("max_train_rows", max_train_rows, least=1, hint="or null to train on all")
+        where = str(directory)  # in messages
+        rows, self.manifest = load_traces(Path(directory))
+        self.batch_size = batch_size
+        if feature_names is not None:
+            features = self.manifest["features"]
+            found = [*features["names"], *features.get("target_names", [])]
+            check_features(found, feature_names, f"The traces in {where} have")
+        if use_hidden and not self.manifest.get("hidden"):
             raise UserError(
-                f"max_train_rows is {max_train_rows}; give a whole number of at least 1, or null to train on all."
+                f"The traces in {where} hold no hidden states, and use_hidden is true. Collect traces with "
+                "collect.hidden=true, or leave use_hidden=false."
             )
-        paths = [Path(directories)] if isinstance(directories, str | Path) else [Path(path) for path in directories]
-        where = ", ".join(map(str, paths))  # in messages
-        loaded = [load_traces(path) for path in paths]
-        self.batch_size, self.manifests = batch_size, [manifest for _, manifest in loaded]
-        self.manifest = self.manifests[0]  # what they have in common
-        for path, manifest in zip(paths, self.manifests, strict=True):
-            if feature_names is not None:
-                features, what = manifest["features"], f"The traces in {path} have"
-                check_features([*features["names"], *features.get("target_names", [])], feature_names, what)
-            if use_hidden and not manifest.get("hidden"):
-                raise UserError(
-                    f"The traces in {path} hold no hidden states, and use_hidden is true. Collect traces with "
-                    "collect.hidden=true, or leave use_hidden=false."
-                )
-            _check_alike(paths[0], self.manifest, path, manifest)
-        table: pa.Table = pa.concat_tables(
-            [rows.with_format("arrow")[:].replace_schema_metadata(None) for rows, _ in loaded]
-        )
+        table: pa.Table = rows.with_format("arrow")[:]
         prompts, split = table["prompt_id"].to_pylist(), np.asarray(table["split"].to_pylist())
         _check_splits(prompts, split, where)
         if max_train_rows is not None:
@@ -130,21 +122,6 @@ class TraceDataModule(LightningDataModule):
         order: Any = RandomSampler(rows) if shuffle else SequentialSampler(rows)
         batches: Any = BatchSampler(order, self.batch_size, drop_last=False)
         return DataLoader(rows, sampler=batches, batch_size=None)  # no collating: an index list is a batch
-
-
-def _check_alike(first: Path, manifest: dict[str, Any], other: Path, others: dict[str, Any]) -> None:
-    """Refuse to train on traces of two directories that mean different things."""
-    pairs, features = ([about[key] for about in (manifest, others)] for key in ("pair", "features"))
-    decoding = [about.get("decoding", {}) for about in (manifest, others)]
-    names = {name for name in decoding[0].keys() | decoding[1].keys() if decoding[0].get(name) != decoding[1].get(name)}
-    differs = [f"decoding.{name}" for name in sorted(names)]
-    differs += ["the pair"] * (pairs[0].get("fingerprint") != pairs[1].get("fingerprint"))
-    differs += ["the features"] * (features[0] != features[1])
-    if differs:
-        raise UserError(
-            f"The traces in {first} and {other} differ in {', '.join(differs)}; one controller learns from traces of "
-            "one pair, with the same decoding and features. Train on one of them, or collect the other again."
-        )
 
 
 def _beyond(prompts: list[str], train: np.ndarray, limit: int) -> np.ndarray:

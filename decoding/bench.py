@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from decoding.entry import check_counts, entry_point
+from decoding.entry import entry_point
 from decoding.errors import UserError
 from decoding.headlines import REFERENCE, headlines, tables
 from decoding.pair import ModelPair
@@ -29,6 +29,7 @@ from decoding.provenance import run_provenance
 from decoding.results_file import BENCH, SCHEMA_VERSION, write_results
 from decoding.roofline import kv_bytes_per_slot, roofline
 from decoding.rows import Row, read_rows
+from decoding.settings import check_counts
 from decoding.soak import soak
 from decoding.summary import summarise
 from decoding.tasks.base import Prompt, Task

@@ -20,6 +20,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from decoding.checks import whole
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
 from decoding.entry import entry_point
@@ -159,9 +160,7 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
     """Decode what is not done yet, a shard at a time."""
     cfg, pair, features = collection.cfg, collection.pair, collection.features
     decoder = DSBDDecoder(pair, collection.config, collection.policy)
-    size = int(cfg.collect.batch_size)
-    if size < 1:
-        raise UserError(f"collect.batch_size is {size}; give a whole number of at least 1.")
+    size = whole("collect.batch_size", cfg.collect.batch_size, least=1)
     if pair.draft is None:
         raise UserError("Traces are logged of a target with a draft: give the pair one, such as pair.draft=ngram.")
     sizes = (hidden_size(pair.target), hidden_size(pair.models.get("draft"))) if collection.hidden else None
@@ -219,11 +218,11 @@ def _add_shard(directory: Path, manifest: dict[str, Any], rows: list[dict[str, A
 
 def _prompts(cfg: DictConfig, task: Task, pair: ModelPair) -> list[tuple[str, Prompt]]:
     for name in ("train_prompts", "val_prompts"):
-        if cfg.collect[name] is not None and cfg.collect[name] < 1:
-            raise UserError(f"collect.{name} is {cfg.collect[name]}; give a whole number of at least 1.")
+        if cfg.collect[name] is not None:
+            whole(f"collect.{name}", cfg.collect[name], least=1)
     held_out = cfg.collect.get("test_prompts", 0)
-    if held_out is not None and held_out < 0:
-        raise UserError(f"collect.test_prompts is {held_out}; give a whole number of at least 0.")
+    if held_out is not None:
+        whole("collect.test_prompts", held_out, least=0)
     chosen = [
         (split, prompt)
         for split, limit in (("train", cfg.collect.train_prompts), ("val", cfg.collect.val_prompts), ("test", held_out))

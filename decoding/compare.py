@@ -7,9 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
+from decoding.arrays import FloatArray
 
 LAST = "+last"  # of curves that have a width of its own for the layer that ends an iteration
 STOP = "+stop"  # of those that draft no further where the draft is unsure

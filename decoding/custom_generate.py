@@ -32,6 +32,7 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from decoding.checks import whole
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
 from decoding.drafts import named_draft
@@ -280,9 +281,7 @@ def _settings(generation: GenerationConfig, **given: Any) -> dict[str, Any]:
 def _check_beams(settings: Mapping[str, Any], draft_width: int | None, samples: bool) -> None:
     """Refuse numbers in the caller's words; DecodingConfig checks the rest."""
     for name in ("num_beams", "num_return_sequences"):
-        value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} is {value!r}; give a whole number of at least 1.")
+        whole(name, settings[name], least=1)
     beams, returned = settings["num_beams"], settings["num_return_sequences"]
     if returned > beams and not (beams == 1 and samples):
         sample = ", or set do_sample=True for several samples" if beams == 1 else ""

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from decoding.alibi import alibi_by_position
-from decoding.windows import sliding_layers
+from decoding.positions import alibi_by_position, sliding_layers
 
 
 @dataclass

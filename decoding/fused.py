@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from decoding.families import family_of
 from decoding.forward import PassInputs, larger
-from decoding.windows import sliding_layers
+from decoding.positions import sliding_layers
 
-# Every one of these is: norm, attention with rotary positions, residual, norm, gated SiLU, residual.
-_FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _PROJECTIONS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -36,7 +35,7 @@ Residual = Callable[[Tensor, Tensor], Tensor]  # (input, residual) -> residual +
 def can_fuse(model: Any) -> bool:
     """Whether `FusedForward` knows this model: the family, plain float weights on one device, nothing hooked in."""
     config = model.config
-    if type(model).__name__ not in _FAMILIES or getattr(config, "hidden_act", None) != "silu":
+    if type(model).__name__ != family_of(config).fused or getattr(config, "hidden_act", None) != "silu":
         return False
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in _STATIC_ROPE or rope.get("partial_rotary_factor", 1.0) != 1.0:

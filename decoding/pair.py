@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from decoding.config import DecodingConfig
 from decoding.drafts import ALLOWED, DraftScorer, is_kind, named_draft
 from decoding.errors import UserError
+from decoding.families import family_of
 from decoding.lookup import NgramDraft, NgramScorer
 from decoding.probe import check_forest_pass
 from decoding.runner import ENGINES
@@ -30,11 +31,6 @@ _STATE = (
     *("state_size", "ssm_state_size", "mamba_d_state", "lru_width"),
     *("conv_kernel", "conv_L_cache", "rescale_every"),
 )
-# Models that the probe could accept although some of their passes would be wrong.
-_UNFIT = {
-    "mpt": "its attention takes one ALiBi bias for all prompts of a batch, whose tokens lie in different slots",
-    "gpt_neo": "its attention hides tokens by their place in the cache, whatever the mask says",
-}
 
 
 @dataclass
@@ -324,8 +320,9 @@ def check_architecture(config: Any, role: str) -> None:
             f"The {role} model ({kind}) keeps a recurrent state{what}, which cannot branch into a forest of beams; use "
             "a model whose layers are all attention."
         )
-    if kind in _UNFIT:
-        raise UserError(f"The {role} model ({kind}) cannot score a forest of beams: {_UNFIT[kind]}.")
+    unfit = family_of(config).unfit
+    if unfit is not None:
+        raise UserError(f"The {role} model ({kind}) cannot score a forest of beams: {unfit}.")
 
 
 def check_prompt(pair: ModelPair, prompt: list[int], config: DecodingConfig, index: int) -> None:

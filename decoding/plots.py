@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from decoding.arrays import FloatArray
 from decoding.compare import LAST, OURS, STOP, curve_of, curve_of_row, undominated
 from decoding.errors import UserError
-from decoding.sampling import FloatArray
 
 FORMATS = ("png", "svg", "pdf")
 _LABELLED = 12  # rows of a plot that can all have labels

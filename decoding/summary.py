@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from decoding.arrays import FloatArray
 from decoding.compare import OURS, comparisons, curve_of
+from decoding.cost_table import Costs
 from decoding.oracles import hindsight_seconds, modelled_seconds
-from decoding.pricing import Costs
 from decoding.results import PHASES
 from decoding.rows import REFERENCES
 from decoding.turns import Measurement, Record
 
-FloatArray = NDArray[np.float64]
 Share = tuple[float, float]  # numerator and denominator of a prompt; a summary is the ratio of their sums
 Ratio = Callable[[Measurement], Share]
 _NOTHING = (0.0, 0.0)

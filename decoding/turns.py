@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from decoding.clock import now
-from decoding.energy import EnergyMeter
 from decoding.errors import UserError
+from decoding.meter import EnergyMeter
 from decoding.methods import Generate
 from decoding.pair import ModelPair
 from decoding.results import DecodeStats

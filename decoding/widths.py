@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from decoding.acceptance import accept_probabilities, accepted_count_table, align
+from decoding.acceptance import align
+from decoding.closed_form import accept_probabilities, accepted_count_table
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.sampling import Distribution, FloatArray

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from decoding import (
@@ -25,10 +25,11 @@ from decoding import (
     ThresholdWidth,
     UserError,
 )
-from decoding.entry import CONF_DIR, build_all, check_settings, opened
+from decoding.entry import CONF_DIR, build_all, opened
+from decoding.settings import check_settings
 from decoding.tasks.base import Prompt
 
-COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency", "room")
+COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency", "depth_room")
 GLOBAL = ("experiment", "debug", "sweep")  # set values of other groups; each is for the commands that it names
 MISSING = {
     "pair=local": ["pair.target=a", "pair.draft=b"],
@@ -49,7 +50,7 @@ def options_of(group: str) -> list[str]:
 
 def commands_named_in(path: Path) -> list[str]:
     head = "".join(re.findall(r"^#.*\n", path.read_text(), re.MULTILINE))
-    named = {"train": "train.py", "evaluate": "evaluate.py", "room": "controller.room"}
+    named = {"train": "train.py", "evaluate": "evaluate.py", "depth_room": "studies.depth_room"}
     named |= {name: f"decoding.{name}" for name in ("collect", "bench", "generate", "latency")}
     return [command for command, name in named.items() if name in head or "All commands" in head]
 
@@ -103,7 +104,7 @@ def test_first_lines_name_a_command(path: Path) -> None:
 def commands_in_comments() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(file, command, settings) of every command line in a comment of conf/, once, but for those composed above."""
     named = "|".join(COMMANDS)
-    line = re.compile(rf"python (?:-m (?:decoding|controller)\.)?({named})(?:\.py)?((?: +[+\w.@/]+=[^\s\"']+)+)")
+    line = re.compile(rf"python (?:-m (?:decoding|studies)\.)?({named})(?:\.py)?((?: +[+\w.@/]+=[^\s\"']+)+)")
     seen = {(command, (choice,)) for command, choice in combinations()}
     for path in sorted(CONF_DIR.rglob("*.yaml")):
         for comment in re.findall(r"#.*", path.read_text()):
@@ -120,7 +121,7 @@ def test_commands_in_comments_compose(where: str, command: str, given: tuple[str
     settings = [text.replace("<directory>", "outputs") for text in given if "..." not in text]
     settings = [text if "[" in text else text.split(",")[0] for text in settings]
     settings += [text for choice in MISSING if choice in settings for text in MISSING[choice]]
-    if command in ("evaluate", "room"):  # as their entry points rename it
+    if command in ("evaluate", "depth_room"):  # as their entry points rename it
         settings = [re.sub(r"^controller=", "controller_path=", text) for text in settings]
     settings = opened(settings, groups_of(command), ("grid",))
     check_settings(composed(command, *settings), composed(command), ("grid",))
@@ -157,6 +158,20 @@ class Poems:
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "lines": self.lines}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoding.latency.LatencyTable.measure",
+        "decoding.latency.LatencyTable.load",
+        "decoding.energy.measure_joules",
+        "decoding.device_model.modelled",
+    ],
+)
+def test_older_names_in_configs_are_found(name: str) -> None:
+    """Users' own configs name what has moved since."""
+    assert callable(get_method(name))
 
 
 def test_decoding_lists_every_field() -> None:

@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import evaluate
 from controller import WidthNet
+from controller.checkpoint import load_controller, save_controller
 from controller.features import ContextFeatures
-from controller.network import load_controller, save_controller
 from decoding import UserError
 from decoding.methods import METHODS
 from decoding.turns import Record, log_probability

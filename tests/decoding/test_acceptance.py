@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from decoding.acceptance import LayerVerdict, accept_probabilities, accepted_count_table, align, verify_layer
+from decoding.acceptance import LayerVerdict, align, verify_layer
+from decoding.closed_form import accept_probabilities, accepted_count_table
 from decoding.sampling import Dice, FloatArray, Joint, draw
 from tests.decoding.stubs import chi_square_p
 

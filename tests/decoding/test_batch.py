@@ -532,7 +532,7 @@ def test_no_memory_for_the_buffers_is_told_in_the_same_words(monkeypatch: pytest
 @pytest.mark.parametrize("batch_size", [0, True, -1, 2.5, "2"], ids=repr)
 def test_what_is_no_batch_size_is_refused(batch_size: Any) -> None:
     with pytest.raises(
-        UserError, match=r"batch_size is .*; give a whole number of at least 1, or None for all"
+        UserError, match=r"batch_size is .*; give a whole number of at least 1 \(or None for all\)"
     ) as caught:
         DSBDDecoder(llama_pair(), CONFIG).generate(PROMPTS, batch_size=batch_size)
     assert "\n" not in str(caught.value)

@@ -16,11 +16,12 @@ from controller.data import TraceDataModule
 from controller.features import ContextFeatures
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, UserError, bench
 from decoding.collect import ensure_traces
+from decoding.cost_table import LatencyTable
 from decoding.drafts import DraftScorer
-from decoding.entry import CONF_DIR, check_settings
-from decoding.latency import LatencyTable
+from decoding.entry import CONF_DIR
 from decoding.lookup import NgramScorer
 from decoding.scorer import ForestScorer
+from decoding.settings import check_settings
 from tests.decoding.stubs import small_llama
 from tests.decoding.test_bench import config as bench_config
 from tests.decoding.test_bench import read

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FalconForCausalLM
 
-import decoding.alibi
 import decoding.graphs
+import decoding.positions
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
 from decoding.cache import ForestCache
 from decoding.forest import TokenForest
@@ -221,7 +221,7 @@ def test_alibi_leaves_the_model_as_it_was(name: str, monkeypatch: pytest.MonkeyP
     with torch.inference_mode():
         before = model(tokens).logits
         largest_difference(model, rounds=9)
-        monkeypatch.setattr(decoding.alibi, "_by_position", failing)
+        monkeypatch.setattr(decoding.positions, "_by_position", failing)
         with pytest.raises(RuntimeError, match="no memory"):
             largest_difference(model)
         assert torch.equal(model(tokens).logits, before)

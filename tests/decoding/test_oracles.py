@@ -164,9 +164,9 @@ def test_hindsight_charges_the_layers_that_the_decoder_saw_pass(case: str, polic
 
 
 def by_hand(costs: Costs, roots: int, widths: list[int]) -> float:
-    seconds, above = costs.host_seconds(len(widths)) + costs.target_seconds(roots + sum(widths)), roots
+    seconds, above = costs.host_cost(len(widths)) + costs.target_cost(roots + sum(widths)), roots
     for width in widths:
-        seconds, above = seconds + costs.draft_seconds(above), width
+        seconds, above = seconds + costs.draft_cost(above), width
     return seconds
 
 
