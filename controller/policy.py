@@ -67,7 +67,8 @@ class LearnedWidth(WidthPolicy):
             "table", as modelled, so that equal prompts, seeds and tables give equal widths. None: "wall" with a latency
             table in seconds, else "table".
         share: whether prompts learn together; False: each starts anew, and does not depend on others.
-        features: what the network sees of a layer; None: of the class that the controller was trained with.
+        features: what the network sees of a layer, or the dotted name of its class; None: of the class that the
+            controller was trained with.
 
     Raises:
         UserError: an argument that is not allowed, or features other than this code's.
@@ -85,10 +86,12 @@ class LearnedWidth(WidthPolicy):
         latency: Costs | dict[str, Any] | str | Path | None = None,
         clock: str | None = None,
         share: bool = True,
-        features: ContextFeatures | None = None,
+        features: ContextFeatures | str | None = None,
     ) -> None:
         _check_arguments(width_value, clock)
         trained = provenance.get("features", {})
+        if isinstance(features, str):
+            features = features_of({**trained, "class": features}, may_import=True)  # the user has named it
         self.features = features_of(trained) if features is None else features
         found = [*trained.get("names", []), *trained.get("target_names", [])]
         check_features(found, [*self.features.names, *self.features.target_names], "The controller was trained with")
