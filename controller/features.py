@@ -7,7 +7,8 @@ Everything comes from a `DraftContext`, so nothing here can see the drafts or th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from decoding.arrays import FloatArray, FloatVector, IntArray
 from decoding.compiled import compiled
 from decoding.errors import UserError
+from decoding.names import locate
 from decoding.sampling import Distribution
 from decoding.widths import DraftContext, LayerRecord, TargetContext
 
@@ -22,6 +24,7 @@ Packed = tuple[Any, ...]  # the fields of a record
 TOP = 10  # likeliest continuations of P that are looked at once it is known
 GAP_LIMIT = 20.0  # nats that gaps between weights are cut at, and what they are with one beam
 LEAST_LOG = -12.0  # log-probability of a continuation that is not there, and the least of those that are
+_BUILT_IN = f"{__name__}.ContextFeatures"
 _HEAD = 64  # entries that are looked at one by one; the tail of a wide support enters as if it were uniform
 
 
@@ -220,10 +223,12 @@ def describe_target(packed: Packed) -> FloatVector:
 class ContextFeatures:
     """Call it with a `DraftContext` to get its scalars, float32 [F], in the order of `names`.
 
-    `of_target` gives those that are known once the layer's P is, float32 [G], in the order of `target_names`.
+    `of_target` gives those that are known once the layer's P is, float32 [G], in the order of `target_names`. Features
+    of your own are a class derived from this one, with a `version` of its own: `features=mine.Features` collects,
+    trains and decodes with it (docs/controller.md).
     """
 
-    version = 2
+    version: int | str = 2
 
     def __init__(self) -> None:
         self.names: list[str] = list(NAMES)
@@ -266,6 +271,52 @@ def known(context: TargetContext) -> Packed:
     draft = context.draft
     weights = draft.weights if context.weights is None else context.weights
     return draft.drafted, draft.layer, draft.root.remaining, weights, *_head(context.target)
+
+
+def describe_features(features: ContextFeatures, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a controller's config.json says of its features; `arguments` are what they were made with."""
+    kind = type(features)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "arguments": dict(arguments),
+        "version": features.version,
+        "names": list(features.names),
+        "target_names": list(features.target_names),
+    }
+
+
+def features_of(about: Mapping[str, Any], may_import: bool = False) -> ContextFeatures:
+    """The features that a controller was trained with, by what `describe_features` said of them.
+
+    A controller names a class, and never brings its code: the module must be one that this Python finds.
+
+    Args:
+        about: of the features.
+        may_import: import the module; else it must be imported already, so that a controller from the hub cannot name
+            a module that nobody asked for.
+
+    Raises:
+        UserError: a class that is not there, or is no features.
+    """
+    name = about.get("class", _BUILT_IN)
+    if name == _BUILT_IN:
+        return ContextFeatures()
+    module = str(name).rpartition(".")[0]
+    if not may_import and module not in sys.modules:
+        raise UserError(
+            f"The controller was trained with the features {name}, and no module is imported because a controller from "
+            f"the hub names it. If you have {module} and trust it, import it first, or give features={name}()."
+        )
+    try:
+        features = locate(name)(**about.get("arguments", {}))
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"The controller was trained with the features {name}, which cannot be made here ({error}); put its module "
+            "where Python finds it, beside the command or in PYTHONPATH."
+        ) from error
+    if not isinstance(features, ContextFeatures):
+        raise UserError(f"The features {name} are none; derive them from controller.features.ContextFeatures.")
+    return features
 
 
 def hidden_vectors(context: DraftContext, draft_size: int, target_size: int) -> tuple[FloatVector, FloatVector]:

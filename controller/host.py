@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from controller.features import Packed, describe_context
+from controller.features import Packed
 from controller.network import LIMIT, WidthNet
 from decoding.arrays import FloatArray, FloatVector
 from decoding.compiled import COMPILED, compiled
@@ -185,10 +185,10 @@ def foreseen_counts(accept_logits: FloatVector) -> FloatArray:
 
 @compiled
 def foresee(
-    context: Packed, draft_hidden: FloatVector, target_hidden: FloatVector, weights: Packed, target_width: int
+    features: FloatVector, draft_hidden: FloatVector, target_hidden: FloatVector, weights: Packed, target_width: int
 ) -> tuple[FloatArray, FloatArray]:
-    """P(K_w >= M) and L(k) of a `Context` by `EarlyWeights`; [W + 1, W + 1], [R + 1]. See `expected_loss`."""
-    said = early(describe_context(context), draft_hidden, target_hidden, EarlyWeights(*weights))
+    """P(K_w >= M) and L(k) from features [F] by `EarlyWeights`; [W + 1, W + 1], [R + 1]. See `expected_loss`."""
+    said = early(features, draft_hidden, target_hidden, EarlyWeights(*weights))
     return foreseen_counts(said[0]), expected_loss(said[1], target_width)
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from controller.experience import Outlook
-from controller.features import Context, Packed, describe_target
+from controller.features import Packed
 from controller.host import HostNet, LateWeights, foresee, late_loss
 from decoding.arrays import FloatArray, FloatVector
 from decoding.closed_form import accept_probabilities, accepted_count_table, matched
@@ -25,7 +25,6 @@ from decoding.config import DecodingConfig
 from decoding.cost_table import Costs
 from decoding.widths import LayerRecord
 
-_SUPPORT = Context._fields.index("support")
 _TABLE = 512  # node counts whose seconds are looked up; larger forests count as this
 
 
@@ -50,28 +49,33 @@ class Planner:
     def widths(
         self,
         host: HostNet,
-        context: Packed,
+        features: FloatVector,
         hidden: tuple[FloatVector, FloatVector],
         config: DecodingConfig,
         outlook: Outlook,
         rate: float,
         reach: float,
+        layer: int,
         deepest: int,
         nodes: int,
+        support: int,
     ) -> Decision:
         """The best (w, M) of a layer, by what is known before its drafts are drawn.
 
         Args:
             host: its early heads are asked.
-            context, hidden: the layer; the draft's and the target's hidden vector, empty where not used.
+            features: of the layer, [F].
+            hidden: the draft's and the target's hidden vector, empty where not used.
             outlook: of the layers below.
             rate: ρ.
             reach: probability that the layer is reached.
-            deepest: the last layer that may be drafted.
+            layer, deepest: the layer, from 1, and the last one that may be drafted.
             nodes: nodes that the target will score without this layer.
+            support: entries of Q: no more drafts of the layer exist, but with replacement.
         """
-        return plan_context(
-            context,
+        most = config.draft_width if config.replacement else support
+        return plan_features(
+            features,
             *hidden,
             host.early,
             outlook.prospect,
@@ -80,9 +84,10 @@ class Planner:
             self.width_value,
             rate,
             reach,
+            layer,
             deepest,
             nodes,
-            _widest(context, config),
+            max(config.min_width, min(config.draft_width, most)),
         )
 
     def seconds(self, widths: Sequence[int], roots: int) -> float:
@@ -95,7 +100,7 @@ class Planner:
         return float(spent + target[min(roots + sum(widths), last)])
 
     def bearable_width(
-        self, host: HostNet, target: Packed, config: DecodingConfig, further: float
+        self, host: HostNet, features: FloatVector, config: DecodingConfig, further: float
     ) -> tuple[int, FloatArray]:
         """The best M of a layer that is reached, where it `settles_alone`, with the late loss that it is set by.
 
@@ -103,15 +108,15 @@ class Planner:
 
         Args:
             host: its late heads are asked.
-            target: the layer with its P.
+            features: of the layer with its P, [G].
             further: of its plan. Which layers were drafted below since then may not count (design 5.4).
         """
-        return judge_bearable(target, host.late, self.width_value, further, config.min_width, config.target_width)
+        return judge_bearable(features, host.late, self.width_value, further, config.min_width, config.target_width)
 
     def counted_width(
         self,
         host: HostNet,
-        target: Packed,
+        features: FloatVector,
         joints: tuple[Packed, Packed],
         draft_width: int,
         config: DecodingConfig,
@@ -120,20 +125,22 @@ class Planner:
         """The best M of a layer that is reached, where P(K_w >= M) matters, with the late loss that it is set by.
 
         Args:
-            host, target, further: as for `bearable_width`.
+            host, features, further: as for `bearable_width`.
             joints: P and Q, whose P(K_w >= M) has a closed form; each its parents, tokens and probabilities.
             draft_width: w.
         """
-        return judge_counted(target, *joints, draft_width, host.late, self.width_value, further, rules_of(config))
+        return judge_counted(features, *joints, draft_width, host.late, self.width_value, further, rules_of(config))
 
-    def final_width(self, host: HostNet, target: Packed, config: DecodingConfig, rate: float) -> tuple[int, FloatArray]:
+    def final_width(
+        self, host: HostNet, features: FloatVector, config: DecodingConfig, rate: float
+    ) -> tuple[int, FloatArray]:
         """M of the layer that the target draws, with the late loss that it is set by.
 
         What is lost counts against carrying M beams into the next iteration.
         """
         ends, rate = (config.min_width, config.target_width), _carried(rate, config)
         place = self.width_value, rate, self._packed, config.draft_depth > 0, *ends
-        return judge_final(target, host.late, *place)
+        return judge_final(features, host.late, *place)
 
     def worth_drafting(
         self,
@@ -182,12 +189,6 @@ def kept_width(record: LayerRecord, config: DecodingConfig) -> int:
 def _carried(rate: float, config: DecodingConfig) -> float:
     """ρ of beams that the next iteration starts with: nothing where it starts with one."""
     return 0.0 if config.one_beam_cache else rate
-
-
-def _widest(context: Packed, config: DecodingConfig) -> int:
-    """The most drafts of a layer: more than Q's support do not exist."""
-    support = config.draft_width if config.replacement else context[_SUPPORT]
-    return max(config.min_width, min(config.draft_width, support))
 
 
 # Compiled: what one layer's decision takes. Records come as plain tuples.
@@ -333,8 +334,8 @@ def plan_widths(
 
 
 @compiled
-def plan_context(
-    context: Packed,
+def plan_features(
+    features: FloatVector,
     draft_hidden: FloatVector,
     target_hidden: FloatVector,
     weights: Packed,
@@ -344,18 +345,18 @@ def plan_context(
     width_value: float,
     rate: float,
     reach: float,
+    layer: int,
     deepest: int,
     nodes: int,
     widest: int,
 ) -> Decision:
-    """`plan_widths` of a `Context` by what `foresee` says of it, in one call.
+    """`plan_widths` of a layer by what `foresee` says of its features [F], in one call.
 
     Of `EarlyWeights`, a `Prospect`, a `CostTable` and `Rules`.
     """
     choice = Rules(*rules)
-    at_least, loss = foresee(context, draft_hidden, target_hidden, weights, choice.most)
+    at_least, loss = foresee(features, draft_hidden, target_hidden, weights, choice.most)
     known = Prospect(*prospect), CostTable(*costs), choice
-    layer = context[1]
     return plan_widths(at_least, loss, *known, width_value, rate, reach, layer, deepest, nodes, widest)
 
 
@@ -415,21 +416,21 @@ def passing_chances(target_joint: Packed, draft_joint: Packed, draft_width: int)
     return at_least
 
 
-# M of a layer in one call, with the L(k) that it was set by; of a `Target` and `LateWeights`.
+# M of a layer in one call, with the L(k) that it was set by; of its features [G], P known, and `LateWeights`.
 
 
 @compiled
 def judge_bearable(
-    target: Packed, weights: Packed, width_value: float, brought: float, least: int, most: int
+    features: FloatVector, weights: Packed, width_value: float, brought: float, least: int, most: int
 ) -> tuple[int, FloatArray]:
     """M where each count speaks for itself; see `least_bearable`."""
-    loss = late_loss(describe_target(target), LateWeights(*weights), most)
+    loss = late_loss(features, LateWeights(*weights), most)
     return least_bearable(loss, width_value, brought, least, most), loss
 
 
 @compiled
 def judge_counted(
-    target: Packed,
+    features: FloatVector,
     target_joint: Packed,
     draft_joint: Packed,
     draft_width: int,
@@ -439,14 +440,14 @@ def judge_counted(
     rules: Packed,
 ) -> tuple[int, FloatArray]:
     """M where P(K_w >= M) matters, by `passing_chances` of P and Q; see `best_width` and `Rules`."""
-    loss = late_loss(describe_target(target), LateWeights(*weights), rules[1])
+    loss = late_loss(features, LateWeights(*weights), rules[1])
     at_least = passing_chances(target_joint, draft_joint, draft_width)
     return best_width(loss, at_least, width_value, brought, rules), loss
 
 
 @compiled
 def judge_final(
-    target: Packed,
+    features: FloatVector,
     weights: Packed,
     width_value: float,
     rate: float,
@@ -456,5 +457,5 @@ def judge_final(
     most: int,
 ) -> tuple[int, FloatArray]:
     """M of the layer that the target draws; see `cheapest_width`."""
-    loss = late_loss(describe_target(target), LateWeights(*weights), most)
+    loss = late_loss(features, LateWeights(*weights), most)
     return cheapest_width(loss, width_value, rate, costs, drafts, least, most), loss

@@ -12,7 +12,15 @@ import numpy as np
 
 from controller.checkpoint import load_controller, weights_sha256
 from controller.experience import Outlook, Pace, Throughput
-from controller.features import ContextFeatures, Packed, check_features, hidden_vectors, known
+from controller.features import (
+    ContextFeatures,
+    Packed,
+    check_features,
+    describe_context,
+    describe_target,
+    features_of,
+    hidden_vectors,
+)
 from controller.host import HostNet
 from controller.network import WidthNet
 from controller.plan import Decision, Planner, kept_width, settles_alone
@@ -24,7 +32,7 @@ from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, LatencyTable, UnitCosts, costs_digest
 from decoding.errors import UserError
 from decoding.sampling import Distribution
-from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
+from decoding.widths import DraftContext, IterationRecord, Knob, RootContext, TargetContext, WidthPolicy
 
 CLOCKS = ("wall", "table")
 _NO_HIDDEN = np.zeros(0, np.float32), np.zeros(0, np.float32)
@@ -59,12 +67,16 @@ class LearnedWidth(WidthPolicy):
             "table", as modelled, so that equal prompts, seeds and tables give equal widths. None: "wall" with a latency
             table in seconds, else "table".
         share: whether prompts learn together; False: each starts anew, and does not depend on others.
+        features: what the network sees of a layer, or the dotted name of its class; None: of the class that the
+            controller was trained with.
 
     Raises:
         UserError: an argument that is not allowed, or features other than this code's.
     """
 
     name = "learned"
+    knobs = (Knob("width_value", "value", axis="width_values"),)
+    family = "learned"
 
     def __init__(
         self,
@@ -74,12 +86,15 @@ class LearnedWidth(WidthPolicy):
         latency: Costs | dict[str, Any] | str | Path | None = None,
         clock: str | None = None,
         share: bool = True,
+        features: ContextFeatures | str | None = None,
     ) -> None:
         _check_arguments(width_value, clock)
-        self.features = ContextFeatures()
         trained = provenance.get("features", {})
+        if isinstance(features, str):
+            features = features_of({**trained, "class": features}, may_import=True)  # the user has named it
+        self.features = features_of(trained) if features is None else features
         found = [*trained.get("names", []), *trained.get("target_names", [])]
-        check_features(found, self.features.names + self.features.target_names, "The controller was trained with")
+        check_features(found, [*self.features.names, *self.features.target_names], "The controller was trained with")
         if trained.get("version") != self.features.version:
             raise UserError(
                 f"The controller was trained with version {trained.get('version')} of the features; this code computes "
@@ -115,7 +130,7 @@ class LearnedWidth(WidthPolicy):
             results: a results.json of evaluate.py with this controller, or what it holds, to read `width_value` from.
             min_logprob_drop, target_tokens_per_second: what `width_value` should give; one of them where there are
                 results. See `choose_width_value`.
-            options: `width_value`, `latency`, `clock`, `share`.
+            options: `width_value`, `latency`, `clock`, `share`, `features`.
 
         Raises:
             UserError: missing, not a controller, damaged, or trained for another pair or other features; a
@@ -139,6 +154,9 @@ class LearnedWidth(WidthPolicy):
         if results is not None:
             options["width_value"] = choose_width_value(results, **targets, weights=weights_sha256(path, revision))
         net, provenance = load_controller(path, revision)
+        if options.get("features") is None:
+            here = Path(path).expanduser().is_dir()
+            options["features"] = features_of(provenance.get("features", {}), may_import=here)
         policy = cls(net, provenance, **options)
         if pair is not None:
             policy.check_pair(pair)
@@ -223,7 +241,8 @@ class LearnedWidth(WidthPolicy):
         config, layer, width = context.draft.root.config, context.draft.layer, context.draft_width
         if width == 0:
             self._roots = len(context.draft.root.weights)
-            asked, loss = self.planner.final_width(self._host, known(context), config, self._rate(config))
+            place = config, self._rate(config)
+            asked, loss = self.planner.final_width(self._host, self._target_features(context), *place)
         else:
             asked, loss = self._judged_width(context, config)
         self._seen_loss[layer] = loss
@@ -286,9 +305,14 @@ class LearnedWidth(WidthPolicy):
         """M by P and Q, and the L(k) that it was set by."""
         place = config, self._see(context.draft).plan.further
         if settles_alone(config):
-            return self.planner.bearable_width(self._host, known(context), *place)
+            return self.planner.bearable_width(self._host, self._target_features(context), *place)
         joints = _entries(context.target), _entries(context.draft.joint)
-        return self.planner.counted_width(self._host, known(context), joints, context.draft_width, *place)
+        asked = self._target_features(context), joints, context.draft_width
+        return self.planner.counted_width(self._host, *asked, *place)
+
+    def _target_features(self, context: TargetContext) -> FloatVector:
+        """What P says, [G]."""
+        return np.ascontiguousarray(self.features.of_target(context), np.float32)
 
     def _see(self, context: DraftContext) -> _Seen:
         """The plan of a layer, made once."""
@@ -301,10 +325,10 @@ class LearnedWidth(WidthPolicy):
         config, root = context.root.config, context.root
         above = self._seen.get(context.layer - 1)
         reach = above.plan.onward if above is not None else 1.0  # probability that all layers above pass
-        scene, hidden = self.features.of_context(context), self._hidden(context)
+        features = np.ascontiguousarray(self.features(context), np.float32)
         nodes = len(root.weights) + sum(context.widths)
-        place = self._rate(config), reach, _deepest(root), nodes
-        return self.planner.widths(self._host, scene, hidden, config, self.outlook, *place)
+        place = self._rate(config), reach, context.layer, _deepest(root), nodes, len(context.joint)
+        return self.planner.widths(self._host, features, self._hidden(context), config, self.outlook, *place)
 
     def _rate(self, config: DecodingConfig) -> float:
         """The price of a second of the table that nodes or layers add: all that is ever weighed against a reward."""
@@ -319,16 +343,19 @@ class LearnedWidth(WidthPolicy):
         config, outlook, sizes = DecodingConfig(target_width=1, draft_width=1), Outlook(), self.net.sizes
         vectors = np.zeros(sizes["draft_hidden"], np.float32), np.zeros(sizes["target_hidden"], np.float32)
         probs, first = np.ones(1), np.zeros(1, np.int64)
-        target = True, 1, 1, np.zeros(1), probs, first, 1
+        scene = True, 1, 1, np.zeros(1), probs, first, 1
+        describe_context((*scene, 0, 0, 0, 0.0, False))
+        describe_target(scene)
+        early, late = np.zeros(sizes["features"], np.float32), np.zeros(sizes["target_features"], np.float32)
         shown = np.ones(1)
         shown.flags.writeable = False  # as policies are shown P and Q
         joints = (first, first, shown), (first, first, shown)
-        planner, scene = self.planner, (*target, 0, 0, 0, 0.0, False)
+        planner = self.planner
         planner.worth_drafting(outlook, 1.0, 1.0, 1, 1, parents=1, nodes=1, width=1)
-        planner.widths(self._host, scene, vectors, config, outlook, 1.0, 1.0, 1, 1)
-        planner.counted_width(self._host, target, joints, 1, config, 1.0)
-        planner.bearable_width(self._host, target, config, 1.0)
-        planner.final_width(self._host, target, config, 1.0)
+        planner.widths(self._host, early, vectors, config, outlook, 1.0, 1.0, 1, 1, 1, 1)
+        planner.counted_width(self._host, late, joints, 1, config, 1.0)
+        planner.bearable_width(self._host, late, config, 1.0)
+        planner.final_width(self._host, late, config, 1.0)
 
     def _new_prompt(self) -> None:
         self._seen: dict[int, _Seen] = {}  # of this iteration's drafted layers

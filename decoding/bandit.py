@@ -24,7 +24,16 @@ import numpy as np
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, costs_digest, iteration_seconds
 from decoding.errors import UserError
-from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
+from decoding.widths import (
+    ASKED_WIDTH,
+    DRAFT_DEPTH,
+    DRAFT_WIDTH,
+    DraftContext,
+    IterationRecord,
+    RootContext,
+    TargetContext,
+    WidthPolicy,
+)
 
 _DEPTHS = 4  # that the default arms have at most, besides 0
 _SPIKE = 4.0  # times an arm's fastest iteration
@@ -61,6 +70,8 @@ class BanditWidth(WidthPolicy):
     """
 
     name = "bandit"
+    knobs = (DRAFT_WIDTH, DRAFT_DEPTH, ASKED_WIDTH)  # its arms lie within draft_width and draft_depth
+    family = "control"
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import decoding
 from decoding.errors import UserError
+from decoding.names import is_dotted
 from decoding.settings import check_settings, unknown_setting
 
 CONF_DIR = Path(decoding.__file__).resolve().parent.parent / "conf"  # beside the package, wherever this file is in it
@@ -35,7 +36,7 @@ _BUGS = (LookupError, AttributeError, NameError, AssertionError, ArithmeticError
 
 
 def entry_point(
-    config_name: str, renames: Mapping[str, str] | None = None
+    config_name: str, renames: Mapping[str, str] | None = None, open_nodes: Sequence[str] = ()
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:
     """Make a task function a command line; called from Python with a config, it runs on that and returns its value.
 
@@ -46,6 +47,7 @@ def entry_point(
         config_name: primary config in conf/.
         renames: command line keys that are config groups in conf/ but plain settings of this command; Hydra would
             take `controller=outputs/x` for a choice of the group controller/.
+        open_nodes: nodes that take settings of any name; the command checks them.
     """
 
     tracebacks = os.environ.get(_FULL_ERROR) == "1"
@@ -55,7 +57,7 @@ def entry_point(
         def job(cfg: DictConfig) -> Any:
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"(lightning|torch)\.")  # not ours to mend
             with _one_sentence(config_name, tracebacks):  # inside the job: Hydra reports failed jobs itself
-                check_settings(cfg, _compose(config_name, _chosen_groups()))
+                check_settings(cfg, _compose(config_name, _chosen_groups()), open_nodes)
                 hydra.utils.instantiate(cfg.get("decoding"))  # widths that cannot work, before a pair is loaded
                 return task(cfg)
 
@@ -66,7 +68,8 @@ def entry_point(
             if cfg is not None:
                 return task(cfg)
             with _one_sentence(config_name, tracebacks), _hydra_raises():
-                sys.argv[1:] = [_renamed(argument, renames or {}) for argument in sys.argv[1:]]
+                arguments = [_renamed(argument, renames or {}) for argument in sys.argv[1:]]
+                sys.argv[1:] = opened(arguments, _groups(config_name), open_nodes)
                 return launch()
 
         return main
@@ -178,6 +181,24 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig | None:
         return hydra.compose(config_name, overrides)
     except (HydraException, OmegaConfBaseException):
         return None
+
+
+def opened(arguments: Sequence[str], groups: Collection[str], open_nodes: Sequence[str]) -> list[str]:
+    """Arguments as Hydra takes them: a class in place of a group's choice, and settings of any name below open nodes.
+
+    `policy=mine.HalfWidth policy.fraction=0.5` makes a node with that `_target_`, checked like any other.
+    """
+    split = [argument.partition("=") for argument in arguments]
+    of_class = {key for key, _, value in split if key in groups and is_dotted(value)}
+    opened = []
+    for argument, (key, equals, value) in zip(arguments, split, strict=True):
+        if equals and key in of_class:
+            opened += [f"~{key}", f"++{key}._target_={value}"]
+        elif equals and key.partition(".")[0] in {*of_class, *open_nodes} and "." in key:
+            opened.append(f"++{argument}")
+        else:
+            opened.append(argument)
+    return opened
 
 
 def _renamed(argument: str, renames: Mapping[str, str]) -> str:

@@ -52,6 +52,7 @@ class SurvivorOracle(WidthPolicy):
     """
 
     name = "oracle_survivor"
+    family = "control"
     shadow: Dice | None = None  # as a recorder: no coins of its own
 
     def __init__(self, pair: ModelPair, prompt: Sequence[int], lookahead: int = 8, candidates: int = 10) -> None:

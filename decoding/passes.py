@@ -54,7 +54,7 @@ class ForestPasses:
 
 def check_draft(pair: ModelPair) -> None:
     """Refuse a pair without a draft (UserError): its table would be half empty."""
-    if pair.draft is None:
+    if pair.drafter is None:
         raise UserError("A latency table needs a draft: give the pair one, such as draft=ngram.")
 
 

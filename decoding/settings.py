@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import collections.abc
 import difflib
-import importlib
 import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
+from decoding.checks import whole
 from decoding.errors import UserError
+from decoding.names import locate
 
 _NODE_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+_MAY_BE_NULL = ("prompts.limit", "prompts.warmup", "prompts.tokens", "reference_width")  # all, none, as they are, none
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -31,12 +33,13 @@ _KINDS = {
 }
 
 
-def check_settings(cfg: DictConfig, defaults: DictConfig | None = None) -> None:
+def check_settings(cfg: DictConfig, defaults: DictConfig | None = None, open_nodes: Sequence[str] = ()) -> None:
     """Refuse settings that are missing, unknown or of the wrong type.
 
     Args:
         cfg: the composed config.
         defaults: the same groups without the user's values; settings of no callable are compared with it.
+        open_nodes: nodes whose settings have any name.
 
     Raises:
         UserError: the first such setting, with what is allowed.
@@ -44,7 +47,27 @@ def check_settings(cfg: DictConfig, defaults: DictConfig | None = None) -> None:
     for path in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{path} is not set: give it as {path}=...")
     known = None if defaults is None else OmegaConf.to_container(defaults, resolve=False)
-    _check_node("", OmegaConf.to_container(cfg, resolve=True), known)
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    for name in open_nodes:
+        for node in (plain, known):
+            if isinstance(node, dict):
+                node.pop(name, None)
+    _check_node("", plain, known)
+
+
+def check_counts(cfg: DictConfig, least: Mapping[str, int]) -> None:
+    """Refuse counts that cannot be.
+
+    Args:
+        least: smallest value by the setting's name.
+
+    Raises:
+        UserError: the first that is no whole number, or too small.
+    """
+    for name, smallest in least.items():
+        value = OmegaConf.select(cfg, name)
+        if value is not None or name not in _MAY_BE_NULL:
+            whole(name, value, smallest)
 
 
 def unknown_setting(key: str, defaults: DictConfig, config_name: str, groups: Iterable[str]) -> str:
@@ -118,7 +141,7 @@ def _check_kinds(path: str, node: dict[str, Any], default: dict[str, Any]) -> No
 def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
     """Parameters of a `_target_` with their annotations, and whether it takes further ones (**options)."""
     try:
-        target = _locate(name)
+        target = locate(name)
         signature = inspect.signature(target)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"{path}._target_ is {name!r}, which cannot be used: {error}.") from error
@@ -130,17 +153,6 @@ def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
     parameters = signature.parameters.values()
     takes = {p.name: hints.get(p.name, Any) for p in parameters if p.kind not in variable and p.name[0] != "_"}
     return takes, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-def _locate(name: str) -> Any:
-    """The object with a dotted name; unlike Hydra's own function it leaves the report to the caller."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if not module or error.name is None or not module.startswith(error.name):
-            raise  # the module is there, one that it needs is not
-        return getattr(_locate(module), attribute)  # a method: module.Class.method
 
 
 def _fits(value: Any, hint: Any) -> bool:

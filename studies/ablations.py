@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.compare import speed_at
 from decoding.arrays import FloatArray
+from decoding.compare import speed_at
 from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.errors import UserError
 

@@ -20,7 +20,6 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from controller.features import known
 from controller.host import foresee
 from controller.network import WidthNet
 from controller.plan import least_bearable, passing_chances, settles_alone
@@ -34,10 +33,10 @@ from decoding.decoder import DSBDDecoder
 from decoding.entry import entry_point
 from decoding.errors import UserError
 from decoding.files import write_whole
-from decoding.measure import prompt_stream
 from decoding.pair import ModelPair
 from decoding.progress import RunProgress
 from decoding.tasks.base import Prompt, Task
+from decoding.turns import prompt_stream
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext
 from studies.ablations import RESAMPLES, interval, markdown
 
@@ -112,8 +111,8 @@ class DeepWidth(LearnedWidth):
     def draft_width(self, context: DraftContext) -> int:
         config = context.root.config
         width = config.draft_width if config.replacement else min(config.draft_width, len(context.joint))
-        scene, hidden = self.features.of_context(context), self._hidden(context)
-        at_least, loss = foresee(scene, *hidden, self._host.early, config.target_width)
+        features, hidden = self.features(context), self._hidden(context)
+        at_least, loss = foresee(features, *hidden, self._host.early, config.target_width)
         asked = least_bearable(loss, self.width_value, self.bearable, config.min_width, config.target_width)
         self._widths = (*self._widths, width)
         self._promised.append(float(at_least[width, asked]) if asked <= width else 0.0)
@@ -124,7 +123,7 @@ class DeepWidth(LearnedWidth):
         self._roots = len(context.draft.root.weights)
         if context.draft_width == 0:
             return config.target_width
-        asked, _ = self.planner.bearable_width(self._host, known(context), config, self.bearable)
+        asked, _ = self.planner.bearable_width(self._host, self.features.of_target(context), config, self.bearable)
         at_least = closed_form(context)  # [w + 1]
         self._closed.append(float(at_least[asked]) if asked < len(at_least) else 0.0)
         return asked

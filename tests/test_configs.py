@@ -15,9 +15,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from decoding import DecodingConfig, EntropyWidth, FixedWidth, GapWidth, MassWidth, RandomWidth, ThresholdWidth
-from decoding.entry import CONF_DIR, build_all
+from decoding import (
+    DecodingConfig,
+    EntropyWidth,
+    FixedWidth,
+    GapWidth,
+    MassWidth,
+    RandomWidth,
+    ThresholdWidth,
+    UserError,
+)
+from decoding.entry import CONF_DIR, build_all, opened
 from decoding.settings import check_settings
+from decoding.tasks.base import Prompt
 
 COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency", "depth_room")
 GLOBAL = ("experiment", "debug", "sweep")  # set values of other groups; each is for the commands that it names
@@ -113,7 +123,41 @@ def test_commands_in_comments_compose(where: str, command: str, given: tuple[str
     settings += [text for choice in MISSING if choice in settings for text in MISSING[choice]]
     if command in ("evaluate", "depth_room"):  # as their entry points rename it
         settings = [re.sub(r"^controller=", "controller_path=", text) for text in settings]
-    check_settings(composed(command, *settings), composed(command))
+    settings = opened(settings, groups_of(command), ("grid",))
+    check_settings(composed(command, *settings), composed(command), ("grid",))
+
+
+def test_a_class_of_ones_own_stands_for_the_choice_of_a_group() -> None:
+    """As `python -m decoding.collect policy=mine.HalfWidth policy.fraction=0.25 data=mine.Poems` is read."""
+    half, poems = "tests.decoding.test_rows.HalfWidth", "tests.test_configs.Poems"
+    given = [f"policy={half}", "policy.fraction=0.25", "seed=3", f"data={poems}", "data.lines=2"]
+    settings = opened(given, groups_of("collect"), ())
+    cfg = composed("collect", *settings)
+    check_settings(cfg, composed("collect"))
+    assert instantiate(cfg.policy).fraction == 0.25 and cfg.policy == {"_target_": half, "fraction": 0.25}
+    assert instantiate(cfg.data).lines == 2 and cfg.seed == 3
+    wrong = composed("collect", *opened([f"policy={half}", "policy.fractions=1"], groups_of("collect"), ()))
+    with pytest.raises(UserError, match=r"policy.fractions is not a setting of .*HalfWidth; choose among fraction"):
+        check_settings(wrong)
+
+
+class Poems:
+    """A user's task: prompts, metrics and a description are all that it takes."""
+
+    name = "poems"
+
+    def __init__(self, lines: int = 1) -> None:
+        self.lines = lines
+
+    def prompts(self, split: str, limit: int | None, tokenizer: Any) -> list[Prompt]:
+        tokens = tokenizer("def rose(x):\n" * self.lines)["input_ids"]
+        return [Prompt(f"{split}-{i}", tokens) for i in range(min(limit or 4, 4))]
+
+    def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
+        return {"lines": float(prediction.count("\n") >= self.lines)}
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "lines": self.lines}
 
 
 @pytest.mark.parametrize(

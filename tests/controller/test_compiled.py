@@ -135,18 +135,18 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
         "late_loss": (f32(rng, LATE), late, target_width),
         "expected_loss": (f32(rng, 2 * ranks - 1), target_width),
         "foreseen_counts": (f32(rng, 6, 6) * 9,),
-        "foresee": (context, *vectors, packed[0], target_width),
+        "foresee": (f32(rng, EARLY), *vectors, packed[0], target_width),
         "passing_chances": (p, q, draft_width),
         "ahead": (prospect, costs, layer, 4, 7, 5, 3),
         "worth_drafting": (*packed[1:], rate, reach, layer, 4, 3, 7, 5),
         "best_depth": (reach, gained, rate, spent),
         "kept_loss": (at_least[draft_width, : draft_width + 1], loss, rules),
         "plan_widths": (at_least, loss, prospect, costs, rules, *place, layer, 4, 7, 6),
-        "plan_context": (context, *vectors, *packed, tuple(rules), *place, 4, 7, 6),
+        "plan_features": (f32(rng, EARLY), *vectors, *packed, tuple(rules), *place, layer, 4, 7, 6),
         "best_width": (loss, at_least[draft_width, : draft_width + 1], value, brought, tuple(rules)),
-        "judge_bearable": (target, tuple(late), value, brought, 1, target_width),
-        "judge_counted": (target, p, q, draft_width, tuple(late), value, brought, tuple(rules)),
-        "judge_final": (target, tuple(late), value, rate, packed[2], True, 1, target_width),
+        "judge_bearable": (f32(rng, LATE), tuple(late), value, brought, 1, target_width),
+        "judge_counted": (f32(rng, LATE), p, q, draft_width, tuple(late), value, brought, tuple(rules)),
+        "judge_final": (f32(rng, LATE), tuple(late), value, rate, packed[2], True, 1, target_width),
         "least_bearable": (loss, value, brought, 1, target_width),
         "cheapest_width": (loss, value, rate, packed[2], bool(rng.integers(2)), 1, target_width),
     }
@@ -207,10 +207,10 @@ def compiled():
     return {name: len(f.signatures) for name, f in found.items() if hasattr(f, "signatures")}
 
 random, llamas = random_pair(6, seed=1, closeness=0.7), llama_pair()
-assert compiled()["plan_context"] == 0
+assert compiled()["plan_features"] == 0
 learned(random)
 before = compiled()
-assert before["plan_context"] == 1
+assert before["plan_features"] == 1
 for policy, pair in ((learned(random), random), (learned(llamas, net=net_of_llamas()), llamas)):
     for exact in (False, True):
         for batch in (PROMPTS, PROMPTS[:1]):
@@ -368,7 +368,8 @@ def test_a_judged_width_is_the_best_of_all_by_p_and_q(keep: bool, full: bool) ->
         head = 0.2 * f32(rng, 8, 2 * ranks - 1), f32(rng, 2 * ranks - 1)
         late = OURS.LateWeights(np.zeros(LATE, np.float32), np.ones(LATE, np.float32), (*layers, head))
         target = True, 2, 30, *joint(rng)
-        expected_loss = OURS.late_loss(OURS.describe_target(target), late, most)
+        features = OURS.describe_target(target)
+        expected_loss = OURS.late_loss(features, late, most)
         value, brought = rng.exponential(), rng.uniform(0.2, 3.0)
         at_least = closed_form(p, q, draft_width)
 
@@ -378,7 +379,7 @@ def test_a_judged_width_is_the_best_of_all_by_p_and_q(keep: bool, full: bool) ->
             passing = at_least[m] if m <= draft_width else 0.0
             nets[m] = passing * brought - value * mean_loss(counts, expected_loss, m, rules)
         place = tuple(late), value, brought, tuple(rules)
-        asked, loss = OURS.judge_counted(target, p, q, draft_width, *place)
+        asked, loss = OURS.judge_counted(features, p, q, draft_width, *place)
         np.testing.assert_array_equal(loss, expected_loss)
         assert asked in [m for m, net in nets.items() if net > max(nets.values()) - 1e-9]
         chosen.add((asked, asked > draft_width))

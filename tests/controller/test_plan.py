@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from controller.experience import Outlook, Pace, Throughput
-from controller.features import NAMES, TARGET_NAMES, Context, Packed, Target
+from controller.features import NAMES, TARGET_NAMES
 from controller.host import EarlyWeights, LateWeights, foresee
 from controller.losses import count_table, tails
 from controller.plan import (
@@ -50,14 +50,7 @@ def random_losses(rng: np.random.Generator, ranks: int) -> FloatArray:
 
 
 NO_HIDDEN = np.zeros(0, np.float32)
-TARGET: Packed = tuple(Target(True, 1, 30, np.zeros(1), np.ones(1), np.zeros(1, np.int64), 1))
-
-
-def scene_of(layer: int, support: int) -> Packed:
-    probs = np.full(support, 1.0 / support)
-    return tuple(
-        Context(True, layer, 30, np.zeros(1), probs, np.zeros(support, np.int64), support, 4, 4, 2, 0.5, False)
-    )
+FEATURES, TARGET_FEATURES = (np.zeros(len(names), np.float32) for names in (NAMES, TARGET_NAMES))
 
 
 class Saying:
@@ -102,13 +95,12 @@ def plan(
     config: DecodingConfig = CONFIG,
     outlook: Outlook | None = None,
 ) -> Decision:
-    place = rate, reach, 3, 8
-    scene, outlook = scene_of(1, support), outlook or Outlook()
-    return planner.widths(host, scene, (NO_HIDDEN, NO_HIDDEN), config, outlook, *place)
+    place = rate, reach, 1, 3, 8, support
+    return planner.widths(host, FEATURES, (NO_HIDDEN, NO_HIDDEN), config, outlook or Outlook(), *place)
 
 
 def final_width(planner: Planner, host: Any, config: DecodingConfig = CONFIG, rate: float = 1.0) -> int:
-    return planner.final_width(host, TARGET, config, rate)[0]
+    return planner.final_width(host, TARGET_FEATURES, config, rate)[0]
 
 
 def random_predictions(count: int) -> list[Saying]:
@@ -170,8 +162,8 @@ def some_outlook(rng: np.random.Generator) -> Outlook:
 
 def test_a_host_says_what_it_is_made_to_say() -> None:
     for host in random_predictions(10):
-        at_least, early = foresee(scene_of(1, 10), NO_HIDDEN, NO_HIDDEN, host.early, CONFIG.target_width)
-        late = Planner(FREE, 1.0).final_width(host, TARGET, CONFIG, 1.0)[1]
+        at_least, early = foresee(FEATURES, NO_HIDDEN, NO_HIDDEN, host.early, CONFIG.target_width)
+        late = Planner(FREE, 1.0).final_width(host, TARGET_FEATURES, CONFIG, 1.0)[1]
         np.testing.assert_allclose(at_least, host.at_least, atol=1e-6)
         np.testing.assert_allclose([early, late], [host.loss] * 2, atol=1e-6)
 
@@ -441,7 +433,7 @@ def test_width_is_spent_where_it_is_worth_something() -> None:
     sure, unsure = prediction(survivors=(0.97, 0.01, 0.01, 0.01)), prediction(survivors=(0.25, 0.25, 0.25, 0.25))
     planner = Planner(UnitCosts(), 4.0)
     assert plan(planner, sure).target_width < plan(planner, unsure).target_width
-    narrow, wide = (planner.bearable_width(host, TARGET, CONFIG, 1.0)[0] for host in (sure, unsure))
+    narrow, wide = (planner.bearable_width(host, TARGET_FEATURES, CONFIG, 1.0)[0] for host in (sure, unsure))
     assert (narrow, wide) == (1, 3)  # 4 · 0.03 <= 1; 4 · 0.5 > 1 >= 4 · 0.25
     planner = Planner(UnitCosts(), 1.0)
     assert final_width(planner, sure) < final_width(planner, unsure)

@@ -22,9 +22,9 @@ import train
 from controller import LearnedWidth
 from controller.checkpoint import load_controller
 from controller.features import ContextFeatures
-from controller.report import calibration_curves
 from decoding import UserError
 from decoding.entry import CONF_DIR
+from decoding.plots import calibration_curves
 from tests.controller.synthetic import CONFIG, PAIR, draft_context, target_context, write_traces
 from tests.controller.test_data import rewrite
 

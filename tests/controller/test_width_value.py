@@ -102,9 +102,9 @@ def without(method: str) -> dict[str, Any]:
         (results(), {"min_logprob_drop": 0.05}, "is 0.05; the table's learned rows lie 0.1 to 0.6 nats"),
         (without("learned"), {"min_logprob_drop": 0.1}, "no learned row with a width_value"),
         (without("beam_sample"), {"min_logprob_drop": 0.1}, "no beam_sample row of target_width 4"),
-        ({"schema_version": 7, "rows": []}, {"min_logprob_drop": 0.1}, r"version 7; this code reads 1"),
+        ({"schema_version": 7, "rows": []}, {"min_logprob_drop": 0.1}, "version 7; this code reads 2"),
         ([1], {"min_logprob_drop": 0.1}, "schema version None"),
-        ({"schema_version": 1, "rows": [{"method": "learned"}]}, {"min_logprob_drop": 0.1}, "no rows with method"),
+        ({"schema_version": 2, "rows": [{"method": "learned"}]}, {"min_logprob_drop": 0.1}, "no rows with method"),
     ],
     ids=str,
 )

@@ -9,10 +9,10 @@ import torch
 
 import decoding.cache
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, UserError, beam_sample, dsbd_generate
-from decoding.baselines import METHODS
 from decoding.fused import FusedForward
 from decoding.latency import LatencyTable
 from decoding.layer_states import LayerStates
+from decoding.methods import METHODS
 from decoding.node_scorer import ScorerOptions
 from decoding.runner import runner_of
 from tests.decoding.feature_draft import FeatureDraft, FeatureScorer, own_states

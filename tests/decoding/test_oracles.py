@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, UserError, WidthPolicy
-from decoding.baselines import METHODS, hf_generate
+from decoding.methods import METHODS
 from decoding.oracles import SurvivorOracle, hindsight_seconds, modelled_seconds
 from decoding.results import DecodeStats, LayerEvent
+from decoding.transformers_generate import hf_generate
 from decoding.widths import FixedWidth, IterationRecord, LayerRecord, TargetContext
 from tests.decoding.stubs import Reference, llama_pair, random_pair
 from tests.decoding.test_bandit import Costs

@@ -1,4 +1,4 @@
-"""Baselines: every method gives the same kind of result, exactly as long as asked, reproducible by its generator."""
+"""Methods: each gives the same kind of result, exactly as long as asked, reproducible by its generator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from decoding import DecodingConfig, ModelPair, RandomWidth, UserError
-from decoding.baselines import METHODS, hf_generate, policy_method
+from decoding.methods import METHODS, policy_method
+from decoding.transformers_generate import hf_generate
 from tests.decoding.stubs import chi_square_p
 from tests.small_pair import small_pair
 
@@ -112,7 +113,7 @@ def test_methods_of_width_one_narrow_the_whole_config() -> None:
 
 
 def test_policy_method_runs_the_policy_it_is_given(pair: ModelPair) -> None:
-    generate = policy_method(lambda *_: RandomWidth(seed=3, full_share=0.0), ())(pair, CONFIG)
+    generate = policy_method(RandomWidth, make=lambda: RandomWidth(seed=3, full_share=0.0))(pair, CONFIG)
     (result, _) = generate(PROMPTS, seeded())
     assert len(set(result.stats.target_widths)) > 1
 
