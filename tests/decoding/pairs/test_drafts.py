@@ -180,7 +180,7 @@ def test_bench_rows_of_every_kind(tmp_path: Path) -> None:
         "hf_assisted M=1 draft=ngram:2",
         f"{name} draft=ngram, batch 2",
     ]
-    assert [row["settings"].get("draft") for row in found["rows"]] == [None, "ngram", "layers:1", "ngram:2", "ngram"]
+    assert [row["draft"] for row in found["rows"]] == [None, "ngram", "layers:1", "ngram:2", "ngram"]
     assert found["profile"]["row"] == f"{name} draft=ngram"
 
 
