@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from decoding.arrays import FloatArray
-from decoding.compare import speed_at
 from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.errors import UserError
+from decoding.measure.compare import speed_at
+from decoding.support.arrays import FloatArray
 
 RESAMPLES = 2000
 _REFERENCE, _OURS = "beam_sample", "learned"
