@@ -7,20 +7,17 @@ loses no finished repeat.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from decoding.errors import UserError
-from decoding.measure.headlines import REFERENCE, headlines, tables
+from decoding.measure.headlines import REFERENCE
 from decoding.measure.profiling import profile_decoding
 from decoding.measure.results_file import BENCH, SCHEMA_VERSION, write_results
 from decoding.measure.roofline import kv_bytes_per_slot, roofline
@@ -29,18 +26,17 @@ from decoding.measure.soak import soak
 from decoding.measure.summary import summarise
 from decoding.measure.turns import (
     Record,
+    decode_all,
     graph_counters,
     keep_whole,
     make_records,
     read_prompts,
     score_all,
     sentence,
-    take_turns,
-    warm_up,
 )
 from decoding.pairs.pair import ModelPair
+from decoding.report import show
 from decoding.support.entry import entry_point
-from decoding.support.progress import RunProgress
 from decoding.support.provenance import run_provenance
 from decoding.support.settings import check_counts
 from decoding.tasks.base import Prompt, Task
@@ -70,9 +66,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     check_batches(rows, prompts)
     if cfg.prompts.tokens is not None:
         prompts, warmup = (lengthened(some, cfg.prompts.tokens) for some in (prompts, warmup))
-    transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
     bench = Bench(cfg, pair, task, prompts, make_records(rows, pair))
-    interrupted = bench.measure(warmup)
+    interrupted = decode_all(bench.records, prompts, warmup, cfg.seed, cfg.repeats, bench.write)
     bench.finish(complete=not interrupted)
     if interrupted:
         raise KeyboardInterrupt
@@ -126,25 +121,6 @@ class Bench:
             "unscored": None,
         }
 
-    def measure(self, warmup: Sequence[Prompt]) -> bool:
-        """Warm up and decode all repeats, writing after each; whether Ctrl-C cut it short."""
-        total = len(self.records) * (len(warmup) + self.cfg.repeats * len(self.prompts))
-        with RunProgress() as progress:
-            bar = progress.add_task("decoding", total=total)
-
-            def advance(prompts: int) -> None:
-                progress.advance(bar, prompts)
-
-            try:
-                warm_up(self.records, warmup, self.cfg.seed, advance)
-                for _ in take_turns(self.records, self.prompts, self.cfg.seed, self.cfg.repeats, advance):
-                    self.write()
-            except KeyboardInterrupt:
-                progress.stop()
-                print("interrupted: writing what was measured", file=sys.stderr)
-                return True
-        return False
-
     def finish(self, complete: bool) -> None:
         """Score what was decoded; after a complete run also roofline and profile; write and print."""
         left = keep_whole(self.records, len(self.prompts))
@@ -161,13 +137,7 @@ class Bench:
             if self.cfg.soak:
                 self.results["soak"] = self._guarded(self._soak)
             self.results["complete"] = True
-        path = self.write()
-        console = Console(markup=False)  # brackets are intervals
-        console = console if console.is_terminal else Console(width=160, markup=False)
-        for table in tables(self.results):
-            console.print(table)
-            console.print()
-        console.print("\n".join([*headlines(self.results), f"\n{BENCH}: {path}"]), highlight=False, soft_wrap=True)
+        show({"": self.results}, {BENCH: self.write()})
 
     def write(self) -> Path:
         """bench.json as it stands."""

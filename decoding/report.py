@@ -19,7 +19,7 @@ from rich.console import Console
 
 from decoding.errors import UserError
 from decoding.measure.compare import fastest_at
-from decoding.measure.headlines import headlines, tables
+from decoding.measure.headlines import headlines, loss_lines, tables
 from decoding.measure.pages import (
     Node,
     Runs,
@@ -169,21 +169,32 @@ def command_line(words: Sequence[str]) -> None:
     runs = read_runs(given.files)
     winners = winner_lines(runs, given.quality, given.speed)  # a wrong name is refused before anything is written
     files = write_pages(Path(given.out), runs, given.format) if given.out is not None else {}
-    console = Console(markup=False)
-    console = console if console.is_terminal else Console(width=160, markup=False)
+    show(runs, files, winners)
+
+
+def show(runs: Runs, files: Mapping[str, Path], winners: Sequence[str] = ()) -> None:
+    """Print the tables of results, the sentences about them, and where everything is.
+
+    Args:
+        runs: results by the label of their run.
+        files: path by name.
+        winners: further sentences.
+    """
+    console = Console(markup=False, highlight=False)  # brackets are intervals
+    console = console if console.is_terminal else Console(markup=False, highlight=False, width=160)
     for label, results in runs.items():
         if label:
-            console.print(f"{label}: {machine_of(results)}, {results['provenance']['date']}", highlight=False)
+            console.print(f"{label}: {machine_of(results)}, {results['provenance']['date']}")
         for table in tables(results) if "roofline" in results and not label else ():
             console.print(table)
             console.print()
     console.print(console_table(joined_rows(runs)))
     for label, results in runs.items():
-        lines = headlines(results) if "roofline" in results else comparison_lines(results)
+        lines = headlines(results) if "roofline" in results else [*comparison_lines(results), *loss_lines(results)]
         for line in [label, *lines] if label and lines else lines:
-            console.print(line, highlight=False, soft_wrap=True)
-    for line in [*winners, *(f"{name}: {path}" for name, path in files.items())]:
-        console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
+    for line in ["", *winners, *(f"{name}: {path}" for name, path in files.items())]:
+        console.print(line, soft_wrap=True)
 
 
 def winner_lines(runs: Runs, quality: str | None = None, speed: str = "tokens_per_second") -> list[str]:

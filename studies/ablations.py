@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.errors import UserError
 from decoding.measure.compare import speed_at
+from decoding.measure.pages import markdown
 from decoding.support.arrays import FloatArray
 
 RESAMPLES = 2000
@@ -138,13 +139,11 @@ def _width_values(results: Mapping[str, Any]) -> list[float]:
 
 
 def _with_interval(values: FloatArray, form: str) -> str:
-    return f"{values[0]:{form}} {interval(values, form)}" if math.isfinite(values[0]) else "-"
-
-
-def interval(values: FloatArray, form: str) -> str:
-    """95% over resamples that have a value; [B + 1], of which the first is the value itself."""
+    """A value and 95% over the resamples that have one; [B + 1], of which the first is the value itself."""
+    if not math.isfinite(values[0]):
+        return "-"
     low, high = np.nanpercentile(values[1:], [2.5, 97.5])
-    return f"[{low:{form}}, {high:{form}}]"
+    return f"{values[0]:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _number(value: float | None) -> str:
@@ -157,12 +156,6 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}). Make it again, or move it out of the folder.") from error
     return content
-
-
-def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """A table, its first column to the left."""
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *body)]
 
 
 if __name__ == "__main__":

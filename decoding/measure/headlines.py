@@ -21,6 +21,7 @@ _SPEED = (
     Column("log-prob", "log_prob", ".3f", "prompts"),
     Column("tokens/iter.", "block_efficiency", ".2f"),
     Column("KV / length", "kv_slots_per_token", ".2f"),
+    Column("at its peak", "kv_slots_peak_per_token", ".2f"),
     Column("KV MB", "kv_megabytes", ".1f"),
     Column("J/token", "joules_per_token", ".3g", "repeats"),
 )
@@ -79,7 +80,7 @@ def headlines(results: Node) -> list[str]:
     rows = results["rows"]
     repeats = max((row["repeats"] for row in rows), default=0)
     lines = [] if results["complete"] else [f"Not complete: {repeats} repeats were measured."]
-    lines += [f"{name} failed: {sentence}" for name, sentence in results["failed"].items()]
+    lines += loss_lines(results)
     if rows:
         prompts = results["provenance"]["task"]["prompts"]
         lines.append(
@@ -89,20 +90,22 @@ def headlines(results: Node) -> list[str]:
         )
     note = results["provenance"]["pair"].get("note")
     lines += [f"Note on the pair: {note}"] if note else []
-    unscored = results.get("unscored")
-    lines += [f"Log-probabilities are missing: {unscored}"] if unscored else []
     return [
         *lines,
         *_speed_lines(rows),
         *_batch_lines(rows),
-        *_overhead_lines(rows),
-        *_slot_lines(rows),
-        *_energy_lines(rows),
         *_graph_lines(results),
         *_roofline_lines(results["roofline"]),
         *_profile_lines(results["profile"]),
         *_soak_lines(results["soak"]),
     ]
+
+
+def loss_lines(results: Node) -> list[str]:
+    """What an evaluation or a bench has not, and why: rows that failed, texts that were not scored."""
+    lines = [f"{name} failed: {sentence}" for name, sentence in (results.get("failed") or {}).items()]
+    unscored = results.get("unscored")
+    return lines + ([f"Log-probabilities are missing: {unscored}"] if unscored else [])
 
 
 def _speed_lines(rows: Sequence[Node]) -> list[str]:
@@ -148,36 +151,6 @@ def _batch_lines(rows: Sequence[Node]) -> list[str]:
 def _speeds(row: Node) -> list[float]:
     found = row["summary"]["tokens_per_second"]
     return list(found.get("repeats", [found["value"]]))
-
-
-def _overhead_lines(rows: Sequence[Node]) -> list[str]:
-    told = _told(rows, "overhead_share", ".1%")
-    return [f"Time in neither model, share of an iteration: {told}"] if told else []
-
-
-def _slot_lines(rows: Sequence[Node]) -> list[str]:
-    """At the widest rows of this engine."""
-    engine = [row for row in rows if row["family"] != TRANSFORMERS]
-    widest = max((row["config"]["target_width"] for row in engine), default=1)
-    told = [
-        f"{row['name']} {row['summary']['kv_slots_per_token']['value']:.2f} at the end, "
-        f"{row['summary']['kv_slots_peak_per_token']['value']:.2f} at its peak"
-        for row in engine
-        if row["config"]["target_width"] == widest
-    ]
-    return [f"KV slots over sequence length at width {widest}: {'; '.join(told)}"] if told else []
-
-
-def _energy_lines(rows: Sequence[Node]) -> list[str]:
-    told = _told(rows, "joules_per_token", ".3g")
-    return [f"Joules per token: {told}" if told else "Joules per token: no NVML counter on this device."]
-
-
-def _told(rows: Sequence[Node], metric: str, form: str) -> str:
-    """A metric of every row that has it, in a line."""
-    return "; ".join(
-        f"{row['name']} {row['summary'][metric]['value']:{form}}" for row in rows if metric in row["summary"]
-    )
 
 
 def _graph_lines(results: Node) -> list[str]:

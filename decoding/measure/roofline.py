@@ -6,7 +6,6 @@ can come close to, and that a few more nodes in the pass do not move.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from decoding.cost_table import NODE_COUNTS
 from decoding.machine.passes import forest_passes
@@ -129,21 +129,9 @@ def _buffer_bytes(device: torch.device) -> int:
 
 def _seconds(operation: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Median seconds of one call; on a GPU several are queued, so that launching them is not what is timed."""
+    timer = Timer("operation()", globals={"operation": operation}, num_threads=torch.get_num_threads())
     calls = 8 if device.type == "cuda" else 1
-    times = []
-    for _ in range(repeats + 1):  # the first warms up
-        _wait(device)
-        began = time.perf_counter()
-        for _ in range(calls):
-            operation()
-        _wait(device)
-        times.append((time.perf_counter() - began) / calls)
-    return float(np.median(times[1:]))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return float(np.median([timer.timeit(calls).mean for _ in range(repeats)]))
 
 
 def cache_bytes(device: torch.device) -> int | None:

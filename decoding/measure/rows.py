@@ -12,10 +12,10 @@ from decoding.errors import UserError
 from decoding.measure.methods import FLAGS, METHODS, TRANSFORMERS, Generate, Method, find_method
 from decoding.pairs.pair import ModelPair
 from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, TARGET_WIDTH, Knob
+from decoding.support.settings import check_type
 
 REFERENCES = ("hf_beam_sample", "beam_sample")  # a row's speed-up is over these at its own target width
 _WIDTHS = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH)
-_WORDS = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _read_grid(grid: Mapping[str, Any], known: Mapping[str, Knob]) -> dict[str, 
             raise UserError(f"grid.{name} is {values!r}; give a list, such as [{values}].")
         for value in values:
             if value is not None:
-                check_kind(f"A value of grid.{name}", value, known[name].kind)
+                check_type(f"A value of grid.{name}", value, known[name].kind)
         axes |= {name: list(values)} if values else {}
     return axes
 
@@ -196,11 +196,4 @@ def _check_settings(place: str, method: Method, settings: Mapping[str, Any]) -> 
             one = ", and decodes one prompt at a time" if key == "batch_size" else ""
             raise UserError(f"{place}.{key} is not a setting of {method.name}; {takes}{one}.")
         if (kind := kinds.get(key)) is not None:
-            check_kind(f"{place}.{key}", value, kind)
-
-
-def check_kind(path: str, value: Any, kind: type) -> None:
-    """Refuse a value of another kind than a knob's."""
-    kinds = (int, float) if kind is float else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{path} is {value!r}; give {_WORDS.get(kind, kind.__name__)}.")
+            check_type(f"{place}.{key}", value, kind)

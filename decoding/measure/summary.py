@@ -18,7 +18,7 @@ from decoding.measure.compare import OURS, comparisons, curve_of
 from decoding.measure.oracles import hindsight_seconds, modelled_seconds
 from decoding.measure.rows import REFERENCES
 from decoding.measure.turns import Measurement, Record
-from decoding.results import PHASES
+from decoding.results import PHASES, DecodeStats
 from decoding.support.arrays import FloatArray
 
 Share = tuple[float, float]  # numerator and denominator of a prompt; a summary is the ratio of their sums
@@ -52,14 +52,14 @@ def _milliseconds(phase: str) -> Ratio:
     return lambda m: (1000 * m.stats.seconds.get(phase, 0.0), m.stats.iterations) if m.stats.records else _NOTHING
 
 
-def _iteration_seconds(m: Measurement) -> float:
-    return m.stats.total_seconds - m.stats.seconds.get("prompt", 0.0)
+def _iteration_seconds(stats: DecodeStats) -> float:
+    return stats.total_seconds - stats.seconds.get("prompt", 0.0)
 
 
-def _overhead(m: Measurement) -> Share:
-    """Time of iterations that is in neither model."""
-    models = m.stats.seconds.get("target", 0.0) + m.stats.seconds.get("draft", 0.0)
-    return (_iteration_seconds(m) - models, _iteration_seconds(m)) if models > 0 else _NOTHING
+def overhead(stats: DecodeStats) -> Share:
+    """Time of iterations that is in neither model; zeros where no phase but "other" is known."""
+    models = stats.seconds.get("target", 0.0) + stats.seconds.get("draft", 0.0)
+    return (_iteration_seconds(stats) - models, _iteration_seconds(stats)) if models > 0 else _NOTHING
 
 
 def _task_metric(name: str) -> Ratio:
@@ -81,10 +81,10 @@ RATIOS: dict[str, Ratio] = {
     "kv_slots_peak_per_token": lambda m: (m.stats.kv_slots_peak, m.stats.prompt_tokens + m.stats.new_tokens),
     "joules_per_token": lambda m: _NOTHING if m.joules is None else (m.joules, m.stats.new_tokens),
     **{f"{phase}_seconds": _seconds(phase) for phase in PHASES},
-    "iteration_milliseconds": lambda m: (1000 * _iteration_seconds(m), m.stats.iterations),
+    "iteration_milliseconds": lambda m: (1000 * _iteration_seconds(m.stats), m.stats.iterations),
     **{f"{phase}_milliseconds": _milliseconds(phase) for phase in PHASES if phase != "prompt"},
     "prompt_milliseconds": lambda m: (1000 * m.stats.seconds.get("prompt", 0.0), bool(m.stats.records)),
-    "overhead_share": _overhead,
+    "overhead_share": lambda m: overhead(m.stats),
 }
 
 

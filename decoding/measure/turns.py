@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 
 from decoding.engine.runner import runner_of
 from decoding.errors import UserError
@@ -21,6 +22,7 @@ from decoding.measure.rows import Row
 from decoding.pairs.pair import ModelPair
 from decoding.results import DecodeStats
 from decoding.support.clock import now
+from decoding.support.progress import RunProgress
 from decoding.tasks.base import Prompt, Task, stable_hash
 
 OUT_OF_MEMORY = (
@@ -94,6 +96,38 @@ def read_prompts(about: Any, task: Task, pair: ModelPair) -> tuple[list[Prompt],
 
 
 # ---------------------------------------------------------------------------------------------- turns
+
+
+def decode_all(
+    records: Sequence[Record],
+    prompts: Sequence[Prompt],
+    warmup: Sequence[Prompt],
+    seed: int,
+    repeats: int = 1,
+    repeated: Callable[[], object] = lambda: None,
+) -> bool:
+    """Warm up and take all turns, with a bar; whether Ctrl-C cut it short.
+
+    Args:
+        warmup: prompts that are decoded first and not measured.
+        repeated: called after each repeat.
+    """
+    transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
+    with RunProgress() as progress:
+        bar = progress.add_task("decoding", total=len(records) * (len(warmup) + repeats * len(prompts)))
+
+        def advance(count: int) -> None:
+            progress.advance(bar, count)
+
+        try:
+            warm_up(records, warmup, seed, advance)
+            for _ in take_turns(records, prompts, seed, repeats, advance):
+                repeated()
+        except KeyboardInterrupt:
+            progress.stop()
+            print("interrupted: going on with what was measured", file=sys.stderr)
+            return True
+    return False
 
 
 def warm_up(
@@ -238,26 +272,22 @@ def _groups(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
 # -------------------------------------------------------------------------------------------- scoring
 
 
-def score_all(
-    records: Sequence[Record],
-    prompts: Sequence[Prompt],
-    pair: ModelPair,
-    task: Task,
-    advance: Callable[[int], None] = lambda prompts: None,
-) -> str | None:
+def score_all(records: Sequence[Record], prompts: Sequence[Prompt], pair: ModelPair, task: Task) -> str | None:
     """Fill in what the target and the task say of every text; after all timing, so that it disturbs no clock.
 
     Returns:
         None, or a sentence where the device's memory did not suffice for it.
     """
-    try:
-        for record in records:
-            for repeat in record.repeats:
+    repeats = [repeat for record in records for repeat in record.repeats]
+    with RunProgress() as progress:
+        bar = progress.add_task("scoring", total=sum(map(len, repeats)))
+        try:
+            for repeat in repeats:
                 for measurement, prompt in zip(repeat, prompts, strict=False):  # an interrupted run has fewer
                     score(measurement, prompt, pair, task)
-                    advance(1)
-    except torch.OutOfMemoryError:
-        return OUT_OF_MEMORY
+                    progress.advance(bar)
+        except torch.OutOfMemoryError:
+            return OUT_OF_MEMORY
     return None
 
 

@@ -116,9 +116,7 @@ def _check_call(path: str, node: dict[str, Any]) -> None:
         if key not in takes and not open_ended:
             raise UserError(_unknown(f"{path}.{key}", name, takes))
     for key, value in node.items():
-        hint = takes.get(key, Any)
-        if not _fits(value, hint):
-            raise UserError(f"{path}.{key} is {value!r}; give {_words(hint)}.")
+        check_type(f"{path}.{key}", value, takes.get(key, Any))
 
 
 def _check_kinds(path: str, node: dict[str, Any], default: dict[str, Any]) -> None:
@@ -133,9 +131,7 @@ def _check_kinds(path: str, node: dict[str, Any], default: dict[str, Any]) -> No
         interpolated = isinstance(usual, str) and "${" in usual
         if value is None or usual is None or interpolated or isinstance(usual, dict):
             continue
-        kind = float if isinstance(usual, float) else type(usual)
-        if not _fits(value, kind):
-            raise UserError(f"{full} is {value!r}; give {_words(kind)} (default {usual!r}).")
+        check_type(full, value, type(usual), f" (default {usual!r})")
 
 
 def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
@@ -153,6 +149,12 @@ def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
     parameters = signature.parameters.values()
     takes = {p.name: hints.get(p.name, Any) for p in parameters if p.kind not in variable and p.name[0] != "_"}
     return takes, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def check_type(path: str, value: Any, hint: Any, more: str = "") -> None:
+    """Refuse a YAML value that does not fit an annotation (UserError); `more` is said behind what is allowed."""
+    if not _fits(value, hint):
+        raise UserError(f"{path} is {value!r}; give {_words(hint)}{more}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:

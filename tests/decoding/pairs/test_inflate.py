@@ -155,9 +155,7 @@ def inflated_pair(**changes: Any) -> ModelPair:
 def test_beams_are_the_built_in_pairs(tiny_pair: ModelPair) -> None:
     """Same seed, same beams: the forest sees no difference either."""
     pair = inflated_pair()
-    config = DecodingConfig(
-        target_width=3, draft_width=5, draft_depth=3, max_new_tokens=24, top_k=10, num_return_sequences=3
-    )
+    config = settings(3, 5, 3, 24, eos_token_id=None, top_k=10)
     prompts = [tiny_pair.tokenizer("import os\n\n\ndef read_lines(path):\n")["input_ids"]]
     decoded = [
         DSBDDecoder(p, config, FixedWidth()).generate(prompts, torch.Generator().manual_seed(1))[0]
