@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
-from decoding.dice.sampling import Dice, Distribution
+from decoding.dice.sampling import Distribution
 from decoding.forest.tree import TokenForest
-from decoding.results import LayerEvent
+from decoding.results import LayerEvent, Recorder
 
 ACCEPTED, SURPLUS, DRAWN, REJECTED, UNJUDGED = "accepted", "surplus", "drawn", "rejected", "unjudged"
 TextOf = Callable[[Sequence[int], Sequence[int]], str]  # (tokens before, none at the prompt's end; tokens) -> text
@@ -70,15 +70,12 @@ class ForestView:
     nodes: dict[int, NodeView] = field(default_factory=dict)  # in order of their layers, then as drawn
 
 
-class ForestRecorder:
+class ForestRecorder(Recorder):
     """A decoder's recorder that keeps one iteration's forest.
 
     Args:
         iteration: which one, counted from 1; None: the first that drafted something, or the first of all.
     """
-
-    shadow: Dice | None = None
-    needs_hidden = False
 
     def __init__(self, iteration: int | None = None) -> None:
         self.wanted, self.iterations = iteration, 0
@@ -146,9 +143,6 @@ class ForestRecorder:
             elif node not in accepted and self.view.forest.parents[node] in self._weights:
                 self.view.nodes[node].state = REJECTED
         return accepted
-
-    def end(self, best_path: list[int]) -> None:
-        """Nothing to add."""
 
 
 def _weight(joint: Distribution, parent: int, token: int) -> float | None:

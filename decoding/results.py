@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from decoding.dice.acceptance import LayerVerdict
 from decoding.dice.sampling import Dice
@@ -93,11 +93,11 @@ class DecodeResult:
     stats: DecodeStats
 
 
-class Recorder(Protocol):
-    """Listens to a decoding run, for traces."""
+class Recorder:
+    """Listens to a decoding run, for traces; a subclass overrides what it wants to hear."""
 
-    shadow: Dice | None
-    needs_hidden: bool  # ask the decoder for hidden states in the contexts
+    shadow: Dice | None = None
+    needs_hidden: bool = False  # ask the decoder for hidden states in the contexts
 
     def drafted(
         self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]

@@ -19,19 +19,18 @@ from torch import Tensor
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, iteration_seconds
 from decoding.decoder import DSBDDecoder, Prompts, as_token_lists
-from decoding.dice.sampling import Dice
 from decoding.errors import UserError
 from decoding.forest.tree import TokenForest
 from decoding.pairs.pair import ModelPair, end_tokens
 from decoding.policies.base import TargetContext, WidthPolicy
-from decoding.results import DecodeResult, DecodeStats, LayerEvent
+from decoding.results import DecodeResult, DecodeStats, Recorder
 from decoding.support.arrays import IntArray
 from decoding.support.checks import whole
 
 # --------------------------------------------------------------------------------- survivors, by looking ahead
 
 
-class SurvivorOracle(WidthPolicy):
+class SurvivorOracle(WidthPolicy, Recorder):
     """NOT ACHIEVABLE: M is the rank of the candidate that turns out best when the target looks ahead, free of charge.
 
     The layer's heaviest candidates, entries of P, are continued greedily by the target. Each is scored as a hypothesis
@@ -53,7 +52,6 @@ class SurvivorOracle(WidthPolicy):
 
     name = "oracle_survivor"
     family = "control"
-    shadow: Dice | None = None  # as a recorder: no coins of its own
 
     def __init__(self, pair: ModelPair, prompt: Sequence[int], lookahead: int = 8, candidates: int = 10) -> None:
         for name, value in (("lookahead", lookahead), ("candidates", candidates)):
@@ -140,19 +138,11 @@ class SurvivorOracle(WidthPolicy):
         best = log_p.max(-1)
         return best.values, best.indices
 
-    # What a recorder is told.
-
     def drafted(
         self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
     ) -> None:
-        """Where the paths of P's parents are found."""
+        """As a recorder: where the paths of P's parents are found."""
         self._forest = forest
-
-    def layer(self, event: LayerEvent) -> None:
-        """Nothing to learn from."""
-
-    def end(self, best_path: list[int]) -> None:
-        """Nothing to learn from."""
 
 
 def _heaviest(weights: np.ndarray, count: int) -> IntArray:

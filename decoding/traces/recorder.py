@@ -10,11 +10,11 @@ import torch
 
 from decoding.dice.sampling import Dice
 from decoding.forest.tree import TokenForest
-from decoding.results import LayerEvent
+from decoding.results import LayerEvent, Recorder
 from decoding.traces.schema import ContextFeatures
 
 
-class TraceRecorder:
+class TraceRecorder(Recorder):
     """A decoder's recorder that turns layers into rows.
 
     Args:

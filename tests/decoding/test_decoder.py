@@ -11,8 +11,8 @@ import torch
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, UserError, WidthPolicy, beam_sample
 from decoding.decoder import as_token_lists
 from decoding.policies.base import TargetContext
-from decoding.results import LayerEvent
-from tests.decoding.stubs import MAX_POSITIONS, TableModel, llama_pair, random_pair
+from decoding.results import LayerEvent, Recorder
+from tests.decoding.stubs import MAX_POSITIONS, TableModel, llama_pair, random_pair, settings
 
 PROMPT = [1, 2]
 VOCABULARY = 5
@@ -160,24 +160,15 @@ def test_exact_keeps_no_more_than_its_width(replacement: bool) -> None:
         assert all(n <= m for n, m in zip(result.stats.accepted, result.stats.target_widths, strict=True))
 
 
-class KeptRecorder:
+class KeptRecorder(Recorder):
     """(passed, accepted, kept) of every verified layer."""
-
-    shadow = None
-    needs_hidden = False
 
     def __init__(self) -> None:
         self.seen: list[tuple[bool, int, int]] = []
 
-    def drafted(self, *forest: object) -> None:
-        pass
-
     def layer(self, event: LayerEvent) -> None:
         if event.verdict is not None:
             self.seen.append((event.record.passed, event.record.accepted, len(event.kept)))
-
-    def end(self, best_path: list[int]) -> None:
-        pass
 
 
 @pytest.mark.parametrize("surplus", ["keep", "drop"])

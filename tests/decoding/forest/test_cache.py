@@ -15,7 +15,7 @@ from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, beam_s
 from decoding.forest.cache import QUERY_BUCKETS, SLOT_BUCKET, SLOT_STEP, ForestCache
 from decoding.forest.scorer import ForestScorer
 from decoding.forest.tree import TokenForest
-from tests.decoding.stubs import Reference, chi_square_p, llama_pair, small_llama
+from tests.decoding.stubs import Reference, chi_square_p, llama_pair, settings, small_llama
 
 PROMPT = [1, 2, 0, 3, 2]
 
