@@ -16,6 +16,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,25 +96,20 @@ def read_tokens(tokenizer: PreTrainedTokenizerFast, split: str, tests: bool) -> 
     return torch.tensor(ids, dtype=torch.int64), sum(len(text.encode()) for text in texts)
 
 
-def draw_sequences(tokens: Tensor, fit: FitConfig) -> Iterator[Tensor]:
-    """Yield `fit.steps` batches [rows, CONTEXT] int64, each epoch a fresh shuffle at a fresh offset."""
+def draw_batches(fit: FitConfig, epoch: Callable[[torch.Generator], Tensor]) -> Iterator[Tensor]:
+    """Yield `fit.steps` batches [fit.rows, ...] of what `epoch` gives, [N, ...] in a fresh order each time."""
     generator = torch.Generator().manual_seed(fit.seed)
     queue: list[Tensor] = []
     for _ in range(fit.steps):
         while len(queue) < fit.rows:
-            rows = cut_rows(tokens[int(torch.randint(CONTEXT, (1,), generator=generator)) :])
-            queue += list(rows[torch.randperm(len(rows), generator=generator)])
+            queue += list(epoch(generator))
         yield torch.stack([queue.pop() for _ in range(fit.rows)])
 
 
-def draw_rows(count: int, fit: FitConfig) -> Iterator[Tensor]:
-    """Yield `fit.steps` batches [rows] of row numbers below `count`, each epoch a fresh shuffle."""
-    generator = torch.Generator().manual_seed(fit.seed)
-    queue: list[int] = []
-    for _ in range(fit.steps):
-        while len(queue) < fit.rows:
-            queue += torch.randperm(count, generator=generator).tolist()
-        yield torch.tensor([queue.pop() for _ in range(fit.rows)])
+def shuffled_rows(tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows of CONTEXT tokens from a random offset on, shuffled; [N] -> [rows, CONTEXT] int64."""
+    rows = cut_rows(tokens[int(torch.randint(CONTEXT, (1,), generator=generator)) :])
+    return rows[torch.randperm(len(rows), generator=generator)]
 
 
 def cut_rows(tokens: Tensor) -> Tensor:
@@ -313,12 +309,15 @@ def train_pair(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     print(f"{tokens.numel():,} training tokens, {library.numel():,} of them for the draft; parameters: {sizes}")
     if not options.draft_only:
         fit = FitConfig(steps=options.steps, seed=TARGET_FIT.seed)
-        fit_model(target, draw_sequences(tokens, fit), fit, next_token_loss, "target", options.compile)
+        fit_model(
+            target, draw_batches(fit, partial(shuffled_rows, tokens)), fit, next_token_loss, "target", options.compile
+        )
     tokenizer.save_pretrained(folder / "tokenizer")
     save_model(target, folder / "target")
     lessons = Lessons.from_target(target.float(), library)
     fit = FitConfig(steps=options.draft_steps, seed=DRAFT_FIT.seed)
-    fit_model(draft, draw_rows(len(lessons.rows), fit), fit, lessons.loss, "draft", options.compile)
+    batches = draw_batches(fit, lambda generator: torch.randperm(len(lessons.rows), generator=generator))
+    fit_model(draft, batches, fit, lessons.loss, "draft", options.compile)
     save_model(draft, folder / "draft")
     return measure_pair(*load_tiny(folder)) | {
         "parameters": sizes,
