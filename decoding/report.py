@@ -19,13 +19,14 @@ from rich.console import Console
 
 from decoding.errors import UserError
 from decoding.measure.compare import fastest_at
-from decoding.measure.headlines import headlines, loss_lines, tables
+from decoding.measure.headlines import headlines, tables
 from decoding.measure.pages import (
     Node,
     Runs,
     comparison_lines,
     console_table,
     joined_rows,
+    loss_lines,
     machine_of,
     results_page,
     spread,

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from decoding.measure.methods import TRANSFORMERS
-from decoding.measure.pages import Column, console_table, plain_table, spread
+from decoding.measure.pages import Column, console_table, loss_lines, plain_table, spread
 from decoding.results import PHASES
 
 REFERENCE = "hf_beam_sample"
@@ -99,13 +99,6 @@ def headlines(results: Node) -> list[str]:
         *_profile_lines(results["profile"]),
         *_soak_lines(results["soak"]),
     ]
-
-
-def loss_lines(results: Node) -> list[str]:
-    """What an evaluation or a bench has not, and why: rows that failed, texts that were not scored."""
-    lines = [f"{name} failed: {sentence}" for name, sentence in (results.get("failed") or {}).items()]
-    unscored = results.get("unscored")
-    return lines + ([f"Log-probabilities are missing: {unscored}"] if unscored else [])
 
 
 def _speed_lines(rows: Sequence[Node]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,18 +192,15 @@ def _estimates(
     found = {name: estimate(record.repeats, ratio, draws) for name, ratio in ratios.items()}
     for method in REFERENCES:
         if base := bases.get((method, record.row.config.target_width)):
-            found[f"speedup_over_{method}"] = _speedup(record, base, draws)
+            found[f"speedup_over_{method}"] = _over(record, base, "tokens_per_second", np.divide, draws)
     if reference is not None and reference in bases:
-        found["speedup_over_reference"] = _speedup(record, bases[reference], draws)
-        found["log_prob_over_reference"] = _over(record, bases[reference], "log_prob", np.subtract, draws)
+        base = bases[reference]
+        found["speedup_over_reference"] = _over(record, base, "tokens_per_second", np.divide, draws)
+        found["log_prob_over_reference"] = _over(record, base, "log_prob", np.subtract, draws)
     if kv_bytes_per_slot is not None:
         peak = max(m.stats.kv_slots_peak for repeat in record.repeats for m in repeat) * kv_bytes_per_slot / 1e6
         found["kv_megabytes"] = Estimate(peak, np.full(len(draws), peak), [])
     return found
-
-
-def _speedup(record: Record, base: Record, draws: NDArray[np.int64]) -> Estimate:
-    return _over(record, base, "tokens_per_second", np.divide, draws)
 
 
 def _over(record: Record, base: Record, name: str, how: Callable[..., Any], draws: NDArray[np.int64]) -> Estimate:
@@ -237,8 +235,7 @@ def _draws(records: Sequence[Record], resamples: int, seed: int) -> NDArray[np.i
 
 
 def _histogram(lists: Iterable[Sequence[int]]) -> dict[str, int]:
-    counts = Counter(value for values in lists for value in values)
-    return {str(value): counts[value] for value in sorted(counts)}
+    return {str(value): count for value, count in sorted(Counter(chain.from_iterable(lists)).items())}
 
 
 # ---------------------------------------------------------------------------------------- comparisons

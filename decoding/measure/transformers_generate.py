@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -110,16 +110,12 @@ def _cut_at_end(tokens: list[int], ends: frozenset[int]) -> tuple[list[int], boo
     return tokens, False
 
 
-def _seed_from(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-
-
 @contextmanager
 def _seeded(generator: torch.Generator, device: torch.device) -> Iterator[None]:
     """Global generators seeded from `generator`; restored afterwards. `generate` takes no generator of its own."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(_seed_from(generator))
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)))
         yield
 
 
@@ -142,9 +138,5 @@ def _count_calls(model: Any) -> Iterator[list[int]]:
     def count(*_: object) -> None:
         calls[0] += 1
 
-    hook = model.register_forward_pre_hook(count) if model is not None else None
-    try:
+    with model.register_forward_pre_hook(count) if model is not None else nullcontext():
         yield calls
-    finally:
-        if hook is not None:
-            hook.remove()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,7 @@ class Record:
     pair: ModelPair  # that it decodes with
     batch_size: int = 1
     repeats: list[list[Measurement]] = field(default_factory=list)  # prompts in order; the last may not be whole
-    counters: dict[str, dict[str, int]] = field(default_factory=dict)  # of CUDA graphs in its turns, by model
+    counters: dict[str, Counter[str]] = field(default_factory=dict)  # of CUDA graphs in its turns, by model
     error: str | None = None  # a row that failed takes no further turns
 
 
@@ -256,12 +257,12 @@ def graph_counters(pair: ModelPair) -> dict[str, dict[str, int]]:
 
 
 def _add_counters(
-    total: dict[str, dict[str, int]], before: Mapping[str, Mapping[str, int]], after: Mapping[str, Mapping[str, int]]
+    total: dict[str, Counter[str]], before: Mapping[str, dict[str, int]], after: Mapping[str, dict[str, int]]
 ) -> None:
     for role in before.keys() & after.keys():
-        sums = total.setdefault(role, dict.fromkeys(_COUNTERS, 0))
-        for name in _COUNTERS:
-            sums[name] += after[role][name] - before[role][name]
+        sums = total.setdefault(role, Counter())
+        sums.update(after[role])
+        sums.subtract(before[role])
 
 
 def _groups(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
