@@ -14,7 +14,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding import UserError, bench
 from decoding.measure import roofline as roofline_module
@@ -24,6 +23,7 @@ from decoding.measure.results_file import SCHEMA_VERSION
 from decoding.measure.roofline import cache_bytes, kv_bytes_per_slot, roofline, weight_bytes
 from decoding.support.entry import CONF_DIR
 from decoding.tasks.base import Prompt
+from tests.decoding.stubs import small_llama
 from tests.small_pair import small_pair
 
 ROWS = (
@@ -194,23 +194,9 @@ def test_profile_writes_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "host operator" in printed and f"Profiled: {FIXED}" in printed
 
 
-def llama(tied: bool) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=100,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
-        )
-    )
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_bytes_of_a_pass_by_hand(tied: bool) -> None:
-    model = llama(tied)
+    model = small_llama(100, intermediate_size=24, tie_word_embeddings=tied)
     head_dim = 16 // 4
     attention = 16 * 16 + 2 * 16 * (2 * head_dim) + 16 * 16  # q, k and v, o
     block = attention + 3 * 16 * 24 + 2 * 16  # gate, up, down; two norms

@@ -69,7 +69,8 @@ def largest_difference(model: Any, engine: str = "auto", rounds: int = 12) -> fl
     Three prompts of different lengths in a batch, some waiting; only two new beams of each step go on, so that slots
     are used again, and paths grow to more than twice the window.
     """
-    prompts, random = [tokens_of(count) for count in PROMPTS], np.random.default_rng(0)
+    size = model.config.get_text_config().vocab_size
+    prompts, random = [tokens_of(count, size) for count in PROMPTS], np.random.default_rng(0)
     forests = [TokenForest() for _ in prompts]
     scorer = ForestScorer(model, len(prompts), max(PROMPTS), spare_slots=8, engine=engine)
     for row, (prompt, forest) in enumerate(zip(prompts, forests, strict=True)):
@@ -81,9 +82,9 @@ def largest_difference(model: Any, engine: str = "auto", rounds: int = 12) -> fl
         for row, forest in enumerate(forests):
             if (step + row) % 3:
                 parents = random.choice(living[row], random.integers(1, 5))
-                nodes = [forest.child(int(parent), int(random.integers(VOCABULARY))) for parent in parents]
-                nodes += [forest.child(nodes[-1], int(random.integers(VOCABULARY)))]
-                nodes += [forest.child(nodes[-1], int(random.integers(VOCABULARY)))]
+                nodes = [forest.child(int(parent), int(random.integers(size))) for parent in parents]
+                nodes += [forest.child(nodes[-1], int(random.integers(size)))]
+                nodes += [forest.child(nodes[-1], int(random.integers(size)))]
                 wanted[row] = list(dict.fromkeys(nodes))
         scored += scorer.score(wanted)
         for row, nodes in wanted.items():

@@ -20,6 +20,7 @@ from decoding.pairs import inflate
 from decoding.pairs.inflate import SHAPES, Shape, shape_of
 from decoding.support.entry import CONF_DIR
 from decoding.support.settings import check_settings
+from tests.decoding.stubs import settings
 
 GROUPED = Shape(
     384, 9, 16, 4, 64, 704, 3000
