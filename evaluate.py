@@ -28,7 +28,7 @@ from decoding.cost_table import LatencyTable
 from decoding.entry import entry_point
 from decoding.methods import METHODS, Method, find_method, policy_method
 from decoding.oracles import modelled_seconds
-from decoding.pages import comparison_lines, console_table, tuning_lines
+from decoding.pages import comparison_lines, console_table, remark_lines, tuning_lines
 from decoding.plots import calibration_curves
 from decoding.progress import RunProgress
 from decoding.provenance import run_provenance, to_plain
@@ -116,12 +116,8 @@ def show(results: Mapping[str, Any], files: Mapping[str, Path]) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     console.print(console_table(results["rows"]))
-    for line in comparison_lines(results):
+    for line in [*comparison_lines(results), *remark_lines(results)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for name, sentence in results["failed"].items():
-        console.print(f"{name} failed: {sentence}", highlight=False, soft_wrap=True)
-    if results["unscored"]:
-        console.print(f"Log-probabilities are missing: {results['unscored']}", highlight=False, soft_wrap=True)
     console.print(
         "\n".join(["", *(f"{name}: {path}" for name, path in files.items())]), highlight=False, soft_wrap=True
     )

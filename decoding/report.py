@@ -21,7 +21,17 @@ from decoding.compare import fastest_at
 from decoding.errors import UserError
 from decoding.files import write_whole
 from decoding.headlines import headlines, tables
-from decoding.pages import Node, Runs, comparison_lines, console_table, joined_rows, machine_of, results_page, spread
+from decoding.pages import (
+    Node,
+    Runs,
+    comparison_lines,
+    console_table,
+    joined_rows,
+    machine_of,
+    remark_lines,
+    results_page,
+    spread,
+)
 from decoding.plots import FORMATS, drawn, plot_calibration, plot_frontier
 from decoding.results_file import RESULTS, read_results, write_results
 from decoding.rows import REFERENCES
@@ -31,6 +41,7 @@ _USAGE = (
     "python -m decoding.report results.json [results.json ...] [out=DIRECTORY] [format=png|svg|pdf] "
     "[quality=LOG-PROBABILITY or a row's name] [speed=METRIC]"
 )
+_FIELDS = {"complete", "failed", "unscored", "provenance"}
 _PROVENANCE = {"argv", "git_sha", "versions", "machine", "date", "pair", "task"}
 
 
@@ -143,7 +154,7 @@ def read_runs(files: Sequence[str]) -> dict[str, Node]:
 def _read(file: str) -> Node:
     results = read_results(file)
     source = results.get("provenance")
-    if not isinstance(source, Mapping) or not source.keys() >= _PROVENANCE:
+    if not (results.keys() >= _FIELDS and isinstance(source, Mapping) and source.keys() >= _PROVENANCE):
         raise UserError(
             f"The results {file!r} do not say where they came from; give what evaluate.py or the bench wrote."
         )
@@ -170,7 +181,8 @@ def command_line(words: Sequence[str]) -> None:
             console.print()
     console.print(console_table(joined_rows(runs)))
     for label, results in runs.items():
-        lines = headlines(results) if "roofline" in results else comparison_lines(results)
+        of_evaluation = [*comparison_lines(results), *remark_lines(results)]
+        lines = headlines(results) if "roofline" in results else of_evaluation
         for line in [label, *lines] if label and lines else lines:
             console.print(line, highlight=False, soft_wrap=True)
     for line in [*winners, *(f"{name}: {path}" for name, path in files.items())]:

@@ -33,12 +33,13 @@ from decoding.decoder import DSBDDecoder
 from decoding.entry import entry_point
 from decoding.errors import UserError
 from decoding.files import write_whole
+from decoding.pages import markdown
 from decoding.pair import ModelPair
 from decoding.progress import RunProgress
 from decoding.tasks.base import Prompt, Task
 from decoding.turns import prompt_stream
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext
-from studies.ablations import RESAMPLES, interval, markdown
+from studies.ablations import RESAMPLES, interval
 
 THRESHOLDS = np.arange(20) / 20  # on a chance, above which a rule drafts a layer
 
