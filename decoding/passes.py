@@ -18,7 +18,7 @@ TOP = 10  # tokens that a pass brings to the host, where nobody asks for another
 
 
 class ForestPasses:
-    """Passes of one model over forests of a chosen size behind a prompt; leaving `with` gives the buffers back.
+    """Passes over forests of a chosen size behind a prompt; leaving `with` gives the buffers back.
 
     Args:
         scorers: by role, in the order to open them: a draft may read what the target's scorer knows of the prompt.
@@ -60,9 +60,8 @@ def check_draft(pair: ModelPair) -> None:
 
 def forest_passes(pair: ModelPair, role: str, prompt: Sequence[int], top: int = TOP) -> ForestPasses:
     """Passes of a pair's "target" or "draft" that bring the `top` likeliest tokens to the host."""
-    options = ScorerOptions(
-        1, len(prompt), spare_slots=max(NODE_COUNTS), top=min(top, pair.vocab_size), engine=pair.engine
-    )
+    top = min(top, pair.vocab_size)
+    options = ScorerOptions(1, len(prompt), spare_slots=max(NODE_COUNTS), top=top, engine=pair.engine)
     return ForestPasses(pair.scorers(options, drafting=role == "draft"), role, prompt)
 
 
