@@ -243,7 +243,7 @@ def test_runs_are_told_apart_by_as_much_of_their_paths_as_it_takes(tmp_path: Pat
     assert list(report.read_runs(files)) == ["monday/evaluate", "tuesday/evaluate"]
     copy = Path(files[0]).with_name("copy.json")
     copy.write_bytes(Path(files[0]).read_bytes())
-    assert list(report.read_runs([files[0], str(copy)])) == ["evaluate/results", "evaluate/copy"]
+    assert list(report.read_runs([files[0], str(copy)])) == ["results.json", "copy.json"]
 
 
 def test_the_fastest_row_at_a_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
