@@ -20,7 +20,7 @@ from controller.losses import (
     tails,
 )
 from controller.network import WidthNet
-from decoding.arrays import FloatArray
+from decoding.support.arrays import FloatArray
 
 BINS = 15
 _MANY = 1 << 30

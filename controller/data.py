@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from controller.features import check_features
-from decoding.checks import whole
 from decoding.errors import UserError
+from decoding.support.checks import whole
 from decoding.tasks.base import SPLITS
-from decoding.traces import load_traces
+from decoding.traces.recorder import load_traces
 
 Batch = dict[str, Tensor]
 

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from decoding.arrays import FloatArray, FloatVector, IntArray
-from decoding.compiled import compiled
+from decoding.dice.sampling import Distribution
 from decoding.errors import UserError
-from decoding.names import locate
-from decoding.sampling import Distribution
-from decoding.widths import DraftContext, LayerRecord, TargetContext
+from decoding.policies.base import DraftContext, LayerRecord, TargetContext
+from decoding.support.arrays import FloatArray, FloatVector, IntArray
+from decoding.support.compiled import compiled
+from decoding.support.names import locate
 
 Packed = tuple[Any, ...]  # the fields of a record
 TOP = 10  # likeliest continuations of P that are looked at once it is known

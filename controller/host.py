@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from controller.features import Packed
 from controller.network import LIMIT, WidthNet
-from decoding.arrays import FloatArray, FloatVector
-from decoding.compiled import COMPILED, compiled
+from decoding.support.arrays import FloatArray, FloatVector
+from decoding.support.compiled import COMPILED, compiled
 
 NATS = 0.5  # share of the loss that is in nats; the rest is in the chance that the best hypothesis is lost
 

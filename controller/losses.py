@@ -113,7 +113,7 @@ def regret_steps(slot_deficits: Tensor, slot: Tensor, kept_width: Tensor) -> tup
     """What each slot added: by how many nats the best line among the first k + 1 slots was ahead of that among k.
 
     Args:
-        slot_deficits: [N, R] nats behind the best in slot order, anything past c; see `decoding.traces.deficits`.
+        slot_deficits: [N, R] nats behind the best in slot order, anything past c; see `traces.recorder.deficits`.
         slot: [N] int64, the survivor's; 0 where nothing is known.
         kept_width: [N] int64, c.
 

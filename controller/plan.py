@@ -18,12 +18,12 @@ import numpy as np
 from controller.experience import Outlook
 from controller.features import Packed
 from controller.host import HostNet, LateWeights, foresee, late_loss
-from decoding.arrays import FloatArray, FloatVector
-from decoding.closed_form import accept_probabilities, accepted_count_table, matched
-from decoding.compiled import compiled
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs
-from decoding.widths import LayerRecord
+from decoding.dice.closed_form import accept_probabilities, accepted_count_table, matched
+from decoding.policies.base import LayerRecord
+from decoding.support.arrays import FloatArray, FloatVector
+from decoding.support.compiled import compiled
 
 _TABLE = 512  # node counts whose seconds are looked up; larger forests count as this
 

@@ -25,14 +25,14 @@ from controller.host import HostNet
 from controller.network import WidthNet
 from controller.plan import Decision, Planner, kept_width, settles_alone
 from controller.width_value import choose_width_value
-from decoding.arrays import FloatArray, FloatVector
-from decoding.checks import choice, number
-from decoding.compiled import COMPILED
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, LatencyTable, UnitCosts, costs_digest
+from decoding.dice.sampling import Distribution
 from decoding.errors import UserError
-from decoding.sampling import Distribution
-from decoding.widths import DraftContext, IterationRecord, Knob, RootContext, TargetContext, WidthPolicy
+from decoding.policies.base import DraftContext, IterationRecord, Knob, RootContext, TargetContext, WidthPolicy
+from decoding.support.arrays import FloatArray, FloatVector
+from decoding.support.checks import choice, number
+from decoding.support.compiled import COMPILED
 
 CLOCKS = ("wall", "table")
 _NO_HIDDEN = np.zeros(0, np.float32), np.zeros(0, np.float32)

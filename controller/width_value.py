@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from decoding.arrays import FloatArray
-from decoding.checks import number
 from decoding.errors import UserError
-from decoding.results_file import Results, name_of, read_results
+from decoding.measure.results_file import Results, name_of, read_results
+from decoding.support.arrays import FloatArray
+from decoding.support.checks import number
 
 _REFERENCE = "beam_sample"
 _ROUNDING = 1e-9  # nats

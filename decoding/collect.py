@@ -20,17 +20,18 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from decoding.architecture import text_config
-from decoding.checks import whole
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
-from decoding.entry import entry_point
 from decoding.errors import UserError
-from decoding.pair import ModelPair
-from decoding.progress import RunProgress
-from decoding.provenance import git_sha, library_versions
+from decoding.pairs.architecture import text_config
+from decoding.pairs.pair import ModelPair
+from decoding.policies.base import WidthPolicy
+from decoding.support.checks import whole
+from decoding.support.entry import entry_point
+from decoding.support.progress import RunProgress
+from decoding.support.provenance import git_sha, library_versions
 from decoding.tasks.base import Prompt, Task
-from decoding.traces import (
+from decoding.traces.recorder import (
     SCHEMA_VERSION,
     ContextFeatures,
     TraceRecorder,
@@ -38,7 +39,6 @@ from decoding.traces import (
     write_manifest,
     write_shard,
 )
-from decoding.widths import WidthPolicy
 
 SHARD_PROMPTS = 25
 

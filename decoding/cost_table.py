@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from decoding.checks import choice, is_number, is_whole, number
 from decoding.errors import UserError
+from decoding.support.checks import choice, is_number, is_whole, number
 
 if TYPE_CHECKING:
-    from decoding.pair import ModelPair
+    from decoding.pairs.pair import ModelPair
 
 NODE_COUNTS = (1, 2, 4, 8, 16, 32)  # sizes of the passes that are measured or modelled
 UNITS = ("seconds", "joules")
@@ -161,8 +161,10 @@ class LatencyTable:
         cache_dir: str | Path | None = None,
         fresh: bool = False,
     ) -> LatencyTable:
-        """A table in seconds of what passes and the host take here: `decoding.seconds.measure_seconds`."""
-        from decoding.seconds import measure_seconds  # here: the table itself needs no decoder, and is imported by one
+        """A table in seconds of what passes and the host take here: `decoding.machine.seconds.measure_seconds`."""
+        from decoding.machine.seconds import (
+            measure_seconds,  # here: the table itself needs no decoder, and is imported by one
+        )
 
         return measure_seconds(pair, prompt_tokens, repeats, cache_dir, fresh)
 

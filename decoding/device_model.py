@@ -1,3 +1,3 @@
-"""The name by which configs know `decoding.modelled`."""
+"""The name by which configs know `decoding.machine.modelled`."""
 
-from decoding.modelled import modelled as modelled
+from decoding.machine.modelled import modelled as modelled

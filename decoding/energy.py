@@ -1,4 +1,4 @@
-"""The names by which configs know `decoding.joules` and `decoding.meter`."""
+"""The names by which configs know `decoding.machine.joules` and `decoding.machine.meter`."""
 
-from decoding.joules import measure_joules as measure_joules
-from decoding.meter import EnergyMeter as EnergyMeter
+from decoding.machine.joules import measure_joules as measure_joules
+from decoding.machine.meter import EnergyMeter as EnergyMeter

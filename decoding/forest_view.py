@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
-from decoding.forest import TokenForest
+from decoding.dice.sampling import Dice, Distribution
+from decoding.forest.tree import TokenForest
 from decoding.results import LayerEvent
-from decoding.sampling import Dice, Distribution
 
 ACCEPTED, SURPLUS, DRAWN, REJECTED, UNJUDGED = "accepted", "surplus", "drawn", "rejected", "unjudged"
 TextOf = Callable[[Sequence[int], Sequence[int]], str]  # (tokens before, none at the prompt's end; tokens) -> text

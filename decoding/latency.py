@@ -14,9 +14,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from decoding.cost_table import BUSY, LatencyTable
-from decoding.entry import entry_point
 from decoding.errors import UserError
-from decoding.files import json_bytes, write_whole
+from decoding.support.entry import entry_point
+from decoding.support.files import json_bytes, write_whole
 
 __all__ = ["LatencyTable", "described", "main"]  # configs say decoding.latency.LatencyTable.load
 

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from decoding.compare import fastest_at
 from decoding.errors import UserError
-from decoding.files import write_whole
-from decoding.headlines import headlines, tables
-from decoding.pages import (
+from decoding.measure.compare import fastest_at
+from decoding.measure.headlines import headlines, tables
+from decoding.measure.pages import (
     Node,
     Runs,
     comparison_lines,
@@ -34,9 +33,10 @@ from decoding.pages import (
     results_page,
     spread,
 )
-from decoding.plots import FORMATS, drawn, plot_calibration, plot_frontier
-from decoding.results_file import RESULTS, read_results, write_results
-from decoding.rows import REFERENCES
+from decoding.measure.plots import FORMATS, drawn, plot_calibration, plot_frontier
+from decoding.measure.results_file import RESULTS, read_results, write_results
+from decoding.measure.rows import REFERENCES
+from decoding.support.files import write_whole
 
 FRONTIER, FRONTIER_ALSO, CALIBRATION, TABLE = "frontier", "frontier_also", "calibration", "results.md"
 _USAGE = (
@@ -64,7 +64,7 @@ def write_pages(directory: Path, runs: Runs, form: str = "png") -> dict[str, Pat
 
     Args:
         runs: results by the label of their run.
-        form: of the plots, one of `decoding.plots.FORMATS`.
+        form: of the plots, one of `decoding.measure.plots.FORMATS`.
 
     Returns:
         Path of each file by its name.

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from decoding.arrays import FloatArray
-from decoding.compare import speed_at
 from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.errors import UserError
-from decoding.pages import markdown
+from decoding.measure.compare import speed_at
+from decoding.measure.pages import markdown
+from decoding.support.arrays import FloatArray
 
 RESAMPLES = 2000
 _REFERENCE, _OURS = "beam_sample", "learned"

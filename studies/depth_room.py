@@ -24,21 +24,21 @@ from controller.host import foresee
 from controller.network import WidthNet
 from controller.plan import least_bearable, passing_chances, settles_alone
 from controller.policy import LearnedWidth
-from decoding.arrays import FloatArray, IntArray
-from decoding.checks import number, whole
-from decoding.choose import cost_table
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, iteration_seconds
 from decoding.decoder import DSBDDecoder
-from decoding.entry import entry_point
 from decoding.errors import UserError
-from decoding.files import write_whole
-from decoding.pages import markdown
-from decoding.pair import ModelPair
-from decoding.progress import RunProgress
+from decoding.machine.choose import cost_table
+from decoding.measure.pages import markdown
+from decoding.measure.turns import prompt_stream
+from decoding.pairs.pair import ModelPair
+from decoding.policies.base import DraftContext, IterationRecord, RootContext, TargetContext
+from decoding.support.arrays import FloatArray, IntArray
+from decoding.support.checks import number, whole
+from decoding.support.entry import entry_point
+from decoding.support.files import write_whole
+from decoding.support.progress import RunProgress
 from decoding.tasks.base import Prompt, Task
-from decoding.turns import prompt_stream
-from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext
 from studies.ablations import RESAMPLES, interval
 
 THRESHOLDS = np.arange(20) / 20  # on a chance, above which a rule drafts a layer

@@ -15,12 +15,12 @@ from controller.experience import Throughput
 from controller.features import ContextFeatures
 from decoding import DecodeResult, DecodingConfig, DSBDDecoder, ModelPair
 from decoding.cost_table import UnitCosts, iteration_seconds
-from decoding.forest import TokenForest
+from decoding.forest.tree import TokenForest
+from decoding.policies.base import TargetContext
 from decoding.results import LayerEvent
-from decoding.widths import TargetContext
 from tests.controller.test_policy import network, provenance
+from tests.decoding.loop.test_exactness import CAUGHT, PASS, PROMPT, SlotRecorder, decode_often, leak_drafts, settings
 from tests.decoding.stubs import Beams, Reference, chi_square_p, llama_pair, random_pair
-from tests.decoding.test_exactness import CAUGHT, PASS, PROMPT, SlotRecorder, decode_often, leak_drafts, settings
 
 PROMPTS = [[1, 2], [3], [2, 0, 1]]
 CHEAP = UnitCosts(0.02, 1.0, 0.002)  # drafts hardly cost anything: forests are deep

@@ -20,7 +20,7 @@ from controller.losses import (
     tails,
 )
 from controller.metrics import regret_rates, survivor_rates
-from decoding.closed_form import accepted_count_table
+from decoding.dice.closed_form import accepted_count_table
 
 WIDTH = 5
 

@@ -17,8 +17,8 @@ import train
 from controller import LearnedWidth
 from controller.features import ContextFeatures, FloatVector, describe_features, features_of
 from decoding import DSBDDecoder, UserError
-from decoding.entry import CONF_DIR
-from decoding.widths import DraftContext, TargetContext
+from decoding.policies.base import DraftContext, TargetContext
+from decoding.support.entry import CONF_DIR
 from tests.small_pair import small_pair
 
 OWN = f"{__name__}.Features"

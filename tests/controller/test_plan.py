@@ -25,9 +25,9 @@ from controller.plan import (
     settles_alone,
 )
 from decoding import DecodingConfig, DSBDDecoder, RandomWidth
-from decoding.arrays import FloatArray, FloatVector
 from decoding.cost_table import UnitCosts, iteration_seconds
 from decoding.results import LayerEvent
+from decoding.support.arrays import FloatArray, FloatVector
 from tests.controller.synthetic import CONFIG
 from tests.decoding.stubs import random_pair
 

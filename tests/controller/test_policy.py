@@ -18,7 +18,7 @@ from controller.features import ContextFeatures
 from controller.host import foresee
 from decoding import DecodingConfig, UserError
 from decoding.cost_table import LatencyTable, iteration_seconds
-from decoding.widths import DraftContext, IterationRecord, LayerRecord
+from decoding.policies.base import DraftContext, IterationRecord, LayerRecord
 from tests.controller.synthetic import CONFIG, H_P, H_Q, PAIR, draft_context, target_context
 
 RULES = [{"surplus": surplus, "refill": refill} for surplus in ("keep", "drop") for refill in ("full", "width")]

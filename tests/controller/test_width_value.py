@@ -14,7 +14,7 @@ from controller import LearnedWidth
 from controller.checkpoint import save_controller, weights_sha256
 from controller.width_value import choose_width_value, warn_of_shared_prompts
 from decoding import UserError
-from decoding.results_file import SCHEMA_VERSION
+from decoding.measure.results_file import SCHEMA_VERSION
 from tests.controller.test_policy import network, provenance
 
 POINTS = [(0.0, -1.60, 400.0), (1.0, -1.40, 300.0), (10.0, -1.20, 200.0), (100.0, -1.10, 100.0)]

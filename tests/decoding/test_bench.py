@@ -16,13 +16,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoding import DecodingConfig, UserError, bench, report, turns
-from decoding import roofline as roofline_module
+from decoding import DecodingConfig, UserError, bench, report
 from decoding.decoder import OutOfDeviceMemory
-from decoding.entry import CONF_DIR
-from decoding.methods import METHODS, Method
-from decoding.results_file import SCHEMA_VERSION
-from decoding.roofline import cache_bytes, kv_bytes_per_slot, roofline, weight_bytes
+from decoding.measure import roofline as roofline_module
+from decoding.measure import turns
+from decoding.measure.methods import METHODS, Method
+from decoding.measure.results_file import SCHEMA_VERSION
+from decoding.measure.roofline import cache_bytes, kv_bytes_per_slot, roofline, weight_bytes
+from decoding.support.entry import CONF_DIR
 from decoding.tasks.base import Prompt
 from tests.small_pair import small_pair
 

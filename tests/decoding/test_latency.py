@@ -17,14 +17,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from decoding import ModelPair, UserError, seconds, store
-from decoding.choose import cost_table
+from decoding import ModelPair, UserError
 from decoding.cost_table import BUSY, NODE_COUNTS, LatencyTable
-from decoding.entry import CONF_DIR
 from decoding.latency import described, main
-from decoding.modelled import modelled
-from decoding.passes import rising
-from decoding.settings import check_settings
+from decoding.machine import seconds, store
+from decoding.machine.choose import cost_table
+from decoding.machine.modelled import modelled
+from decoding.machine.passes import rising
+from decoding.support.entry import CONF_DIR
+from decoding.support.settings import check_settings
 from tests.decoding.stubs import small_llama
 
 TABLE = LatencyTable((1, 8, 32), (0.010, 0.012, 0.020), (0.002, 0.003, 0.006), "a device", 0.001, 0.0005)

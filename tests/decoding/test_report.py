@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from decoding import DecodeStats, DecodingConfig, UserError, report
-from decoding.methods import METHODS
-from decoding.pages import results_page
-from decoding.plots import calibration_curves, plot_frontier
+from decoding.measure.methods import METHODS
+from decoding.measure.pages import results_page
+from decoding.measure.plots import calibration_curves, plot_frontier
+from decoding.measure.results_file import SCHEMA_VERSION
+from decoding.measure.rows import Row
+from decoding.measure.summary import summarise
+from decoding.measure.turns import Measurement, Record
+from decoding.policies.base import IterationRecord, LayerRecord
 from decoding.report import write_report
-from decoding.results_file import SCHEMA_VERSION
-from decoding.rows import Row
-from decoding.summary import summarise
-from decoding.turns import Measurement, Record
-from decoding.widths import IterationRecord, LayerRecord
 
 PROVENANCE = {
     "argv": ["evaluate.py", "seed=1"],

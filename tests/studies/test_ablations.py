@@ -14,7 +14,7 @@ import train
 from decoding import UserError
 from decoding.collect import Collection
 from decoding.cost_table import LatencyTable, iteration_seconds
-from decoding.entry import CONF_DIR
+from decoding.support.entry import CONF_DIR
 from studies import ablations
 from tests.controller.synthetic import write_traces
 

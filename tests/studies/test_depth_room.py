@@ -16,9 +16,9 @@ from omegaconf import DictConfig, open_dict
 from controller.losses import count_table, tails
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
 from decoding.cost_table import UnitCosts
-from decoding.entry import CONF_DIR
-from decoding.oracles import modelled_seconds
-from decoding.widths import IterationRecord, LayerRecord
+from decoding.measure.oracles import modelled_seconds
+from decoding.policies.base import IterationRecord, LayerRecord
+from decoding.support.entry import CONF_DIR
 from studies import depth_room
 from studies.depth_room import DeepWidth, Iteration, candidates, compare, earnings, room_table, rules
 from tests.controller.synthetic import draft_context, target_context

@@ -1,0 +1,371 @@
+"""Width policies: how many beams to draft, to ask for, and how deep. Design section 5.4.
+
+A policy decides before the roll. What it may see is what is in the context it is given: nothing about the
+drafts realised at the layer whose target width it sets, nor about deeper layers, nor the accept / reject
+coins of that layer. Contexts are built by the decoder from arrays that hold nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from decoding.config import DecodingConfig
+from decoding.dice.acceptance import align
+from decoding.dice.closed_form import accept_probabilities, accepted_count_table
+from decoding.dice.sampling import Distribution, FloatArray
+from decoding.errors import UserError
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A setting that is worth sweeping, of a policy or of the decoding config it runs under.
+
+    Args:
+        name: of the setting, and of the policy's argument unless `argument` names another.
+        symbol: what stands for it in the names of rows; None: its name; "": nothing does.
+        kind: of its values: int, float, str or bool.
+        grid: values that an evaluation tries where it is not told which; (): none but the policy's default.
+        axis: key of evaluate.py's `grid` that its values are given under; None: its name.
+        argument: of the policy; None: its name.
+        of_config: it is a field of DecodingConfig and no argument of the policy.
+        within_width: it is a width, and a row that asks for more than its target width cannot be.
+        of_drafts: it changes nothing where nothing is drafted.
+    """
+
+    name: str
+    symbol: str | None = None
+    kind: type = float
+    grid: tuple[Any, ...] = ()
+    axis: str | None = None
+    argument: str | None = None
+    of_config: bool = False
+    within_width: bool = False
+    of_drafts: bool = False
+
+    @property
+    def on_axis(self) -> str:
+        """Key of `grid`."""
+        return self.axis or self.name
+
+
+TARGET_WIDTH = Knob("target_width", "", int, axis="widths", of_config=True)  # every row's name has M
+DRAFT_WIDTH = Knob("draft_width", "w", int, axis="draft_widths", of_config=True, of_drafts=True)
+DRAFT_DEPTH = Knob("draft_depth", "γ", int, axis="depths", of_config=True)
+SURPLUS = Knob("surplus", kind=str, axis="surpluses", of_config=True, of_drafts=True)
+ASKED_WIDTH = Knob("asked_width", "", int, axis="asked_widths", argument="target_width", within_width=True)
+FINAL_WIDTH = Knob("final_width", "last", int, axis="final_widths", within_width=True)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What is known of a committed layer: one entry of a policy's history."""
+
+    layer: int  # 1..γ, or γ + 1 for the layer drawn from the target
+    draft_width: int  # drafts drawn; 0 at the layer drawn from the target
+    target_width: int  # M
+    accepted: int  # drafts accepted, surplus included
+    passed: bool
+
+
+@dataclass(frozen=True)
+class RootContext:
+    """What is known when an iteration starts."""
+
+    config: DecodingConfig
+    iteration: int
+    remaining: int  # tokens that the beams may still grow by
+    weights: FloatArray  # [B] log-weights of the input beams, best first
+    history: tuple[LayerRecord, ...] = ()  # layers of the previous iteration
+    target_hidden: FloatArray | None = None  # [H_p] the target's last hidden state at the root
+
+
+@dataclass(frozen=True)
+class DraftContext:
+    """What is known of a layer before its drafts are drawn: earlier layers of the forest, and Q.
+
+    `joint` is Q at a drafted layer. At the layer that ends an iteration (nothing drafted) it is the target's P,
+    and `drafted` is False.
+    """
+
+    root: RootContext
+    layer: int  # 1..γ
+    weights: FloatArray  # [B] weights of the layer's parents, best first
+    joint: Distribution
+    drafted: bool = True
+    widths: tuple[int, ...] = ()  # draft widths of the layers above
+    draft_hidden: FloatArray | None = None  # [H_q] the draft's last hidden state, mean over the parents
+
+
+@dataclass(frozen=True)
+class TargetContext:
+    """What is known of a layer when its target width is set: P and Q, not the drafts drawn from Q."""
+
+    draft: DraftContext  # the layer as it was before the drafts
+    target: Distribution  # P
+    draft_width: int  # w, decided before the draw; 0 at the layer that ends an iteration
+    committed: tuple[LayerRecord, ...] = ()  # layers of this iteration above this one
+    weights: FloatArray | None = None  # [B] of the beams that P continues, best first; None: those of the draft context
+
+
+@dataclass(frozen=True)
+class IterationRecord:
+    """What an iteration drafted and gave: for policies that learn on line, and for `DecodeStats`."""
+
+    layers: tuple[LayerRecord, ...]  # that were committed
+    tokens: int  # their number
+    seconds: float
+    roots: int = 1  # input beams
+    drafts: tuple[int, ...] = ()  # of every layer that was drafted, those below a failed layer too
+
+    @property
+    def passed_drafts(self) -> tuple[int, ...]:
+        """Drafts of the drafted layers that passed: all above the first one that failed."""
+        return self.drafts[: sum(layer.passed for layer in self.layers[: len(self.drafts)])]
+
+
+class WidthPolicy:
+    """Decides w, M and whether to draft a further layer; the base class asks for the config's widest.
+
+    The decoder decodes each prompt with a `fork` of its own, after a `reset`, so that a prompt's widths need not depend
+    on its neighbours; forks of policies that learn on line may share what they learn. A policy that keeps state must
+    not let `target_width` of a layer depend on what it was shown of deeper layers (they are drafted before this one is
+    verified): contexts hold nothing of them, but memory could. That would bias the output.
+
+    What tables, plots and command lines need to know of a policy stands on its class: `name`, `knobs`, `family`.
+    """
+
+    name: ClassVar[str] = "widest"
+    knobs: ClassVar[tuple[Knob, ...]] = (DRAFT_WIDTH, DRAFT_DEPTH)  # in the order of a row's name
+    # "hand-set": someone would tune its knobs, and learned widths are compared with the best of them; "learned";
+    # "control": a yardstick that nobody tunes.
+    family: ClassVar[str] = "hand-set"
+    needs_hidden = False  # ask the decoder for hidden states in the contexts
+
+    def check(self, config: DecodingConfig) -> None:
+        """Refuse a config that this policy cannot work with (UserError)."""
+
+    def check_pair(self, pair: Any) -> None:
+        """Refuse a pair that this policy was not made for (UserError)."""
+
+    def fork(self, seed: int) -> WidthPolicy:
+        """A policy for one prompt, sharing what is costly and never written; `seed` is that of the prompt's stream."""
+        return copy.copy(self)
+
+    def reset(self, config: DecodingConfig) -> None:
+        """A prompt starts."""
+
+    def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
+        """Whether to draft layer `layer` (at most config.draft_depth); asked before the draft model runs."""
+        return True
+
+    def draft_width(self, context: DraftContext) -> int:
+        """w: beams to draft at this layer; clipped to 1..config.draft_width."""
+        return context.root.config.draft_width
+
+    def target_width(self, context: TargetContext) -> int:
+        """M: beams that must be accepted; clipped to config.min_width..config.target_width."""
+        return context.draft.root.config.target_width
+
+    def observe(self, record: IterationRecord) -> None:
+        """An iteration ended."""
+
+    def describe(self) -> dict[str, Any]:
+        """Name and all that the widths depend on, JSON-able: for results, and to find traces again.
+
+        Files are described by what is in them, not by their paths.
+        """
+        return {"name": self.name}
+
+
+@dataclass
+class FixedWidth(WidthPolicy):
+    """The same widths at every layer; what is None comes from the config.
+
+    Args:
+        target_width, draft_width, draft_depth: M, w and γ; at most the config's.
+        final_width: M of the layer that ends an iteration, where nothing can be rejected: more beams there cost what
+            they cost to carry, and no pass. None: M.
+    """
+
+    name = "fixed"
+    knobs = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH, ASKED_WIDTH, FINAL_WIDTH, SURPLUS)
+
+    fixed_target_width: int | None
+    fixed_draft_width: int | None
+    fixed_draft_depth: int | None
+    final_width: int | None
+
+    def __init__(
+        self,
+        target_width: int | None = None,
+        draft_width: int | None = None,
+        draft_depth: int | None = None,
+        final_width: int | None = None,
+    ) -> None:
+        self.fixed_target_width, self.fixed_draft_width, self.fixed_draft_depth = target_width, draft_width, draft_depth
+        self.final_width = final_width
+
+    def check(self, config: DecodingConfig) -> None:
+        check_final_width(self.final_width, config)
+        for name in ("target_width", "draft_width", "draft_depth"):
+            value, limit = getattr(self, f"fixed_{name}"), getattr(config, name)
+            least = 0 if name == "draft_depth" else 1
+            if value is not None and not least <= value <= limit:
+                raise UserError(
+                    f"FixedWidth({name}={value}) is outside {least}..{limit}, the range that the decoding config "
+                    f"allows. Lower it or raise decoding.{name}."
+                )
+        if self.fixed_target_width is not None and self.fixed_target_width < config.min_width:
+            raise UserError(
+                f"FixedWidth(target_width={self.fixed_target_width}) is less than min_width ({config.min_width}). "
+                "Raise it or lower decoding.min_width."
+            )
+        target = self.fixed_target_width or config.target_width
+        draft = self.fixed_draft_width or config.draft_width
+        if config.draft_depth and self.fixed_draft_depth != 0 and draft < target:
+            raise UserError(
+                f"FixedWidth: draft_width ({draft}) is less than target_width ({target}): a layer could never pass. "
+                "Raise draft_width or lower target_width."
+            )
+
+    def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
+        return self.fixed_draft_depth is None or layer <= self.fixed_draft_depth
+
+    def draft_width(self, context: DraftContext) -> int:
+        return self.fixed_draft_width or context.root.config.draft_width
+
+    def target_width(self, context: TargetContext) -> int:
+        if context.draft_width == 0 and self.final_width is not None:
+            return self.final_width
+        return self.fixed_target_width or context.draft.root.config.target_width
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "target_width": self.fixed_target_width,
+            "draft_width": self.fixed_draft_width,
+            "draft_depth": self.fixed_draft_depth,
+            "final_width": self.final_width,
+        }
+
+
+@dataclass
+class ThresholdWidth(WidthPolicy):
+    """The paper's rule: the largest M with P(K_w >= M) >= threshold (2409.16560, section 3.3).
+
+    K_w is taken from the closed form of design 5.3, which is exact with replacement and an approximation
+    without. At the layer that ends an iteration nothing can be rejected, so M is the widest.
+
+    Args:
+        threshold: in (0, 1]; higher asks for fewer beams.
+        as_shipped: reproduce the widths of the published code, which subtracts Q twice in the residual. For
+            comparison only; the verification stays exact either way.
+    """
+
+    name = "threshold"
+    knobs = (DRAFT_WIDTH, DRAFT_DEPTH, Knob("threshold", grid=(0.5, 0.7, 0.9), axis="thresholds"), SURPLUS)
+
+    threshold: float = 0.9
+    as_shipped: bool = False
+
+    def __post_init__(self) -> None:
+        check_share("threshold", self.threshold, hint="the paper uses 0.7 to 0.9")
+
+    def target_width(self, context: TargetContext) -> int:
+        config = context.draft.root.config
+        if context.draft_width == 0:
+            return config.target_width
+        both = align(context.target, context.draft.joint)
+        accept = accept_probabilities(both.p, both.q, context.draft_width, as_shipped=self.as_shipped)
+        counts = accepted_count_table(accept)[-1]  # [w + 1] P(K_w = k)
+        at_least = counts[::-1].cumsum()[::-1]  # [w + 1] P(K_w >= k)
+        passing = np.flatnonzero(at_least >= self.threshold - 1e-12)
+        return int(passing[-1])
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "threshold": self.threshold, "as_shipped": self.as_shipped}
+
+
+def check_share(name: str, value: Any, hint: str) -> None:
+    """Refuse what is no number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise UserError(f"{name} is {value!r}; give a number in (0, 1] ({hint}).")
+
+
+def check_final_width(width: int | None, config: DecodingConfig) -> None:
+    """Refuse a final_width that the config has no room for."""
+    least, most = config.min_width, config.target_width
+    if width is not None and (isinstance(width, bool) or not isinstance(width, int) or not least <= width <= most):
+        raise UserError(
+            f"final_width is {width!r}; give a whole number of {least}..{most}, the range that the decoding config "
+            "allows, or None."
+        )
+
+
+@dataclass
+class RandomWidth(WidthPolicy):
+    """Widths and depth drawn at random: exploration while traces are logged.
+
+    Most prompts have a limit on M of their own, small ones as often as large ones (log-uniform), and M is uniform below
+    it: with M uniform over its whole range forests would seldom get past their first layer, and a controller goes
+    deeper. Half of the iterations draft as deep as they may, half of the layers as wide as they may, and the layer that
+    ends an iteration is as wide as it may be three times out of four; all else is uniform.
+
+    Args:
+        seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the prompt's seed.
+        full_share: share of the prompts decoded at full width, so that survivor ranks are seen uncensored.
+    """
+
+    name = "random"
+    family = "control"
+
+    seed: int = 0
+    full_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise UserError(f"seed is {self.seed!r}; give a whole number of 0 or more.")
+        share = self.full_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise UserError(f"full_share is {share!r}; give a number in [0, 1] (0.1 shows survivors now and then).")
+        self._random = np.random.default_rng(self.seed)
+        self._full, self._most, self._depth = False, 1, 0  # of the prompt, of the iteration
+
+    def fork(self, seed: int) -> RandomWidth:
+        forked = copy.copy(self)
+        forked._random = np.random.default_rng([self.seed, seed])
+        return forked
+
+    def reset(self, config: DecodingConfig) -> None:
+        self._full = self._chance(self.full_share)
+        least, most = config.min_width, config.target_width
+        self._most = min(most, int(least * math.exp(self._random.random() * math.log((most + 1) / least))))
+        self._depth = config.draft_depth
+
+    def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
+        if layer == 1:
+            deepest = context.config.draft_depth
+            self._depth = deepest if self._chance(0.5) else int(self._random.integers(1, deepest + 1))
+        return layer <= self._depth
+
+    def draft_width(self, context: DraftContext) -> int:
+        config = context.root.config
+        wide = self._full or self._chance(0.5)
+        return config.draft_width if wide else int(self._random.integers(1, config.draft_width + 1))
+
+    def target_width(self, context: TargetContext) -> int:
+        config = context.draft.root.config
+        if self._full or (context.draft_width == 0 and self._chance(0.75)):
+            return config.target_width
+        return int(self._random.integers(config.min_width, self._most + 1))
+
+    def _chance(self, share: float) -> bool:
+        return bool(self._random.random() < share)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "seed": self.seed, "full_share": self.full_share}
