@@ -18,7 +18,7 @@ from controller.features import check_features
 from decoding.errors import UserError
 from decoding.support.checks import whole
 from decoding.tasks.base import SPLITS
-from decoding.traces.recorder import load_traces
+from decoding.traces.store import load_traces
 
 Batch = dict[str, Tensor]
 

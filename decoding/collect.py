@@ -31,14 +31,9 @@ from decoding.support.entry import entry_point
 from decoding.support.progress import RunProgress
 from decoding.support.provenance import git_sha, library_versions
 from decoding.tasks.base import Prompt, Task
-from decoding.traces.recorder import (
-    SCHEMA_VERSION,
-    ContextFeatures,
-    TraceRecorder,
-    read_manifest,
-    write_manifest,
-    write_shard,
-)
+from decoding.traces.recorder import TraceRecorder
+from decoding.traces.schema import SCHEMA_VERSION, ContextFeatures
+from decoding.traces.store import read_manifest, write_manifest, write_shard
 
 SHARD_PROMPTS = 25
 

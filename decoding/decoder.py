@@ -18,7 +18,8 @@ from decoding.errors import UserError
 from decoding.loop.batch import Batch
 from decoding.loop.processing import Rules
 from decoding.pairs.pair import ModelPair, check_prompt
-from decoding.policies.base import FixedWidth, WidthPolicy
+from decoding.policies.base import WidthPolicy
+from decoding.policies.fixed import FixedWidth
 from decoding.results import DecodeResult, Recorder
 from decoding.support.checks import whole
 

@@ -22,14 +22,7 @@ from decoding.forest.node_scorer import NodeScorer, mean_hidden
 from decoding.forest.scorer import ForestScorer
 from decoding.forest.tree import TokenForest
 from decoding.loop.processing import Rules
-from decoding.policies.base import (
-    DraftContext,
-    IterationRecord,
-    LayerRecord,
-    RootContext,
-    TargetContext,
-    WidthPolicy,
-)
+from decoding.policies.base import DraftContext, IterationRecord, LayerRecord, RootContext, TargetContext, WidthPolicy
 from decoding.results import DecodeResult, DecodeStats, LayerEvent, Recorder
 
 

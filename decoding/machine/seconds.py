@@ -13,7 +13,7 @@ from decoding.decoder import DSBDDecoder
 from decoding.machine.passes import TOP, ForestPasses, check_draft, forest_passes, rising, synthetic_prompt
 from decoding.machine.store import cache_key, device_name, kept_or, timestamp
 from decoding.pairs.pair import ModelPair
-from decoding.policies.base import FixedWidth
+from decoding.policies.fixed import FixedWidth
 from decoding.support.arrays import FloatArray
 from decoding.support.checks import whole
 

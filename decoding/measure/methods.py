@@ -24,18 +24,11 @@ from decoding.measure.oracles import SurvivorOracle
 from decoding.measure.transformers_generate import Streams, hf_generate
 from decoding.pairs.pair import ModelPair
 from decoding.policies.bandit import BanditWidth
-from decoding.policies.base import (
-    DRAFT_DEPTH,
-    DRAFT_WIDTH,
-    SURPLUS,
-    TARGET_WIDTH,
-    FixedWidth,
-    Knob,
-    RandomWidth,
-    ThresholdWidth,
-    WidthPolicy,
-)
+from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, SURPLUS, TARGET_WIDTH, Knob, WidthPolicy
+from decoding.policies.exploration import RandomWidth
+from decoding.policies.fixed import FixedWidth
 from decoding.policies.hand_set import EntropyWidth, GapWidth, MassWidth
+from decoding.policies.threshold import ThresholdWidth
 from decoding.results import DecodeResult
 from decoding.support.entry import CONF_DIR
 from decoding.support.names import is_dotted, locate

@@ -8,15 +8,10 @@ coins of that layer. Contexts are built by the decoder from arrays that hold not
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from decoding.config import DecodingConfig
-from decoding.dice.acceptance import align
-from decoding.dice.closed_form import accept_probabilities, accepted_count_table
 from decoding.dice.sampling import Distribution, FloatArray
 from decoding.errors import UserError
 
@@ -182,115 +177,6 @@ class WidthPolicy:
         return {"name": self.name}
 
 
-@dataclass
-class FixedWidth(WidthPolicy):
-    """The same widths at every layer; what is None comes from the config.
-
-    Args:
-        target_width, draft_width, draft_depth: M, w and γ; at most the config's.
-        final_width: M of the layer that ends an iteration, where nothing can be rejected: more beams there cost what
-            they cost to carry, and no pass. None: M.
-    """
-
-    name = "fixed"
-    knobs = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH, ASKED_WIDTH, FINAL_WIDTH, SURPLUS)
-
-    fixed_target_width: int | None
-    fixed_draft_width: int | None
-    fixed_draft_depth: int | None
-    final_width: int | None
-
-    def __init__(
-        self,
-        target_width: int | None = None,
-        draft_width: int | None = None,
-        draft_depth: int | None = None,
-        final_width: int | None = None,
-    ) -> None:
-        self.fixed_target_width, self.fixed_draft_width, self.fixed_draft_depth = target_width, draft_width, draft_depth
-        self.final_width = final_width
-
-    def check(self, config: DecodingConfig) -> None:
-        check_final_width(self.final_width, config)
-        for name in ("target_width", "draft_width", "draft_depth"):
-            value, limit = getattr(self, f"fixed_{name}"), getattr(config, name)
-            least = 0 if name == "draft_depth" else 1
-            if value is not None and not least <= value <= limit:
-                raise UserError(
-                    f"FixedWidth({name}={value}) is outside {least}..{limit}, the range that the decoding config "
-                    f"allows. Lower it or raise decoding.{name}."
-                )
-        if self.fixed_target_width is not None and self.fixed_target_width < config.min_width:
-            raise UserError(
-                f"FixedWidth(target_width={self.fixed_target_width}) is less than min_width ({config.min_width}). "
-                "Raise it or lower decoding.min_width."
-            )
-        target = self.fixed_target_width or config.target_width
-        draft = self.fixed_draft_width or config.draft_width
-        if config.draft_depth and self.fixed_draft_depth != 0 and draft < target:
-            raise UserError(
-                f"FixedWidth: draft_width ({draft}) is less than target_width ({target}): a layer could never pass. "
-                "Raise draft_width or lower target_width."
-            )
-
-    def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
-        return self.fixed_draft_depth is None or layer <= self.fixed_draft_depth
-
-    def draft_width(self, context: DraftContext) -> int:
-        return self.fixed_draft_width or context.root.config.draft_width
-
-    def target_width(self, context: TargetContext) -> int:
-        if context.draft_width == 0 and self.final_width is not None:
-            return self.final_width
-        return self.fixed_target_width or context.draft.root.config.target_width
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "target_width": self.fixed_target_width,
-            "draft_width": self.fixed_draft_width,
-            "draft_depth": self.fixed_draft_depth,
-            "final_width": self.final_width,
-        }
-
-
-@dataclass
-class ThresholdWidth(WidthPolicy):
-    """The paper's rule: the largest M with P(K_w >= M) >= threshold (2409.16560, section 3.3).
-
-    K_w is taken from the closed form of design 5.3, which is exact with replacement and an approximation
-    without. At the layer that ends an iteration nothing can be rejected, so M is the widest.
-
-    Args:
-        threshold: in (0, 1]; higher asks for fewer beams.
-        as_shipped: reproduce the widths of the published code, which subtracts Q twice in the residual. For
-            comparison only; the verification stays exact either way.
-    """
-
-    name = "threshold"
-    knobs = (DRAFT_WIDTH, DRAFT_DEPTH, Knob("threshold", grid=(0.5, 0.7, 0.9), axis="thresholds"), SURPLUS)
-
-    threshold: float = 0.9
-    as_shipped: bool = False
-
-    def __post_init__(self) -> None:
-        check_share("threshold", self.threshold, hint="the paper uses 0.7 to 0.9")
-
-    def target_width(self, context: TargetContext) -> int:
-        config = context.draft.root.config
-        if context.draft_width == 0:
-            return config.target_width
-        both = align(context.target, context.draft.joint)
-        accept = accept_probabilities(both.p, both.q, context.draft_width, as_shipped=self.as_shipped)
-        counts = accepted_count_table(accept)[-1]  # [w + 1] P(K_w = k)
-        at_least = counts[::-1].cumsum()[::-1]  # [w + 1] P(K_w >= k)
-        passing = np.flatnonzero(at_least >= self.threshold - 1e-12)
-        return int(passing[-1])
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "threshold": self.threshold, "as_shipped": self.as_shipped}
-
-
 def check_share(name: str, value: Any, hint: str) -> None:
     """Refuse what is no number in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
@@ -305,67 +191,3 @@ def check_final_width(width: int | None, config: DecodingConfig) -> None:
             f"final_width is {width!r}; give a whole number of {least}..{most}, the range that the decoding config "
             "allows, or None."
         )
-
-
-@dataclass
-class RandomWidth(WidthPolicy):
-    """Widths and depth drawn at random: exploration while traces are logged.
-
-    Most prompts have a limit on M of their own, small ones as often as large ones (log-uniform), and M is uniform below
-    it: with M uniform over its whole range forests would seldom get past their first layer, and a controller goes
-    deeper. Half of the iterations draft as deep as they may, half of the layers as wide as they may, and the layer that
-    ends an iteration is as wide as it may be three times out of four; all else is uniform.
-
-    Args:
-        seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the prompt's seed.
-        full_share: share of the prompts decoded at full width, so that survivor ranks are seen uncensored.
-    """
-
-    name = "random"
-    family = "control"
-
-    seed: int = 0
-    full_share: float = 0.1
-
-    def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise UserError(f"seed is {self.seed!r}; give a whole number of 0 or more.")
-        share = self.full_share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise UserError(f"full_share is {share!r}; give a number in [0, 1] (0.1 shows survivors now and then).")
-        self._random = np.random.default_rng(self.seed)
-        self._full, self._most, self._depth = False, 1, 0  # of the prompt, of the iteration
-
-    def fork(self, seed: int) -> RandomWidth:
-        forked = copy.copy(self)
-        forked._random = np.random.default_rng([self.seed, seed])
-        return forked
-
-    def reset(self, config: DecodingConfig) -> None:
-        self._full = self._chance(self.full_share)
-        least, most = config.min_width, config.target_width
-        self._most = min(most, int(least * math.exp(self._random.random() * math.log((most + 1) / least))))
-        self._depth = config.draft_depth
-
-    def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
-        if layer == 1:
-            deepest = context.config.draft_depth
-            self._depth = deepest if self._chance(0.5) else int(self._random.integers(1, deepest + 1))
-        return layer <= self._depth
-
-    def draft_width(self, context: DraftContext) -> int:
-        config = context.root.config
-        wide = self._full or self._chance(0.5)
-        return config.draft_width if wide else int(self._random.integers(1, config.draft_width + 1))
-
-    def target_width(self, context: TargetContext) -> int:
-        config = context.draft.root.config
-        if self._full or (context.draft_width == 0 and self._chance(0.75)):
-            return config.target_width
-        return int(self._random.integers(config.min_width, self._most + 1))
-
-    def _chance(self, share: float) -> bool:
-        return bool(self._random.random() < share)
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "seed": self.seed, "full_share": self.full_share}

@@ -25,12 +25,11 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import decoding
 from decoding.errors import UserError
 from decoding.support.names import is_dotted
 from decoding.support.settings import check_settings, unknown_setting
 
-CONF_DIR = Path(decoding.__file__).resolve().parent.parent / "conf"  # beside the package, wherever this file is in it
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _BUGS = (LookupError, AttributeError, NameError, AssertionError, ArithmeticError)  # inside a callable that we built
 

@@ -11,7 +11,8 @@ from controller.features import ContextFeatures
 from decoding.config import DecodingConfig
 from decoding.dice.sampling import FloatArray, Joint
 from decoding.policies.base import DraftContext, LayerRecord, RootContext, TargetContext
-from decoding.traces.recorder import SCHEMA_VERSION, write_manifest, write_shard
+from decoding.traces.schema import SCHEMA_VERSION
+from decoding.traces.store import write_manifest, write_shard
 
 CONFIG = DecodingConfig(target_width=4, draft_width=6, draft_depth=3, max_new_tokens=64, top_k=10)
 PAIR = {"name": "synthetic", "fingerprint": "0123456789abcdef"}

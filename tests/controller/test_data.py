@@ -10,7 +10,8 @@ import torch
 from controller.data import TraceDataModule
 from controller.features import ContextFeatures
 from decoding.errors import UserError
-from decoding.traces.recorder import TRACE_FEATURES, load_traces, read_manifest, write_manifest, write_shard
+from decoding.traces.schema import TRACE_FEATURES
+from decoding.traces.store import load_traces, read_manifest, write_manifest, write_shard
 from tests.controller.synthetic import CONFIG, H_P, H_Q, write_traces
 
 NAMES = ContextFeatures().names + ContextFeatures().target_names

@@ -13,7 +13,8 @@ from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, UserEr
 from decoding.measure.methods import METHODS
 from decoding.measure.oracles import SurvivorOracle, hindsight_seconds, modelled_seconds
 from decoding.measure.transformers_generate import hf_generate
-from decoding.policies.base import FixedWidth, IterationRecord, LayerRecord, TargetContext
+from decoding.policies.base import IterationRecord, LayerRecord, TargetContext
+from decoding.policies.fixed import FixedWidth
 from decoding.results import DecodeStats, LayerEvent
 from tests.decoding.policies.test_bandit import Costs
 from tests.decoding.stubs import Reference, llama_pair, random_pair

@@ -16,8 +16,8 @@ from controller.data import TraceDataModule
 from controller.features import ContextFeatures
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, UserError, bench
 from decoding.collect import ensure_traces
-from decoding.cost_table import LatencyTable
 from decoding.forest.scorer import ForestScorer
+from decoding.machine.seconds import measure_seconds
 from decoding.pairs.drafts import NodeScorer
 from decoding.pairs.drafts.ngram import NgramScorer
 from decoding.support.entry import CONF_DIR
@@ -136,7 +136,7 @@ def test_traces_and_a_controller_of_every_kind(draft: str, tmp_path: Path) -> No
         },
         "decoding": {},
     }
-    learned = LearnedWidth(WidthNet(**sizes), provenance, latency=LatencyTable.measure(pair, 8, repeats=1))
+    learned = LearnedWidth(WidthNet(**sizes), provenance, latency=measure_seconds(pair, 8, repeats=1))
     config = DecodingConfig(target_width=3, draft_width=5, draft_depth=2, max_new_tokens=12, eos_token_id=-1)
     (result,) = DSBDDecoder(pair, config, learned).generate([[1, 2, 1, 2]])
     assert len(result.sequences[0]) == 12
@@ -154,10 +154,10 @@ def test_the_refusal_says_which_draft() -> None:
 
 def test_latencies_of_every_kind_and_of_none() -> None:
     for draft in KINDS:
-        table = LatencyTable.measure(pair_with(draft), 8, repeats=1)
+        table = measure_seconds(pair_with(draft), 8, repeats=1)
         assert len(table.draft) == len(table.target) and all(seconds > 0 for seconds in table.draft)
     with pytest.raises(UserError, match="A latency table needs a draft"):
-        LatencyTable.measure(ModelPair(small_llama(40), None))
+        measure_seconds(ModelPair(small_llama(40), None))
     with pytest.raises(UserError, match="Traces are logged of a target with a draft"):
         ensure_traces(traces_config(Path("nowhere"), "model"), ModelPair(small_llama(40), None))
 

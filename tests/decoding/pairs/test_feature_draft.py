@@ -13,7 +13,7 @@ from decoding.engine.fused import FusedForward
 from decoding.engine.layer_states import LayerStates
 from decoding.engine.runner import runner_of
 from decoding.forest.node_scorer import ScorerOptions
-from decoding.latency import LatencyTable
+from decoding.machine.seconds import measure_seconds
 from decoding.measure.methods import METHODS
 from tests.decoding.engine.test_fused import CLOSE, made
 from tests.decoding.engine.test_graphs import graphed, seeded, static_runs
@@ -181,7 +181,7 @@ def test_pairs_take_it_as_any_other_draft() -> None:
     assert pair.draft is pair.drafter and pair.draft_name == "features" and list(pair.models) == ["target"]
     about = pair.describe()
     assert about["draft"] == "features" and about["fingerprint"] != ModelPair(pair.target, None).fingerprint
-    assert len(LatencyTable.measure(pair, 8, repeats=1).draft) > 0
+    assert len(measure_seconds(pair, 8, repeats=1).draft) > 0
     with pytest.raises(UserError, match="hf_assisted cannot draft with 'features'"):
         METHODS["hf_assisted"](pair, DecodingConfig(max_new_tokens=4, eos_token_id=-1))([[1, 2]], seeded())
 

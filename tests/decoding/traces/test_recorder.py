@@ -30,7 +30,9 @@ from decoding.policies.base import DraftContext, TargetContext
 from decoding.results import LayerEvent
 from decoding.tasks.base import Prompt
 from decoding.tasks.stdlib import StdlibTask
-from decoding.traces.recorder import MANIFEST, TRACE_FEATURES, TraceRecorder, deficits, load_traces
+from decoding.traces.recorder import TraceRecorder, deficits
+from decoding.traces.schema import TRACE_FEATURES
+from decoding.traces.store import MANIFEST, load_traces
 
 CONFIG = DecodingConfig(target_width=3, draft_width=5, draft_depth=2, max_new_tokens=10, top_k=8, eos_token_id=-1)
 
@@ -367,7 +369,7 @@ def test_the_key_says_nothing_of_the_modules_that_hold_the_classes(tmp_path: Pat
     cfg.data = {"_target_": "decoding.tasks.stdlib.StdlibTask"}
     key = trace_key(said(cfg))
     cfg.policy["_target_"], cfg.decoding["_target_"] = (
-        "decoding.policies.base.RandomWidth",
+        "decoding.policies.exploration.RandomWidth",
         "decoding.config.DecodingConfig",
     )
     assert trace_key(said(cfg)) == key
