@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from decoding.measure.methods import TRANSFORMERS
-from decoding.measure.pages import Column, console_table, loss_lines, plain_table, spread
+from decoding.measure.pages import Column, console_table, plain_table, remark_lines, spread
 from decoding.results import PHASES
 
 REFERENCE = "hf_beam_sample"
@@ -80,7 +80,7 @@ def headlines(results: Node) -> list[str]:
     rows = results["rows"]
     repeats = max((row["repeats"] for row in rows), default=0)
     lines = [] if results["complete"] else [f"Not complete: {repeats} repeats were measured."]
-    lines += loss_lines(results)
+    lines += remark_lines(results)
     if rows:
         prompts = results["provenance"]["task"]["prompts"]
         lines.append(

@@ -131,7 +131,8 @@ def machine_of(results: Node) -> str:
 def _run_lines(label: str, results: Node) -> list[str]:
     """What a run says beside its rows: comparisons, what it lost, tuning."""
     lines = list(comparison_lines(results))
-    lines += [part for line in loss_lines(results) for part in (line, "")]
+    for remark in remark_lines(results):
+        lines += [remark, ""]
     if about := results.get("tuned"):
         chosen = f"Hand-set settings were chosen on {about['prompts']} prompts of split {about['split']}"
         lines += [
@@ -143,11 +144,10 @@ def _run_lines(label: str, results: Node) -> list[str]:
     return [f"## {label}", "", *lines] if label and lines else lines
 
 
-def loss_lines(results: Node) -> list[str]:
-    """What an evaluation or a bench has not, and why: rows that failed, texts that were not scored."""
-    lines = [f"{name} failed: {sentence}" for name, sentence in (results.get("failed") or {}).items()]
-    unscored = results.get("unscored")
-    return lines + ([f"Log-probabilities are missing: {unscored}"] if unscored else [])
+def remark_lines(results: Node) -> list[str]:
+    """What is missing from a run, and why."""
+    lines = [f"{name} failed: {sentence}" for name, sentence in results["failed"].items()]
+    return lines + ([f"Log-probabilities are missing: {results['unscored']}"] if results["unscored"] else [])
 
 
 def _short(sha: str | None) -> str:
