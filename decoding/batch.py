@@ -13,8 +13,10 @@ from torch import Tensor
 
 from decoding.config import DecodingConfig
 from decoding.drafts import DraftScorer
+from decoding.noise_run import NoiseRun
 from decoding.pair import ModelPair, end_tokens
-from decoding.prompt_run import PromptRun
+from decoding.prompt_run import PromptRun, draft_config
+from decoding.rejection_run import RejectionRun
 from decoding.results import DecodeResult, Recorder
 from decoding.rules import Rules
 from decoding.sampling import entries_needed
@@ -51,12 +53,13 @@ class Batch:
         self.size, self.results, self.rules = size, results, rules
         self._runs: dict[int, PromptRun] = {}  # row -> the prompt in it
         processed = config.min_new_tokens > 0 or any(r is not None and r.processors is not None for r in rules)
-        searches = config.mode == "beam_search"
-        self._make: type[PromptRun] = SearchRun if searches else PromptRun
-        if searches:
-            top: int | None = entries_searched(config, len(self.ends), pair.vocab_size)
+        self._make = run_type(config)
+        if config.mode == "beam_search":
+            top = draft_top = entries_searched(config, len(self.ends), pair.vocab_size)
         else:
             top = entries_needed(config, pair.vocab_size)
+            # Where the target's rows stay on the device, so do the draft's: proposals are made of both.
+            draft_top = top and entries_needed(draft_config(config), pair.vocab_size)
         hidden = policy.needs_hidden or any(recorder is not None for recorder in recorders)
         spare = config.max_new_tokens + config.draft_width * config.draft_depth + 2 * config.target_width
 
@@ -71,7 +74,7 @@ class Batch:
         }
         self.scorers: dict[str, DraftScorer] = {"target": ForestScorer(pair.target, **options, engine=pair.engine)}
         if pair.draft is not None and config.draft_depth > 0:
-            self.scorers["draft"] = pair.draft_scorer(**options)
+            self.scorers["draft"] = pair.draft_scorer(**options | {"top": draft_top})
         self._prefix = shared_prefix(prompts)
         self._opened: set[int] = set()  # rows that hold the shared prefix
 
@@ -151,6 +154,13 @@ class Batch:
                     scorer.close_row(run.row)
                 heapq.heappush(free, run.row)
         return waiting
+
+
+def run_type(config: DecodingConfig) -> type[PromptRun]:
+    """What decodes a prompt under a config."""
+    if config.mode == "beam_search":
+        return SearchRun
+    return NoiseRun if config.verification == "shared_noise" else RejectionRun
 
 
 def shared_prefix(prompts: Sequence[list[int]]) -> int:

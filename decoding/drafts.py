@@ -57,7 +57,7 @@ class DraftScorer(Protocol):
         """Mean of the last hidden states at scored nodes, [H]; None where none is known."""
 
     def forget(self, row: int, dead: Sequence[int], live: Sequence[int]) -> None:
-        """Nodes died; of the others, log-probabilities are asked for at `live` beams only."""
+        """Nodes died; of the others, log-probabilities are asked for at `live` nodes only."""
 
     def calls(self, row: int) -> int:
         """Times that nodes of the row's prompt were scored; the prompt itself not counted."""

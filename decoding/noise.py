@@ -15,21 +15,22 @@ children's numbers equal. Neither can be aimed at by a text, since a prompt's se
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from decoding.forest import TokenForest
 from decoding.sampling import FloatArray, IntArray
 
 Words = TypeVar("Words", IntArray, Tensor)  # 64-bit words as int64, in either library: both wrap around
 
 # U = (k + 1/2) / 2^52 with k of 52 bits: float64 holds all of these exactly, and none is 0 or 1 (with 53 bits the
-# largest would round to 1). What is drawn are the smallest of E / P, so what counts are small E, and these are a grid of
-# step 2^-52: each token's chance is right to 2^-53, a step over 150,000 tokens to 2e-11 in total variation, and two of
-# them have one E with chance 3e-6. With 32 bits it would be 2e-5, and two or three ties in every step.
+# largest would round to 1). What is drawn are the smallest of E / P, so what counts are small E, and these are a grid
+# of step 2^-52: each token's chance is right to 2^-53, a step over 150,000 tokens to 2e-11 in total variation, and two
+# of them have one E with chance 3e-6. With 32 bits it would be 2e-5, and two or three ties in every step.
 BITS = 52
 
 
@@ -104,27 +105,34 @@ def seed_of(stream: torch.Generator) -> int:
 
 
 class PathNoise:
-    """The noise of one prompt's forest: keeps the hashes of its nodes.
+    """The noise of one prompt's forest: the hashes of its nodes, kept as they are asked for.
 
     Args:
         seed: of the prompt.
+        forest: whose paths they are.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, forest: TokenForest) -> None:
+        self._forest = forest
         self._hashes: dict[int, int] = {0: root_hash(seed)}
 
-    def hashes(self, nodes: Iterable[int]) -> IntArray:
-        """Of known nodes, [N]."""
+    def hashes(self, nodes: Sequence[int]) -> IntArray:
+        """Of the paths to some nodes, [N]."""
         known = self._hashes
+        missing = [node for node in dict.fromkeys(nodes) if node not in known]
+        if missing:
+            parents = self.hashes([self._forest.parents[node] for node in missing])
+            codes = token_codes(np.array([self._forest.tokens[node] for node in missing]))
+            known.update(zip(missing, child_hashes(parents, codes).tolist(), strict=True))
         return np.array([known[node] for node in nodes], dtype=np.int64)
 
-    def children(self, parents: IntArray, tokens: IntArray) -> IntArray:
-        """Hashes of (parent node, token) pairs, [S]."""
-        return child_hashes(self.hashes(parents.tolist()), token_codes(tokens))
+    def of(self, parents: IntArray, tokens: IntArray) -> FloatArray:
+        """E of (parent node, token) pairs, [S]."""
+        return exponentials(child_hashes(self.hashes(parents.tolist()), token_codes(tokens)))
 
-    def note(self, nodes: Iterable[int], hashes: IntArray) -> None:
-        """Nodes were made of children with these hashes."""
-        self._hashes.update(zip(nodes, hashes.tolist(), strict=True))
+    def grid(self, parents: IntArray, vocabulary: int, device: torch.device) -> Tensor:
+        """E of every token after each of some nodes, [B, V] on `device`."""
+        return exponential_grid(self.hashes(parents.tolist()), vocabulary, device)
 
     def forget(self, dead: Iterable[int]) -> None:
         """Nodes died."""

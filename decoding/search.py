@@ -15,7 +15,7 @@ from decoding.config import DecodingConfig
 from decoding.dense import DenseJoint
 from decoding.drafts import DraftScorer
 from decoding.errors import UserError
-from decoding.prompt_run import Beam, DraftedLayer, Hypothesis, PromptRun
+from decoding.prompt_run import Beam, DraftedLayer, Hypothesis, PromptRun, Proposal
 from decoding.results import LayerEvent
 from decoding.sampling import FloatArray, IntArray, Joint, nan_message, nothing_left_message
 from decoding.widths import LayerRecord, TargetContext
@@ -47,10 +47,9 @@ class SearchRun(PromptRun):
         count = max(count, candidates_per_beam(len(self.eos)) * self.config.target_width)
         return ranked_joint(*scorer.tops(self.row, nodes), nodes, weights, count, name)
 
-    def _propose(self, joint: Joint | DenseJoint, width: int) -> IntArray:
+    def _propose(self, proposal: Proposal, width: int) -> IntArray:
         """The likeliest entries that can be continued."""
-        live = ~np.isin(joint.tokens, list(self.eos))
-        return np.flatnonzero(live)[:width]
+        return np.flatnonzero(~np.isin(proposal.joint.tokens, list(self.eos)))[:width]
 
     def _commit_drafted(self, context: TargetContext, target: Joint | DenseJoint, layer: DraftedLayer) -> LayerRecord:
         """Take a step; it goes on while at least M of the best live continuations, in their order, were drafted."""

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from decoding.acceptance import accept_probabilities, accepted_count_table, align
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.sampling import Distribution, FloatArray
+
+
+LEAST_SHARE = 0.05  # of the parents' weight: for less the draft is not run
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class DraftContext:
     drafted: bool = True
     widths: tuple[int, ...] = ()  # draft widths of the layers above
     draft_hidden: FloatArray | None = None  # [H_q] the draft's last hidden state, mean over the parents
+    # Under shared noise, for w and the layers below; a TargetContext has no noise (design 5.5).
+    known: NDArray[np.bool_] | None = None  # [B] parents whose entries of Q are the target's own
+    noise: FloatArray | None = None  # [S] E of each entry of Q, whose key is E / Q; None where Q is on the device
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,14 @@ class WidthPolicy:
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
         """Whether to draft layer `layer` (at most config.draft_depth); asked before the draft model runs."""
         return True
+
+    def ask_draft(self, context: RootContext, layer: int, share: float) -> bool:
+        """Whether the draft is run for the parents of a layer that the target has not scored yet.
+
+        Asked where there are others, which propose by themselves; `share` of the parents' weight is with the unknown
+        ones. Under shared noise only.
+        """
+        return share >= LEAST_SHARE
 
     def draft_width(self, context: DraftContext) -> int:
         """w: beams to draft at this layer; clipped to 1..config.draft_width."""

@@ -362,7 +362,7 @@ def second_verifier(twice: bool = False, forgetful: bool = False) -> Callable[..
 def test_wrong_verifiers_are_caught(
     fault: dict[str, bool], replacement: bool, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding.prompt_run, "verify_layer", second_verifier(**fault))
+    monkeypatch.setattr(decoding.rejection_run, "verify_layer", second_verifier(**fault))
     config = settings(2, 3, 1, 2, replacement=replacement)
     pair = unlike_pair()
     expected = Reference(pair.target, PROMPT, config).returned()
@@ -423,7 +423,7 @@ def test_the_slot_test_catches_a_peeking_policy(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("fault", [{"twice": True}, {"forgetful": True}], ids=str)
 def test_the_slot_test_catches_wrong_verifiers(fault: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding.prompt_run, "verify_layer", second_verifier(**fault))
+    monkeypatch.setattr(decoding.rejection_run, "verify_layer", second_verifier(**fault))
     recorder = SlotRecorder(replacement=False)
     decode_often(unlike_pair(), settings(2, 3, 1, 2), 2000, recorder=recorder)
     assert recorder.p_value() < CAUGHT

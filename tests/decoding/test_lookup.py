@@ -15,7 +15,7 @@ import decoding.sampling
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
 from decoding.forest import TokenForest
 from decoding.lookup import BACKOFF, NgramDraft, NgramIndex, NgramScorer
-from decoding.prompt_run import judge_layer
+from decoding.rejection_run import judge_layer
 from decoding.results import DecodeResult
 from decoding.rules import Rules
 from tests.decoding.stubs import Reference, chi_square_p, random_pair, small_llama
@@ -197,7 +197,7 @@ def test_a_wrong_q_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         wrong = decoding.sampling.Joint(draft.parents, draft.tokens, np.full(len(draft), 1 / len(draft)), draft.weights)
         return judge_layer(target, wrong, picks, **rule)
 
-    monkeypatch.setattr(decoding.prompt_run, "judge_layer", uniform)
+    monkeypatch.setattr(decoding.rejection_run, "judge_layer", uniform)
     assert chi_square_p(count_sets(decode_often(pair, prompt, config, 2000)), expected) < CAUGHT
 
 

@@ -1,5 +1,5 @@
-"""Shared noise is a fixed function of (seed, path, token), uniform and independent as far as tests can tell; a hash that
-ignores the parent is caught by the same tests.
+"""Shared noise is a fixed function of (seed, path, token), uniform and independent as far as tests can tell; a hash
+that ignores the parent is caught by the same tests.
 
 All inputs are fixed, so nothing is flaky. There are about 40 p-values; the smallest is expected near 0.02.
 """
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from decoding import noise
+from decoding.forest import TokenForest
 from decoding.noise import BITS, PathNoise, root_hash, seed_of
 from tests.decoding.stubs import chi_square_tail
 
@@ -22,12 +23,11 @@ SIDE = 256  # numbers along each axis of a table
 
 
 def path_hash(seed: int, path: list[int]) -> int:
-    """Token by token, as a forest grows."""
-    known, node = PathNoise(seed), 0
-    for depth, token in enumerate(path):
-        known.note([depth + 1], known.children(np.array([node]), np.array([token])))
-        node = depth + 1
-    return int(known.hashes([node])[0])
+    """As a forest has it that holds this path."""
+    forest, node = TokenForest(), 0
+    for token in path:
+        node = forest.child(node, token)
+    return int(PathNoise(seed, forest).hashes([node])[0])
 
 
 def rows_of(parents: list[int], tokens: int = SIDE) -> np.ndarray:
@@ -182,9 +182,19 @@ def test_hashes_do_not_collide() -> None:
         [root_hash(seed) for seed in range(100)] + chain(50, 200) + [path_hash(1, [t]) for t in range(50)]
     )
     grid = noise.child_hashes(parents[:, None], noise.token_codes(np.arange(15_000))[None])
-    assert len(np.unique(grid)) == grid.size
+    assert (np.diff(np.sort(grid, axis=None)) > 0).all()
 
 
 def test_seeds_come_from_the_stream() -> None:
     first, second = (torch.Generator().manual_seed(3) for _ in range(2))
     assert seed_of(first) == seed_of(second) != seed_of(first)
+
+
+def test_a_forest_forgets_dead_nodes_and_knows_them_again() -> None:
+    forest = TokenForest()
+    node = forest.child(forest.child(0, 4), 2)
+    paths = PathNoise(1, forest)
+    before = paths.of(np.array([node, 0]), np.array([3, 3]))
+    assert np.allclose(paths.grid(np.array([node, 0]), 5, torch.device("cpu"))[:, 3].numpy(), before, rtol=1e-15)
+    paths.forget([node])
+    assert np.array_equal(paths.of(np.array([node, 0]), np.array([3, 3])), before)

@@ -18,7 +18,7 @@ import decoding.prompt_run
 import decoding.sampling
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
 from decoding.dense import dense_joint
-from decoding.prompt_run import judge_layer
+from decoding.rejection_run import judge_layer
 from decoding.sampling import compact_joint, top_entries
 from decoding.scorer import ForestScorer
 from decoding.vocabulary import VocabularyMap, match_vocabularies
@@ -243,7 +243,7 @@ def test_a_subset_draft_reports_the_very_q_it_draws_from(monkeypatch: pytest.Mon
         wrong = decoding.sampling.Joint(draft.parents, draft.tokens, np.roll(draft.probs, 1), draft.weights)
         return judge_layer(target, wrong, picks, **rule)
 
-    monkeypatch.setattr(decoding.prompt_run, "judge_layer", turned)
+    monkeypatch.setattr(decoding.rejection_run, "judge_layer", turned)
     assert chi_square_p(count_sets(decode_often(pair, config, 2000)), expected) < CAUGHT
 
 
