@@ -234,9 +234,7 @@ class PromptRun(ABC):
             widths = (*widths, len(drafted.picks))
         return layers
 
-    def _proposal(
-        self, root: RootContext, layer: int, beams: list[Beam]
-    ) -> Generator[Request, None, Proposal | None]:
+    def _proposal(self, root: RootContext, layer: int, beams: list[Beam]) -> Generator[Request, None, Proposal | None]:
         """Q after `beams`; None where it has nothing to propose."""
         nodes, scorer = [beam.node for beam in beams], cast(DraftScorer, self.draft)
         yield Request("draft", nodes)
@@ -244,9 +242,7 @@ class PromptRun(ABC):
             return None
         return Proposal(self._joint(scorer, beams, "draft"), beams)
 
-    def _draft_layer(
-        self, root: RootContext, layer: int, proposal: Proposal, widths: tuple[int, ...]
-    ) -> DraftedLayer:
+    def _draft_layer(self, root: RootContext, layer: int, proposal: Proposal, widths: tuple[int, ...]) -> DraftedLayer:
         """Draw a layer's drafts from Q, as many as the policy wants."""
         context = self._draft_context(root, layer, proposal, widths)
         with self.clock.phase("policy"):

@@ -20,8 +20,7 @@ from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.sampling import Distribution, FloatArray
 
-
-LEAST_SHARE = 0.05  # of the parents' weight: for less the draft is not run
+LEAST_SHARE = 0.01  # of the parents' weight: for less the draft is not run
 
 
 @dataclass(frozen=True)
