@@ -54,6 +54,8 @@ class Batch:
         self._runs: dict[int, PromptRun] = {}  # row -> the prompt in it
         processed = config.min_new_tokens > 0 or any(r is not None and r.processors is not None for r in rules)
         self._make = run_type(config)
+        top: int | None
+        draft_top: int | None
         if config.mode == "beam_search":
             top = draft_top = entries_searched(config, len(self.ends), pair.vocab_size)
         else:
@@ -61,7 +63,9 @@ class Batch:
             # Where the target's rows stay on the device, so do the draft's: proposals are made of both.
             draft_top = top and entries_needed(draft_config(config), pair.vocab_size)
         hidden = policy.needs_hidden or any(recorder is not None for recorder in recorders)
-        spare = config.max_new_tokens + config.draft_width * config.draft_depth + 2 * config.target_width
+        forest = config.draft_width * config.draft_depth
+        kept = forest if self._make is NoiseRun else 0  # of the forest before
+        spare = config.max_new_tokens + forest + kept + 2 * config.target_width
 
         options: dict[str, Any] = {
             "rows": size,

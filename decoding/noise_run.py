@@ -49,7 +49,7 @@ class NoiseRun(PromptRun):
     """The state of one prompt while it is decoded with `verification="shared_noise"`."""
 
     def _start(self) -> None:
-        self.noise = PathNoise(seed_of(self.stream), self.forest)
+        self.noise = PathNoise(seed_of(self.stream), self.forest, self.target.vocabulary_size)
 
     # Proposals.
 
@@ -72,8 +72,7 @@ class NoiseRun(PromptRun):
             asked = scorer.proposes(self.row, nodes)
         if not known and not asked:
             return None
-        with self.clock.phase("verify"):
-            return self._guess(known, unknown if asked else [], certain=layer == 1 and not unknown)
+        return self._guess(known, unknown if asked else [], certain=layer == 1 and not unknown)
 
     def _guess(self, known: list[Beam], unknown: list[Beam], certain: bool) -> Guess:
         """Q of the target's rows at `known` parents and the draft's at `unknown` ones."""
@@ -201,8 +200,10 @@ class NoiseRun(PromptRun):
                 living[node] = None
         return list(living)
 
-    def _forget(self, dead: list[int]) -> None:
+    def _prune(self) -> list[int]:
+        dead = super()._prune()
         self.noise.forget(dead)
+        return dead
 
 
 def _share(some: list[Beam], beams: list[Beam]) -> float:

@@ -165,8 +165,9 @@ class PromptRun(ABC):
             yield from self._iterate()
         self.result = self._finish()
 
+    @abstractmethod
     def _start(self) -> None:
-        """Before the first iteration."""
+        """Take from the stream what the rule needs, before the first iteration."""
 
     # One iteration: draft, verify, commit.
 
@@ -176,8 +177,8 @@ class PromptRun(ABC):
         root = self._root_context()
         layers = (yield from self._draft_forest(root)) if self.draft is not None else []
         drafted = [node for layer in layers for node in layer.nodes]
-        fresh = {node for node in drafted if not self.target.cache.holds(self.row, node)}
         if self.recorder is not None:
+            fresh = {node for node in drafted if not self.target.cache.holds(self.row, node)}
             drafts = [list(zip(layer.nodes, layer.weights, strict=True)) for layer in layers]
             self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], drafts)
         wanted = dict.fromkeys([beam.node for beam in self.beams] + [n for n in drafted if not self._ended(n)])
@@ -247,10 +248,9 @@ class PromptRun(ABC):
         context = self._draft_context(root, layer, proposal, widths)
         with self.clock.phase("policy"):
             width = clip(self.policy.draft_width(context), 1, self.config.draft_width)
-        with self.clock.phase("verify"):
-            picks = self._propose(proposal, width)
-            drafts = proposal.joint.entries(picks)
-            nodes = [self.forest.child(parent, token) for parent, token, _ in drafts]
+        picks = self._propose(proposal, width)
+        drafts = proposal.joint.entries(picks)
+        nodes = [self.forest.child(parent, token) for parent, token, _ in drafts]
         return DraftedLayer(context, proposal, picks, nodes, [weight for _, _, weight in drafts])
 
     def _draft_context(
@@ -385,20 +385,17 @@ class PromptRun(ABC):
             self.rules.listener(tokens[self._told :])
             self._told = len(tokens)
 
-    def _prune(self) -> None:
-        """Free what leads to no beam."""
+    def _prune(self) -> list[int]:
+        """Free what leads to no beam; returns the nodes that died."""
         if self.config.one_beam_cache and not self.done:
             self.beams = self.beams[:1]
         live = self._living()
         dead = self.forest.release(list(set(self.touched)), set(live))
-        self._forget(dead)
         self.target.forget(self.row, dead, live)
         if self.draft is not None:
             self.draft.forget(self.row, dead, live)
         self.touched = live  # they may die before they are used again
-
-    def _forget(self, dead: list[int]) -> None:
-        """Nodes died."""
+        return dead
 
     def _living(self) -> list[int]:
         """Nodes whose paths stay."""

@@ -520,8 +520,8 @@ Pair = frozenset[tuple[int, ...]]
 def pair_chances(processors: list[Any]) -> dict[Pair, float]:
     """Exact chance of each pair of sequences after two steps of transformers' sampled beam search without EOS.
 
-    Four draws without replacement from the joint at each step; the two likeliest go on, but the last token ends all, and
-    then the first two drawn count.
+    Four draws without replacement from the joint at each step; the two likeliest go on, but the last token ends all,
+    and then the first two drawn count.
     """
 
     def draws_of(weights: dict[tuple[int, ...], float], count: int) -> Iterator[tuple[list[tuple[int, ...]], float]]:
