@@ -72,6 +72,7 @@ class NoiseRun(PromptRun):
             asked = scorer.proposes(self.row, nodes)
         if not known and not asked:
             return None
+        # A forest's first parents are the beams themselves: where all are known, so is what the target will select.
         return self._guess(known, unknown if asked else [], certain=layer == 1 and not unknown)
 
     def _guess(self, known: list[Beam], unknown: list[Beam], certain: bool) -> Guess:
@@ -82,9 +83,10 @@ class NoiseRun(PromptRun):
             joint = self._joint(cast(DraftScorer, self.draft), unknown, "draft")
         else:
             joint = self._mixed(known, unknown)
-        config, of_target = self.config, {beam.node for beam in known}
+        config = self.config
         count = max(_LEAST_RANKED, 2 * config.draft_width, config.oversample * config.target_width)
         parents = best_first([*known, *unknown])
+        of_target = {beam.node for beam in known}
         is_known = [beam.node in of_target for beam in parents]
         return Guess(joint, parents, is_known, certain, run_race(joint, self.noise, count))
 
@@ -114,11 +116,11 @@ class NoiseRun(PromptRun):
 
     def _draft_order(self, guess: Guess, width: int) -> IntArray:
         """Places of the race on Q in the order in which they are drafted; what cannot be continued needs no pass."""
-        config, race, probs = self.config, guess.race, guess.joint
+        config, race, joint = self.config, guess.race, guess.joint
         live = ~np.isin(race.tokens, list(self.eos)) if self.eos else np.ones(len(race), dtype=bool)
         cut = config.draft_cut(width)
-        if not guess.certain and isinstance(probs, Joint) and config.warp == "joint" and cut and cut < len(probs):
-            live &= probs.probs[race.picks] >= np.partition(probs.probs, -cut)[-cut]  # Q was cut for the widest draft
+        if not guess.certain and isinstance(joint, Joint) and config.warp == "joint" and cut and cut < len(joint):
+            live &= joint.probs[race.picks] >= np.partition(joint.probs, -cut)[-cut]  # Q was cut for the widest draft
         return draft_order(race, live, config.target_width, config.oversample)
 
     # Steps.
