@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from controller.counts import (
+from controller.data import Batch
+from controller.losses import (
     bit_logits,
     censored,
     count_table,
@@ -19,11 +19,10 @@ from controller.counts import (
     survivor_nll,
     tails,
 )
-from controller.data import Batch
 from controller.network import WidthNet
+from decoding.support.arrays import FloatArray
 
 BINS = 15
-FloatArray = NDArray[np.float64]
 _MANY = 1 << 30
 _WIDTH_GROUPS = (("1_2", 1, 2), ("3_5", 3, 5), ("6_up", 6, _MANY))
 _LAYER_GROUPS = (("1", 1, 1), ("2", 2, 2), ("3_up", 3, _MANY))

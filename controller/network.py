@@ -1,41 +1,29 @@
-"""WidthNet: a layer's context -> accept logits a[i, k] and survivor-rank logits. Saved as safetensors + config.json."""
+"""WidthNet: a layer's context -> accept logits a[i, k] and survivor-rank logits."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import re
-import tempfile
 from itertools import chain, pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from controller.kernels import LIMIT, EarlyWeights, FloatVector, LateWeights
-from decoding.errors import UserError
-
-FORMAT = "dsbd-controller"  # what config.json says it is
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _SIZES = ("features", "draft_width", "target_width", "draft_hidden", "target_hidden", "target_features")
-_ARGUMENTS = (*_SIZES, "hidden", "layers", "dropout", "late_hidden", "projected")
-_CALIBRATED = (
+ARGUMENTS = (*_SIZES, "hidden", "layers", "dropout", "late_hidden", "projected")
+CALIBRATED = (
     "accept_temperature",
     "survivor_temperature",
     "late_survivor_temperature",
     "regret_shift",
     "late_regret_shift",
 )
+LIMIT = 5.0  # standardised inputs are clipped here
 _BASES = 16  # patterns over (i, k) that a context can add to the accept logits
 _HIDDEN_BUDGET = 100_000  # parameters that one hidden vector's projection may cost
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class WidthLogits(NamedTuple):
@@ -118,7 +106,7 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         for name, size in (("feature", features), ("late", target_features)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
-        for name in _CALIBRATED:
+        for name in CALIBRATED:
             self.register_buffer(name, torch.ones(()) if name.endswith("temperature") else torch.zeros(()))
 
     def forward(
@@ -147,6 +135,14 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
             self.late_regret_head(late) + self.late_regret_shift,
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the sizes, the weights and the calibration; equal for equal networks, wherever they were loaded."""
+        digest = hashlib.sha256(json.dumps(self.arguments, sort_keys=True).encode())
+        for name, values in sorted(self.state_dict().items()):
+            digest.update(name.encode() + values.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     @torch.no_grad()
     def start_from(
         self,
@@ -169,139 +165,6 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
     def parameter_count(self) -> int:
         """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-
-class HostNet:
-    """A WidthNet's weights for `controller.kernels`: one row at a time, at a fraction of the call overhead.
-
-    `early` and `late` have the fields of `EarlyWeights` and `LateWeights`.
-
-    Args:
-        net: its weights are copied; later changes to it are not seen.
-    """
-
-    def __init__(self, net: WidthNet) -> None:
-        def host(tensor: Tensor) -> FloatVector:
-            return np.ascontiguousarray(tensor.detach().float().cpu().numpy()).copy()
-
-        def linears(trunk: nn.Sequential) -> list[tuple[FloatVector, FloatVector]]:
-            found = [module for module in trunk if isinstance(module, nn.Linear)]
-            return [(host(linear.weight.T), host(linear.bias)) for linear in found]
-
-        def projection(linear: nn.Linear | None) -> FloatVector:
-            return host(linear.weight.T) if linear is not None else np.zeros((0, 0), np.float32)
-
-        def quality(survivor: nn.Linear, temperature: Tensor, regret: nn.Linear, shift: Tensor) -> Any:
-            weight = torch.cat([survivor.weight / temperature, regret.weight])  # [2 R - 1, hidden]
-            return host(weight.T), host(torch.cat([survivor.bias / temperature, regret.bias + shift]))
-
-        # The accept head and its basis are two linear maps in a row, and temperatures only scale: one map each.
-        accept = net.accept_basis.T / net.accept_temperature  # [W * W, bases]
-        bias = (accept @ net.accept_head.bias).view_as(net.accept_bias) + net.accept_bias / net.accept_temperature
-        early = EarlyWeights(
-            host(net.feature_mean),
-            host(1.0 / net.feature_std),
-            projection(net.draft_projection),
-            projection(net.target_projection),
-            tuple(linears(net.trunk)),
-            host((accept @ net.accept_head.weight).T),
-            host(bias),
-            *quality(net.survivor_head, net.survivor_temperature, net.regret_head, net.regret_shift),
-        )
-        late = net.late_survivor_head, net.late_survivor_temperature, net.late_regret_head, net.late_regret_shift
-        layers = (*linears(net.late_trunk), quality(*late))
-        # Plain tuples, as the kernels take them: numba works out the type of a named one anew each time.
-        self.early = tuple(early)
-        self.late = tuple(LateWeights(host(net.late_mean), host(1.0 / net.late_std), layers))
-
-
-def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, Any]) -> Path:
-    """Write a controller: model.safetensors, config.json, a model card. Never half of it.
-
-    Everything is written to a directory beside the final one, which is then renamed over it.
-
-    Args:
-        net: trained and calibrated.
-        directory: where; an older controller there is replaced.
-        provenance: JSON-able; must have the keys "features" {"version", "names"}, "pair" and "decoding".
-
-    Returns:
-        The directory.
-    """
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    fitted = {name: float(net.get_buffer(name)) for name in _CALIBRATED}
-    config = {**net.arguments, "format": FORMAT, "provenance": {**provenance, "calibration": fitted}}
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
-        fresh, old = Path(scratch) / "new", Path(scratch) / "old"
-        net.save_pretrained(fresh, config=config)
-        if directory.exists():
-            os.replace(directory, old)
-        os.replace(fresh, directory)
-    return directory
-
-
-def load_controller(path: str | Path, revision: str | None = None) -> tuple[WidthNet, dict[str, Any]]:
-    """Read what `save_controller` wrote, from a directory or from the Hugging Face hub.
-
-    Args:
-        path: a directory, or a hub id "owner/name".
-        revision: of the hub repository.
-
-    Returns:
-        The network in eval mode on the CPU, and its provenance.
-
-    Raises:
-        UserError: nothing there, not a controller, or damaged; the message says which.
-    """
-    directory = _locate(path, revision)
-    for name in (CONFIG, WEIGHTS):
-        if not (directory / name).is_file():
-            raise UserError(
-                f"{path} has no {name}: it is not a controller. Give the directory that train.py wrote "
-                f"({CONFIG} and {WEIGHTS} in it)."
-            )
-    try:
-        config = json.loads((directory / CONFIG).read_text())
-    except ValueError as error:
-        raise UserError(f"{directory / CONFIG} is not JSON ({error}); train the controller again.") from error
-    provenance = config.get("provenance") if isinstance(config, dict) else None
-    if not isinstance(provenance, dict) or config.get("format") != FORMAT:
-        raise UserError(
-            f"{directory / CONFIG} does not describe a width controller; give a directory that train.py wrote."
-        )
-    if lacking := [name for name in _ARGUMENTS if name not in config]:
-        raise _of_another_version(path, f"{CONFIG} says nothing of {', '.join(lacking)}")
-    net = WidthNet(**{name: config[name] for name in _ARGUMENTS})
-    try:
-        weights = load_file(directory / WEIGHTS)
-        if strange := sorted(set(weights) ^ set(net.state_dict())):
-            raise _of_another_version(path, f"of {', '.join(strange)} only one of the two has weights")
-        net.load_state_dict(weights)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"{directory / WEIGHTS} is damaged or of another network ({reason}); train it again."
-        ) from error
-    return net.eval().requires_grad_(False), provenance
-
-
-def _of_another_version(path: str | Path, found: str) -> UserError:
-    return UserError(f"{path} was trained by another version of this code: {found}. Train it again with train.py.")
-
-
-def _locate(path: str | Path, revision: str | None) -> Path:
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    missing = f"No controller at {path}. Train one with `python train.py`, which prints its directory"
-    if directory.exists() or not _HUB_ID.fullmatch(str(path)) or directory.parent.is_dir():
-        raise UserError(f"{missing}, or give a Hugging Face hub id (owner/name).")
-    try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{missing}; as a Hugging Face hub id it cannot be read either ({reason}).") from error
 
 
 def _projected(size: int, most: int) -> int:

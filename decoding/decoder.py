@@ -13,13 +13,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from decoding.batch import Batch
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
-from decoding.pair import ModelPair, check_prompt
+from decoding.loop.batch import Batch
+from decoding.loop.processing import Rules
+from decoding.pairs.pair import ModelPair, check_prompt
+from decoding.policies.base import WidthPolicy
+from decoding.policies.fixed import FixedWidth
 from decoding.results import DecodeResult, Recorder
-from decoding.rules import Rules
-from decoding.widths import FixedWidth, WidthPolicy
+from decoding.support.checks import whole
 
 Prompts = Sequence[Sequence[int] | Tensor] | Tensor
 Each = TypeVar("Each")
@@ -85,9 +87,8 @@ class DSBDDecoder:
         rows = as_token_lists(prompts)
         for i, row in enumerate(rows):
             check_prompt(self.pair, row, self.config, i)
-        whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
-        if batch_size is not None and not (whole and batch_size >= 1):
-            raise UserError(f"batch_size is {batch_size!r}; give a whole number of at least 1, or None for all.")
+        if batch_size is not None:
+            whole("batch_size", batch_size, least=1, hint="or None for all")
         if not rows:
             return []
         recorders = _one_each(recorder, len(rows), "recorders")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from decoding.entry import CONF_DIR
+from decoding import report
 from decoding.generate import read_arguments
+from decoding.support.entry import CONF_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,7 +39,10 @@ def commands() -> list[str]:
 def test_commands_compose(command: str) -> None:
     words = [word for word in shlex.split(command)[1:] if word != "-m"]
     if words[0] == "decoding.generate":
-        words[1:] = read_arguments(words[1:]).settings
+        _, words[1:] = read_arguments(words[1:])
+    if words[0] == "decoding.report":
+        assert report.read_arguments(words[1:]).files
+        return
     overrides = []
     for word in words[1:]:
         key, _, value = word.partition("=")

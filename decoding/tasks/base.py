@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from decoding.errors import UserError
+from decoding.support.checks import choice
 from decoding.tasks.metrics import line_metrics
 
 SPLITS = ("train", "val", "test")
@@ -57,7 +58,10 @@ class Task(Protocol):
         """
 
     def describe(self) -> dict[str, Any]:
-        """Name and settings, JSON-able; equal for two tasks that give the same prompts."""
+        """Name and all that the prompts depend on, JSON-able; equal for two tasks that give the same prompts.
+
+        Traces are found again by it. Files are described by what is in them, not by their paths.
+        """
 
 
 @dataclass(frozen=True)
@@ -226,8 +230,7 @@ def text_field(row: Mapping[str, Any], name: str, path: str | Path, number: int)
 
 def check_split(split: str) -> None:
     """UserError unless the split is one that prompts may be taken from."""
-    if split not in SPLITS:
-        raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}.")
+    choice("split", split, SPLITS)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, task: str) -> PreTrainedTokenizerBase:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from controller.features import ContextFeatures, check_features, hidden_vectors
+from decoding.dice.sampling import Joint
 from decoding.errors import UserError
-from decoding.hand_set import entropy
-from decoding.sampling import Joint
-from decoding.widths import LayerRecord, TargetContext
+from decoding.policies.base import LayerRecord, TargetContext
+from decoding.policies.hand_set import entropy
 from tests.controller.synthetic import H_P, H_Q, draft_context, joint, target_context
 
 

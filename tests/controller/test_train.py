@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,18 +20,25 @@ from omegaconf import DictConfig
 
 import train
 from controller import LearnedWidth
+from controller.checkpoint import load_controller
 from controller.features import ContextFeatures
-from controller.network import load_controller
 from decoding import UserError
-from decoding.entry import CONF_DIR
+from decoding.measure.plots import calibration_curves
+from decoding.support.entry import CONF_DIR
 from tests.controller.synthetic import CONFIG, PAIR, draft_context, target_context, write_traces
+from tests.controller.test_data import rewrite
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up traces, which no test changes."""
+    return write_traces(tmp_path_factory.mktemp("traces"), prompts=20)
 
 
 @pytest.fixture(autouse=True)
-def traces(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = write_traces(tmp_path_factory.mktemp("traces"), prompts=20)
-    monkeypatch.setattr(train, "ensure_traces", lambda cfg: directory)
-    return directory
+def traces(written: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(train, "ensure_traces", lambda cfg: written)
+    return written
 
 
 def config(directory: Path, *overrides: str) -> DictConfig:
@@ -48,6 +56,8 @@ def test_trains_calibrates_saves_and_returns_the_loss(tmp_path: Path, capsys: py
     assert {"argv", "git_sha", "versions", "traces", "training", "metrics", "reliability", "calibration"} <= set(about)
     assert about["metrics"]["val/loss"] <= loss + 1e-6  # calibrated on the same rows
     assert about["features"]["target_names"] == ContextFeatures().target_names
+    text = (tmp_path / "controller" / "config.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     for name, value in about["calibration"].items():
         assert value == pytest.approx(float(net.get_buffer(name)))
     learned = LearnedWidth.load(tmp_path / "controller", pair=PAIR)
@@ -67,6 +77,12 @@ def test_equal_seeds_give_equal_controllers(tmp_path: Path) -> None:
     assert losses[0] == losses[1] != losses[2]
     first, second = (load_controller(tmp_path / name / "controller")[0].state_dict() for name in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_hidden_states_that_would_not_be_logged_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "ensure_traces", lambda cfg: pytest.fail("collected"))
+    with pytest.raises(UserError, match=r"Set collect\.hidden=true, or leave controller\.use_hidden=false"):
+        train.main(config(tmp_path, "controller.use_hidden=true"))
 
 
 def test_fast_dev_run(tmp_path: Path) -> None:
@@ -129,23 +145,17 @@ class Interrupts(Callback):
 
 
 @pytest.mark.parametrize(
-    ("epoch", "overrides", "sentence"),
+    ("epoch", "sentence"),
     [
-        (1, [], "The best epoch so far is kept; the same command with ckpt_path={last} goes on from there."),
-        (1, ["rounds=2"], "A fit of several rounds is not resumed; the same command starts again"),
-        (0, [], "No epoch of this fit is kept; the same command starts it again"),
+        (1, "The best epoch so far is kept; the same command with ckpt_path={last} goes on from there."),
+        (0, "No epoch of this fit is kept; the same command starts it again"),
     ],
 )
 def test_an_interrupted_fit_says_how_to_go_on(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    epoch: int,
-    overrides: list[str],
-    sentence: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], epoch: int, sentence: str
 ) -> None:
     target = f"{Interrupts.__module__}.Interrupts"
-    arguments = ["trainer.max_epochs=2", "callbacks.progress_bar=null", "logger=none", *overrides]
+    arguments = ["trainer.max_epochs=2", "callbacks.progress_bar=null", "logger=none"]
     arguments += ["+trainer.enable_progress_bar=false", f"+callbacks.stop={{_target_: {target}, epoch: {epoch}}}"]
     monkeypatch.setattr(sys, "argv", ["train.py", f"paths.output_dir={tmp_path}", *arguments])
     monkeypatch.chdir(tmp_path)
@@ -162,7 +172,7 @@ def test_an_interrupted_fit_says_how_to_go_on(
     lines = capsys.readouterr().err.splitlines()
     assert lines[-2].startswith(sentence.format(last=last)) and lines[-1] == "interrupted"
     assert not list(tmp_path.rglob("*controller*"))
-    if "ckpt_path" in sentence:
+    if epoch:
         train.main(config(tmp_path / "again", f"ckpt_path={last}"))
         assert load_controller(tmp_path / "again" / "controller")
 
@@ -226,7 +236,26 @@ def test_a_crash_closes_the_run_and_leaves_no_controller(tmp_path: Path, monkeyp
     assert wandb.run is None and not (tmp_path / "controller").exists()
 
 
-def test_config_json_has_no_nan(tmp_path: Path) -> None:
+def test_what_is_saved_of_the_curves(tmp_path: Path) -> None:
     train.main(config(tmp_path, "trainer.max_epochs=1"))
-    text = (tmp_path / "controller" / "config.json").read_text()
-    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    _, about = load_controller(tmp_path / "controller")
+    saved = about["reliability"]
+    assert saved["split"] == "val" and {"survivor", "count_w1_2"} <= set(saved["curves"])
+    assert saved["predicted"] == saved["curves"]["count"]["predicted"]
+    assert calibration_curves(about)["P(K_w >= M)"]["rows"] == saved["rows"]
+    for name, curve in saved["curves"].items():
+        assert {"predicted", "observed", "rows", "error", "score"} == set(curve)
+        assert about["metrics"][f"val/{name}_ece"] == pytest.approx(curve["error"])
+        assert about["metrics"][f"val/{name}_rps"] == pytest.approx(curve["score"])
+
+
+def test_test_rows_are_what_reliability_is_measured_on(
+    tmp_path: Path, traces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = Path(shutil.copytree(traces, tmp_path / "traces"))
+    monkeypatch.setattr(train, "ensure_traces", lambda cfg: held_out)
+    rewrite(held_out, split=[("val", "test")[i // 20 % 2] if i < 80 else "train" for i in range(400)])
+    train.main(config(tmp_path / "run", "trainer.max_epochs=1"))
+    _, about = load_controller(tmp_path / "run" / "controller")
+    assert about["reliability"]["split"] == "test"
+    assert "test/count_w1_2_ece" in about["metrics"] and "val/count_w1_2_ece" not in about["metrics"]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from decoding.alibi import has_alibi
-from decoding.fused import can_fuse
+from decoding.engine.families import has_alibi
+from decoding.engine.fused import can_fuse
 
 MARK = "<!-- python -m tests.decoding.families -->"
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"

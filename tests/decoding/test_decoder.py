@@ -10,8 +10,8 @@ import torch
 
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, UserError, WidthPolicy, beam_sample
 from decoding.decoder import as_token_lists
+from decoding.policies.base import TargetContext
 from decoding.results import LayerEvent
-from decoding.widths import TargetContext
 from tests.decoding.stubs import MAX_POSITIONS, TableModel, llama_pair, random_pair
 
 PROMPT = [1, 2]
@@ -194,6 +194,7 @@ class KeptRecorder:
     """(passed, accepted, kept) of every verified layer."""
 
     shadow = None
+    needs_hidden = False
 
     def __init__(self) -> None:
         self.seen: list[tuple[bool, int, int]] = []
@@ -204,9 +205,6 @@ class KeptRecorder:
     def layer(self, event: LayerEvent) -> None:
         if event.verdict is not None:
             self.seen.append((event.record.passed, event.record.accepted, len(event.kept)))
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        pass
 
     def end(self, best_path: list[int]) -> None:
         pass
