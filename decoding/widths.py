@@ -92,7 +92,9 @@ class WidthPolicy:
     The decoder decodes each prompt with a `fork` of its own, after a `reset`, so that a prompt's widths need not depend
     on its neighbours; forks of policies that learn on line may share what they learn. A policy that keeps state must
     not let `target_width` of a layer depend on what it was shown of deeper layers (they are drafted before this one is
-    verified): contexts hold nothing of them, but memory could. That would bias the output.
+    verified): contexts hold nothing of them, but memory could. That would bias the output. Under shared noise a layer's
+    noise is the same in the next iteration; where M may be less than target_width, w and depth must not depend on what
+    an earlier iteration showed of it. With M = target_width everything may be used.
     """
 
     name = "fixed"
