@@ -288,6 +288,7 @@ class FirstSlots:
     """Records the first M of each layer as they were drawn, by what the layer started from."""
 
     shadow = None
+    needs_hidden = False
 
     def __init__(self) -> None:
         self.drawn: Counter[tuple[int, ...]] = Counter()
@@ -300,8 +301,6 @@ class FirstSlots:
         first = event.slots[: event.record.target_width]
         if len(self._forest.path(first[0])) == 1:
             self.drawn[tuple(self._forest.tokens[node] for node in first)] += 1
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None: ...
 
     def end(self, best_path: list[int]) -> None: ...
 
@@ -402,6 +401,7 @@ class Needs:
     """Records what a layer needed, what was drafted and what was selected."""
 
     shadow = None
+    needs_hidden = False
 
     def __init__(self) -> None:
         self.found: list[tuple[LayerEvent, list[int]]] = []
@@ -412,8 +412,6 @@ class Needs:
 
     def layer(self, event: LayerEvent) -> None:
         self.found.append((event, self._layers.pop(0) if event.record.draft_width else []))
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None: ...
 
     def end(self, best_path: list[int]) -> None: ...
 
