@@ -66,8 +66,9 @@ CASES: dict[str, Case] = {
         for engine, k in FEATURES
     },
 }
-# With top-k everything is on the host.
-PLACES = [(case, host) for case in CASES for host in (True, False) if host or CASES[case][-1].top_k is None]
+# With top-k everything is on the host; feature drafts are scored as other models are.
+DENSE = [case for case, (_, _, config) in CASES.items() if config.top_k is None and not case.startswith("features")]
+PLACES = [(case, host) for case in CASES for host in (True, False) if host or case in DENSE]
 
 
 @pytest.mark.parametrize(("case", "host"), PLACES, ids=[f"{case}-{'host' if h else 'device'}" for case, h in PLACES])
