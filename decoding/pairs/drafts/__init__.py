@@ -7,6 +7,7 @@ In text: `layers:8`, the target's own first layers; `ngram` or `ngram:4`, what f
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def _of_class(name: str, target: Any) -> Draft:
         raise UserError(f"draft is {name!r}, which cannot be imported: {error}. Give {ALLOWED}.") from error
     if not (inspect.isclass(kind) and issubclass(kind, Draft)):
         raise UserError(f"draft is {name!r}, which is no Draft; derive it from decoding.pairs.drafts.Draft.")
-    draft: Draft = kind(target)
-    return draft
+    make: Callable[[Any], Draft] = kind
+    return make(target)
 
 
 def draft_of(given: Any, target: Any, tokenizer: Any = None, draft_tokenizer: Any = None) -> Draft | None:
