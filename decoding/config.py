@@ -12,15 +12,20 @@ from decoding.errors import UserError
 _CHOICES = {
     "mode": ("beam_sample", "beam_search"),
     "warp": ("joint", "beam"),
+    "verification": ("rejection", "shared_noise"),
     "surplus": ("keep", "drop"),
     "refill": ("full", "width"),
     "early_stopping": (True, False, "never"),
 }
 _COUNTS = (
     *("target_width", "draft_width", "draft_depth", "min_width"),
-    *("max_new_tokens", "min_new_tokens", "num_return_sequences"),
+    *("max_new_tokens", "min_new_tokens", "num_return_sequences", "oversample"),
 )
 _FROM_ZERO = ("draft_depth", "min_new_tokens")
+# How many of Q's entries are worth a race for so many drafts: Q misses what P has if it is cut as narrowly, and a tail
+# that is never selected takes drafts from what is. (widest draft width, entries); beyond the last 80.
+_DRAFT_CUTS = ((8, 20), (24, 40), (40, 60))
+_WIDEST_CUT = 80
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class DecodingConfig:
     Args:
         mode: "beam_sample" draws from the joint distribution; "beam_search" keeps its likeliest entries, as
             `generate(num_beams=target_width, do_sample=False)` of transformers does: token for token where every layer
-            keeps target_width beams. temperature, top_k, top_p, warp and replacement do not apply to it.
+            keeps target_width beams. temperature, top_k, top_p, warp, oversample, draft_top_k, verification and
+            replacement do not apply to it.
         target_width: widest M, the beams kept after a layer.
         draft_width: widest w, the beams drafted per layer; at least `target_width`.
         draft_depth: deepest forest, in layers per iteration; 0 decodes with the target alone.
@@ -44,7 +50,14 @@ class DecodingConfig:
         temperature: divides the logits of both models; > 0.
         top_k, top_p: cut the distribution (None: whole vocabulary); see `warp`.
         warp: cut the "joint" distribution over (beam, token), or each "beam"'s row as transformers does.
-        replacement: draw a layer's beams with replacement; equal draws are one beam.
+        oversample: a step draws so many times target_width continuations and keeps the likeliest target_width of
+            them; 1 keeps what is drawn (the paper), 2 is what transformers does with one EOS token or none.
+        draft_top_k: cuts the draft's distribution, which may be any; at least `top_k`. None: where there is a top_k, 20
+            for draft widths up to 8, 40 up to 24, 60 up to 40 and 80 beyond, and never less than top_k ("rejection":
+            top_k itself).
+        verification: "shared_noise": target and draft roll the same dice, so that with target_width beams at every
+            layer the tokens are those of `beam_sample` with the same seed; "rejection": the paper's rule.
+        replacement: draw a layer's beams with replacement; equal draws are one beam. For verification="rejection".
         surplus: "keep" accepted drafts beyond M (up to target_width) or "drop" them.
         refill: a failed layer is filled to target_width ("full") or to its own M ("width").
         one_beam_cache: only the best beam enters the next iteration (2409.16560, section 3.4).
@@ -67,6 +80,9 @@ class DecodingConfig:
     top_k: int | None = None
     top_p: float | None = None
     warp: str = "joint"
+    oversample: int = 1
+    draft_top_k: int | None = None
+    verification: str = "rejection"
     replacement: bool = False
     surplus: str = "keep"
     refill: str = "full"
@@ -87,12 +103,14 @@ class DecodingConfig:
                 raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
         for name in _COUNTS:
             self._check_count(name, least=0 if name in _FROM_ZERO else 1)
-        if self.top_k is not None:
-            self._check_count("top_k", least=1)
+        for name in ("top_k", "draft_top_k"):
+            if getattr(self, name) is not None:
+                self._check_count(name, least=1)
         self._check_numbers()
         self._check_end_tokens()
         self._check_widths()
         self._check_search()
+        self._check_draws()
 
     def _check_count(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -153,12 +171,55 @@ class DecodingConfig:
     def _check_search(self) -> None:
         """Beam search draws nothing: refuse what shapes draws."""
         usual = {"temperature": 1.0, "top_k": None, "top_p": None, "replacement": False}
+        usual |= {"oversample": 1, "draft_top_k": None}
         for name, value in usual.items() if self.mode == "beam_search" else ():
             if getattr(self, name) != value:
                 raise UserError(
                     f"{name} is {getattr(self, name)!r} and mode is 'beam_search', which draws nothing: leave {name} "
                     f"at {value!r} (on the command line decoding=beam_search does), or use mode='beam_sample'."
                 )
+
+    def _check_draws(self) -> None:
+        """Refuse what the rule of verification cannot do."""
+        if self.mode == "beam_search":
+            return
+        if self.verification == "rejection" and self.oversample > 1:
+            raise UserError(
+                f"oversample is {self.oversample} and verification is 'rejection', which keeps what it draws: set "
+                "oversample=1, or verification=shared_noise."
+            )
+        if self.verification == "shared_noise" and self.replacement:
+            raise UserError(
+                "replacement is True and verification is 'shared_noise', which draws without: set replacement=False, "
+                "or verification=rejection."
+            )
+        draws = self.oversample * self.target_width
+        if self.draft_top_k is not None and self.warp == "joint" and self.draft_top_k < draws:
+            raise UserError(
+                f"draft_top_k ({self.draft_top_k}) is less than oversample * target_width ({draws}): the draft could "
+                "not propose a layer. Raise draft_top_k, or leave it out for a cut that grows with the draft width."
+            )
+        if self.top_k is None:
+            return
+        if self.draft_top_k is not None and self.draft_top_k < self.top_k:
+            raise UserError(
+                f"draft_top_k ({self.draft_top_k}) is less than top_k ({self.top_k}): the draft could not propose what "
+                "the target may draw. Raise draft_top_k, or leave it out for a cut that grows with the draft width."
+            )
+        if self.warp == "joint" and self.oversample > 1 and self.top_k < draws:
+            raise UserError(
+                f"top_k ({self.top_k}) is less than oversample * target_width ({draws}) and warp is 'joint': the cut "
+                "would leave fewer continuations than are drawn. Raise top_k, lower oversample, or set warp=beam."
+            )
+
+    def draft_cut(self, width: int) -> int | None:
+        """Entries that top-k leaves of Q where `width` are drafted; None: all."""
+        if self.draft_top_k is not None:
+            return self.draft_top_k
+        if self.top_k is None or self.verification == "rejection":
+            return self.top_k
+        grown = next((entries for widest, entries in _DRAFT_CUTS if width <= widest), _WIDEST_CUT)
+        return max(self.top_k, grown)
 
     def with_changes(self, **changes: Any) -> DecodingConfig:
         """A checked copy with some fields changed."""

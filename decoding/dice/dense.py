@@ -95,7 +95,7 @@ class DenseJoint:
         probs = self.grid.flatten()
         index = probs.nonzero().squeeze(1)  # NaN is not zero, so it is seen here
         values = torch.stack([index.double(), probs[index], self.log_p.reshape(-1)[index].double()]).cpu().numpy()
-        _check(values[1], self.model_name)
+        check_numbers(values[1], self.model_name)
         rows, tokens = np.divmod(values[0].astype(np.int64), self.grid.shape[1])
         probs_host = values[1].copy()
         probs_host.flags.writeable = False  # policies are shown this very array
@@ -152,7 +152,7 @@ def draw_dense(joint: DenseJoint, count: int, replacement: bool, dice: Dice) -> 
     picks = urn.draw(numbers, replacement)  # [count]
     log_p = joint.log_p.reshape(-1).index_select(0, picks.clamp(min=0))
     host = torch.cat([picks.double(), log_p.double(), total[None]]).cpu().numpy()  # the one wait
-    _check(host[-1:], joint.model_name)
+    check_numbers(host[-1:], joint.model_name)
     drawn = host[:count].astype(np.int64)
     drawn, logs = drawn[drawn >= 0], host[count:-1][drawn >= 0]
     joint.know(drawn.tolist(), logs)
@@ -206,8 +206,8 @@ def verify_dense(
     parts = [torch.stack([*judge.totals, *accepted, *masses, *rests]), slots, log_p]
     host = torch.cat([part.double() for part in parts]).cpu().numpy()  # the one wait
     totals, bits, left, rests_host, flat, logs = np.split(host, np.cumsum([2, width, width + 1, width, len(slots)]))
-    _check(totals[:1], target.model_name)
-    _check(totals[1:], draft.model_name)
+    check_numbers(totals[:1], target.model_name)
+    check_numbers(totals[1:], draft.model_name)
     picks = flat.astype(np.int64).tolist()
     target.know(picks, logs)  # what is outside the grid is never asked for
     places = [picks[entry] for entry in judge.entry]  # [w] each draft's slot
@@ -403,6 +403,6 @@ def _send(numbers: NDArray[np.generic], device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(numbers)).to(device, non_blocking=True)
 
 
-def _check(numbers: FloatArray, model_name: str) -> None:
+def check_numbers(numbers: FloatArray, model_name: str) -> None:
     if np.isnan(numbers).any():
         raise UserError(nan_message(model_name))

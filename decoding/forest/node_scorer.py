@@ -80,7 +80,7 @@ class NodeScorer(Protocol):
         """Last hidden states at those of `nodes` that have been scored, [N, H]; None where none is kept."""
 
     def forget(self, row: int, dead: Sequence[int], live: Sequence[int]) -> None:
-        """Nodes died; of the others, log-probabilities are asked for at `live` beams only."""
+        """Nodes died; of the others, log-probabilities are asked for at `live` nodes only."""
 
     def calls(self, row: int) -> int:
         """Times that nodes of the row's prompt were scored; the prompt itself not counted."""

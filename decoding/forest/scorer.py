@@ -278,6 +278,19 @@ class ForestScorer:
             return bool((self.log_probs(row, nodes) != -torch.inf).any())  # NaN is for others to report
         return bool((self.tops(row, nodes)[0] != -np.inf).any())
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the model's output."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def knows(self, row: int, node: int) -> bool:
+        """Whether a node has been scored, and what that gave is still there."""
+        return node in self._held(row).scored
+
+    def known(self, row: int) -> list[int]:
+        """All such nodes of a row."""
+        return list(self._held(row).scored)
+
     def tops(self, row: int, nodes: Sequence[int]) -> tuple[FloatArray, IntArray]:
         """Log-probabilities of the likeliest next tokens at scored nodes, best first, and the tokens; [N, K] each."""
         found = [self._held(row).scored[node] for node in nodes]
@@ -311,10 +324,14 @@ class ForestScorer:
         return self._states.read(row, range(len(self._held(row).tokens)))
 
     def forget(self, row: int, dead: Sequence[int], live: Sequence[int]) -> None:
-        """Free the slots of dead nodes, and all log-probabilities except at `live` beams."""
+        """Free the slots of dead nodes, and all log-probabilities except at `live` nodes."""
         held = self._held(row)
         self.cache.release(row, dead)
         held.scored = {node: held.scored[node] for node in live if node in held.scored}
+        if self.top is None and held.scored:  # whole rows: do not keep a pass's [T, V] for a few of its nodes
+            rows = [(scored.log_probs, i) for scored, i in held.scored.values() if scored.log_probs is not None]
+            own = _Scored(None, _gather(rows))
+            held.scored = {node: (own, i) for i, node in enumerate(held.scored)}
         if self._keep_hidden:
             near = {*live, *(held.forest.parents[node] for node in live)}
             held.hidden = {node: state for node, state in held.hidden.items() if node in near}

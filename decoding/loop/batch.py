@@ -6,6 +6,7 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch import Tensor
 from decoding.config import DecodingConfig
 from decoding.dice.sampling import entries_needed
 from decoding.forest.node_scorer import ScorerOptions
+from decoding.loop.noise_run import NoiseRun
 from decoding.loop.processing import Rules
-from decoding.loop.prompt_run import PromptRun
+from decoding.loop.prompt_run import PromptRun, draft_config
+from decoding.loop.rejection_run import RejectionRun
 from decoding.loop.search import SearchRun, entries_searched
 from decoding.pairs.pair import ModelPair, end_tokens
 from decoding.policies.base import WidthPolicy
@@ -49,14 +52,19 @@ class Batch:
         self.size, self.results, self.rules = size, results, rules
         self._runs: dict[int, PromptRun] = {}  # row -> the prompt in it
         processed = config.min_new_tokens > 0 or any(r is not None and r.processors is not None for r in rules)
-        searches = config.mode == "beam_search"
-        self._make: type[PromptRun] = SearchRun if searches else PromptRun
-        if searches:
-            top: int | None = entries_searched(config, len(self.ends), pair.vocab_size)
+        self._make = run_type(config)
+        top: int | None
+        draft_top: int | None
+        if config.mode == "beam_search":
+            top = draft_top = entries_searched(config, len(self.ends), pair.vocab_size)
         else:
             top = entries_needed(config, pair.vocab_size)
+            # Where the target's rows stay on the device, so do the draft's: proposals are made of both.
+            draft_top = top and entries_needed(draft_config(config), pair.vocab_size)
         hidden = policy.needs_hidden or any(recorder.needs_hidden for recorder in recorders if recorder is not None)
-        spare = config.max_new_tokens + config.draft_width * config.draft_depth + 2 * config.target_width
+        forest = config.draft_width * config.draft_depth
+        kept = forest if self._make is NoiseRun else 0  # of the forest before
+        spare = config.max_new_tokens + forest + kept + 2 * config.target_width
         options = ScorerOptions(
             rows=size,
             longest_prompt=max(map(len, prompts)),
@@ -67,7 +75,7 @@ class Batch:
             process=self._process if processed else None,
             engine=pair.engine,
         )
-        self.scorers = pair.scorers(options, drafting=config.draft_depth > 0)
+        self.scorers = pair.scorers(options, config.draft_depth > 0, replace(options, top=draft_top))
         self._prefix = shared_prefix(prompts)
         self._opened: set[int] = set()  # rows that hold the shared prefix
 
@@ -147,6 +155,13 @@ class Batch:
                     scorer.close_row(run.row)
                 heapq.heappush(free, run.row)
         return waiting
+
+
+def run_type(config: DecodingConfig) -> type[PromptRun]:
+    """What decodes a prompt under a config."""
+    if config.mode == "beam_search":
+        return SearchRun
+    return NoiseRun if config.verification == "shared_noise" else RejectionRun
 
 
 def shared_prefix(prompts: Sequence[list[int]]) -> int:

@@ -1,23 +1,24 @@
 """One prompt's decoding: draft a forest, verify it, commit what was accepted. 2409.16560.
 
-A `PromptRun` is a coroutine: it stops where it needs nodes scored, so that a batch can serve several in one pass.
+A `PromptRun` is a coroutine: it stops where it needs nodes scored, so that a batch can serve several in one pass. What
+is proposed and what of it is kept are its subclasses' matter: `NoiseRun`, `RejectionRun`, `SearchRun`.
 """
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from decoding.config import DecodingConfig
-from decoding.dice.acceptance import LayerVerdict, align, verify_layer
-from decoding.dice.dense import DenseJoint, dense_joint, draw_dense, verify_dense
-from decoding.dice.sampling import Dice, IntArray, Joint, compact_joint, draw
+from decoding.dice.dense import DenseJoint, dense_joint
+from decoding.dice.sampling import IntArray, Joint, compact_joint
 from decoding.forest.node_scorer import NodeScorer, mean_hidden
 from decoding.forest.scorer import ForestScorer
 from decoding.forest.tree import TokenForest
@@ -43,11 +44,25 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
+class Proposal:
+    """What a layer is drafted from."""
+
+    joint: Joint | DenseJoint  # Q
+    parents: list[Beam]  # those that Q continues
+
+
+@dataclass(frozen=True)
 class DraftedLayer:
     context: DraftContext
-    joint: Joint | DenseJoint  # Q
+    proposal: Proposal
     picks: np.ndarray  # [w] entries of Q, in draw order
     nodes: list[int]  # [w] the drafts
+    weights: list[float]  # [w] the draft's log-weights
+
+    @property
+    def joint(self) -> Joint | DenseJoint:
+        """Q."""
+        return self.proposal.joint
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,7 @@ class Request:
     nodes: list[int]
 
 
-class PromptRun:
+class PromptRun(ABC):
     """The state of one prompt while it is decoded.
 
     Args:
@@ -87,7 +102,7 @@ class PromptRun:
         rules: Rules | None = None,
     ) -> None:
         self.index, self.row, self.config, self.policy, self.eos = index, row, config, policy, ends
-        self.dice, self.recorder, self.rules = Dice(stream), recorder, rules
+        self.stream, self.recorder, self.rules = stream, recorder, rules
         self.forest = TokenForest()
         self.stats = DecodeStats(prompt_tokens=prompt_tokens)
         self.clock = _Clock(self.stats.seconds)
@@ -102,6 +117,7 @@ class PromptRun:
         self.done = False
         self.result: DecodeResult | None = None
         self.request = Request("target", [])
+        self._draft_config = draft_config(config)
         self._steps = self._decode()
 
     def advance(self) -> bool:
@@ -136,10 +152,15 @@ class PromptRun:
         return torch.where(possible, scores.log_softmax(-1), scores)
 
     def _decode(self) -> Generator[Request]:
+        self._start()
         self.policy.reset(self.config)
         while not self.done:
             yield from self._iterate()
         self.result = self._finish()
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Take from the stream what the rule needs, before the first iteration."""
 
     # One iteration: draft, verify, commit.
 
@@ -147,10 +168,11 @@ class PromptRun:
         seconds_before = self.stats.total_seconds
         committed_before = self.stats.new_tokens
         root = self._root_context()
-        layers = (yield from self._draft_forest(root, self.draft)) if self.draft is not None else []
+        layers = (yield from self._draft_forest(root)) if self.draft is not None else []
         drafted = [node for layer in layers for node in layer.nodes]
         if self.recorder is not None:
-            self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], _weighted(layers))
+            drafts = [list(zip(layer.nodes, layer.weights, strict=True)) for layer in layers]
+            self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], drafts)
         wanted = dict.fromkeys([beam.node for beam in self.beams] + [n for n in drafted if not self._ended(n)])
         yield Request("target", list(wanted))
         roots, drafts = len(self.beams), tuple(len(layer.nodes) for layer in layers)
@@ -177,10 +199,10 @@ class PromptRun:
             target_hidden=mean_hidden(self.target, self.row, [scored]),
         )
 
-    def _draft_forest(self, root: RootContext, scorer: NodeScorer) -> Generator[Request, None, list[DraftedLayer]]:
-        """Draw up to γ layers from the draft; the last token before max_new_tokens is never drafted.
+    def _draft_forest(self, root: RootContext) -> Generator[Request, None, list[DraftedLayer]]:
+        """Propose up to γ layers; the last token before max_new_tokens is never drafted.
 
-        Where it has nothing to propose for any beam, nothing further is drafted: known before the layer is drawn.
+        Where there is nothing to propose for any beam, nothing further is drafted: known before the layer is drawn.
         """
         layers: list[DraftedLayer] = []
         beams = self.beams
@@ -190,95 +212,92 @@ class PromptRun:
                 further = self.policy.draft_further(root, layer, widths)
             if not further or not beams:
                 break
-            nodes = [beam.node for beam in beams]
-            yield Request("draft", nodes)
-            if not scorer.proposes(self.row, nodes):
+            proposal = yield from self._proposal(root, layer, beams)
+            if proposal is None:
                 break
-            joint = self._joint(scorer, beams, "draft")
-            hidden = mean_hidden(scorer, self.row, nodes)
-            context = DraftContext(
-                root, layer, np.array([beam.weight for beam in beams]), joint, True, widths, draft_hidden=hidden
-            )
-            with self.clock.phase("policy"):
-                width = _clip(self.policy.draft_width(context), 1, self.config.draft_width)
-            picks = self._propose(joint, width)
-            drafts = joint.entries(picks)
-            nodes = [self.forest.child(parent, token) for parent, token, _ in drafts]
-            layers.append(DraftedLayer(context, joint, picks, nodes))
-            weights = {node: weight for node, (_, _, weight) in zip(nodes, drafts, strict=True)}
-            beams = _best_first(Beam(node, weight) for node, weight in weights.items() if not self._ended(node))
-            widths = (*widths, len(picks))
+            drafted = self._draft_layer(root, layer, proposal, widths)
+            layers.append(drafted)
+            weights = dict(zip(drafted.nodes, drafted.weights, strict=True))
+            beams = best_first(Beam(node, weight) for node, weight in weights.items() if not self._ended(node))
+            widths = (*widths, len(drafted.picks))
         return layers
 
-    def _propose(self, joint: Joint | DenseJoint, width: int) -> IntArray:
+    def _proposal(self, root: RootContext, layer: int, beams: list[Beam]) -> Generator[Request, None, Proposal | None]:
+        """Q after `beams`; None where it has nothing to propose."""
+        nodes, scorer = [beam.node for beam in beams], cast(NodeScorer, self.draft)
+        yield Request("draft", nodes)
+        if not scorer.proposes(self.row, nodes):
+            return None
+        return Proposal(self._joint(scorer, beams, "draft"), beams)
+
+    def _draft_layer(self, root: RootContext, layer: int, proposal: Proposal, widths: tuple[int, ...]) -> DraftedLayer:
+        """Draw a layer's drafts from Q, as many as the policy wants."""
+        context = self._draft_context(root, layer, proposal, widths)
+        with self.clock.phase("policy"):
+            width = clip(self.policy.draft_width(context), 1, self.config.draft_width)
+        picks = self._propose(proposal, width)
+        drafts = proposal.joint.entries(picks)
+        nodes = [self.forest.child(parent, token) for parent, token, _ in drafts]
+        return DraftedLayer(context, proposal, picks, nodes, [weight for _, _, weight in drafts])
+
+    def _draft_context(
+        self, root: RootContext, layer: int, proposal: Proposal, widths: tuple[int, ...]
+    ) -> DraftContext:
+        hidden = mean_hidden(cast(NodeScorer, self.draft), self.row, [beam.node for beam in proposal.parents])
+        weights = np.array([beam.weight for beam in proposal.parents])
+        return DraftContext(root, layer, weights, proposal.joint, True, widths, draft_hidden=hidden)
+
+    @abstractmethod
+    def _propose(self, proposal: Proposal, width: int) -> IntArray:
         """Entries of Q to draft, in order."""
-        return draw_entries(joint, width, self.config.replacement, self.dice)
 
     def _joint(self, scorer: NodeScorer, beams: list[Beam], name: str) -> Joint | DenseJoint:
+        """The joint distribution of one model after scored beams."""
         nodes, weights = [beam.node for beam in beams], [beam.weight for beam in beams]
+        config = self._draft_config if name == "draft" else self.config
         if scorer.top is None:
-            return dense_joint(scorer.log_probs(self.row, nodes), nodes, weights, self.config, name)
-        return compact_joint(*scorer.tops(self.row, nodes), nodes, weights, self.config, name)
+            return dense_joint(scorer.log_probs(self.row, nodes), nodes, weights, config, name)
+        return compact_joint(*scorer.tops(self.row, nodes), nodes, weights, config, name)
 
     def _verify_forest(self, root: RootContext, layers: list[DraftedLayer]) -> list[LayerRecord]:
-        """Judge layer after layer; after the last one that passes, draw one more from the target."""
+        """Judge layer after layer; after the last one that passes, take one more from the target."""
         records: list[LayerRecord] = []
         for layer in layers:
             with self.clock.phase("verify"):
                 target = self._joint(self.target, self.beams, "target")
             weights = np.array([beam.weight for beam in self.beams])
-            context = TargetContext(layer.context, target, len(layer.picks), tuple(records), weights)
+            # M may depend on P and Q, not on the layer's noise.
+            seen = replace(layer.context, noise=None)
+            context = TargetContext(seen, target, len(layer.picks), tuple(records), weights)
             records.append(self._commit_drafted(context, target, layer))
             if self.done or not records[-1].passed:
                 return records
-        with self.clock.phase("verify"):
-            target = self._joint(self.target, self.beams, "target")
-        draft_context = DraftContext(
-            root,
-            len(layers) + 1,
-            np.array([beam.weight for beam in self.beams]),
-            target,
-            drafted=False,
-            widths=tuple(len(layer.picks) for layer in layers),
-            draft_hidden=None,
-        )
-        records.append(self._commit_drawn(TargetContext(draft_context, target, 0, tuple(records)), target))
+        widths = tuple(len(layer.picks) for layer in layers)
+        while len(records) == len(layers) or self._all_known():
+            with self.clock.phase("verify"):
+                target = self._joint(self.target, self.beams, "target")
+            weights = np.array([beam.weight for beam in self.beams])
+            draft_context = DraftContext(root, len(records) + 1, weights, target, drafted=False, widths=widths)
+            records.append(self._commit_drawn(TargetContext(draft_context, target, 0, tuple(records)), target))
+            if self.done:
+                break
         return records
+
+    def _all_known(self) -> bool:
+        """Whether a further layer can be taken from the target without a pass."""
+        return False
 
     def _target_width(self, context: TargetContext) -> int:
         with self.clock.phase("policy"):
-            return _clip(self.policy.target_width(context), self.config.min_width, self.config.target_width)
+            return clip(self.policy.target_width(context), self.config.min_width, self.config.target_width)
 
+    @abstractmethod
     def _commit_drafted(self, context: TargetContext, target: Joint | DenseJoint, layer: DraftedLayer) -> LayerRecord:
-        """Verify one layer and go on with its slots."""
-        config = self.config
-        width = self._target_width(context)
-        with self.clock.phase("verify"):
-            verdict, slots = judge_layer(
-                target,
-                layer.joint,
-                layer.picks,
-                target_width=width,
-                limit=config.target_width if config.surplus == "keep" else width,
-                refill=config.target_width if config.refill == "full" else width,
-                replacement=config.replacement,
-                dice=self.dice,
-                shadow=self.recorder.shadow if self.recorder is not None else None,
-            )
-            kept = self._commit(slots)
-        record = LayerRecord(context.draft.layer, context.draft_width, width, verdict.accepted, verdict.passed)
-        self._log(LayerEvent(context, record, verdict, kept, self._drawn))
-        return record
+        """Verify one layer and go on with what is kept of it."""
 
+    @abstractmethod
     def _commit_drawn(self, context: TargetContext, target: Joint | DenseJoint) -> LayerRecord:
-        """Draw a layer from the target itself."""
-        width = self._target_width(context)
-        with self.clock.phase("verify"):
-            picks = draw_entries(target, width, self.config.replacement, self.dice)
-            kept = self._commit(target.entries(list(dict.fromkeys(picks.tolist()))))
-        record = LayerRecord(context.draft.layer, 0, width, 0, True)
-        self._log(LayerEvent(context, record, None, kept, self._drawn))
-        return record
+        """Take a layer from the target itself."""
 
     def _log(self, event: LayerEvent) -> None:
         if self.recorder is not None:
@@ -293,10 +312,14 @@ class PromptRun:
             All children as (node, weight), best first.
         """
         drawn = [Beam(self.forest.child(parent, token), weight) for parent, token, weight in children]
+        self.touched += [beam.node for beam in drawn]
+        self._mark_stopped([beam.node for beam in drawn])
+        return self._settle(drawn)
+
+    def _settle(self, drawn: list[Beam]) -> list[tuple[int, float]]:
+        """Make nodes of a layer, of which it is known whether they end, the beams; as `_commit`."""
         self._drawn = [beam.node for beam in drawn]
-        beams = _best_first(drawn)
-        self.touched += [beam.node for beam in beams]
-        self._mark_stopped([beam.node for beam in beams])
+        beams = best_first(drawn)
         self.beams = [beam for beam in beams if not self._ended(beam.node)]
         self.stats.new_tokens += 1
         ended = [self._hypothesis(beam, True) for beam in beams if self._ended(beam.node)]
@@ -346,8 +369,8 @@ class PromptRun:
             self.rules.listener(tokens[self._told :])
             self._told = len(tokens)
 
-    def _prune(self) -> None:
-        """Free what leads to no beam."""
+    def _prune(self) -> list[int]:
+        """Free what leads to no beam; returns the nodes that died."""
         if self.config.one_beam_cache and not self.done:
             self.beams = self.beams[:1]
         live = self._living()
@@ -355,14 +378,20 @@ class PromptRun:
         self.target.forget(self.row, dead, live)
         if self.draft is not None:
             self.draft.forget(self.row, dead, live)
-        self.touched = []
+        self.touched = live  # they may die before they are used again
+        return dead
 
     def _living(self) -> list[int]:
         """Nodes whose paths stay."""
         return [beam.node for beam in self.beams]
 
     def _hypotheses(self) -> list[Hypothesis]:
-        """What may be returned."""
+        """What may be returned; beams that still grow only where max_new_tokens cut them off.
+
+        Where the pool decided that decoding ends, they do not compete with it, as in transformers.
+        """
+        if self.stats.new_tokens < self.config.max_new_tokens:
+            return self.pool
         return self.pool + [self._hypothesis(beam, False) for beam in self.beams]
 
     def _finish(self) -> DecodeResult:
@@ -382,44 +411,17 @@ class PromptRun:
         return DecodeResult([h.tokens for h in best], [h.score for h in best], [h.finished for h in best], self.stats)
 
 
-def draw_entries(joint: Joint | DenseJoint, count: int, replacement: bool, dice: Dice) -> IntArray:
-    """Entries of a joint distribution, in draw order; see `draw`."""
-    if isinstance(joint, DenseJoint):
-        return draw_dense(joint, count, replacement, dice)
-    return draw(joint.probs, count, replacement, dice)
+def draft_config(config: DecodingConfig) -> DecodingConfig:
+    """The settings that Q is made with: its cut may be wider than P's."""
+    cut = config.draft_cut(config.draft_width)
+    return config if cut == config.top_k else config.with_changes(top_k=cut, draft_top_k=None)
 
 
-def judge_layer(
-    target: Joint | DenseJoint, draft: Joint | DenseJoint, picks: IntArray, **rule: Any
-) -> tuple[LayerVerdict, list[tuple[int, int, float]]]:
-    """Verify drafts, which are entries `picks` of Q; `rule` as for `verify_layer`.
-
-    Returns:
-        The verdict, and its slots as (parent node, token, the target's weight), equal draws once.
-    """
-    if isinstance(target, DenseJoint) and isinstance(draft, DenseJoint):
-        verdict = verify_dense(target, draft, picks, **rule)
-        return verdict, target.entries(dict.fromkeys(verdict.slots))
-    assert isinstance(target, Joint) and isinstance(draft, Joint)  # both models have one vocabulary and one config
-    both = align(target, draft)
-    verdict = verify_layer(both.p, both.q, both.of_draft[picks], **rule)
-    return verdict, target.entries(both.in_target(list(dict.fromkeys(verdict.slots))))
-
-
-def _weighted(layers: Iterable[DraftedLayer]) -> list[list[tuple[int, float]]]:
-    """Each layer's drafts as (node, the draft's weight), in draw order."""
-    entries = [layer.joint.entries(layer.picks) for layer in layers]
-    return [
-        [(node, weight) for node, (_, _, weight) in zip(layer.nodes, drafts, strict=True)]
-        for layer, drafts in zip(layers, entries, strict=True)
-    ]
-
-
-def _best_first(beams: Iterable[Beam]) -> list[Beam]:
+def best_first(beams: Iterable[Beam]) -> list[Beam]:
     return sorted(beams, key=lambda beam: -beam.weight)
 
 
-def _clip(width: int, least: int, most: int) -> int:
+def clip(width: int, least: int, most: int) -> int:
     return max(least, min(int(width), most))
 
 

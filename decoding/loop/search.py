@@ -16,7 +16,7 @@ from decoding.dice.dense import DenseJoint
 from decoding.dice.sampling import FloatArray, IntArray, Joint, nan_message, nothing_left_message
 from decoding.errors import UserError
 from decoding.forest.node_scorer import NodeScorer
-from decoding.loop.prompt_run import Beam, DraftedLayer, Hypothesis, PromptRun
+from decoding.loop.prompt_run import Beam, DraftedLayer, Hypothesis, PromptRun, Proposal
 from decoding.policies.base import LayerRecord, TargetContext
 from decoding.results import LayerEvent
 
@@ -41,16 +41,18 @@ class SearchRun(PromptRun):
     the lower token id. Where transformers' float32 sums tie or differ by rounding alone, it may keep another beam.
     """
 
+    def _start(self) -> None:
+        """Nothing is drawn."""
+
     def _joint(self, scorer: NodeScorer, beams: list[Beam], name: str) -> Joint:
         nodes, weights = [beam.node for beam in beams], [beam.weight for beam in beams]
         count = self.config.draft_width + len(self.eos) * len(beams)  # so many live ones are among them
         count = max(count, candidates_per_beam(len(self.eos)) * self.config.target_width)
         return ranked_joint(*scorer.tops(self.row, nodes), nodes, weights, count, name)
 
-    def _propose(self, joint: Joint | DenseJoint, width: int) -> IntArray:
+    def _propose(self, proposal: Proposal, width: int) -> IntArray:
         """The likeliest entries that can be continued."""
-        live = ~np.isin(joint.tokens, list(self.eos))
-        return np.flatnonzero(live)[:width]
+        return np.flatnonzero(~np.isin(proposal.joint.tokens, list(self.eos)))[:width]
 
     def _commit_drafted(self, context: TargetContext, target: Joint | DenseJoint, layer: DraftedLayer) -> LayerRecord:
         """Take a step; it goes on while at least M of the best live continuations, in their order, were drafted."""

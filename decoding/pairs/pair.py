@@ -143,15 +143,20 @@ class ModelPair:
         """The same target with another draft, as for the class."""
         return ModelPair(self.target, draft, self.tokenizer, self.name, self.engine, self.note)
 
-    def scorers(self, options: ScorerOptions, drafting: bool = True) -> dict[str, NodeScorer]:
+    def scorers(
+        self, options: ScorerOptions, drafting: bool = True, draft_options: ScorerOptions | None = None
+    ) -> dict[str, NodeScorer]:
         """Scorers of one batch: of the "target" and, where there is one and it is `drafting`, of the "draft".
 
         A row is opened in this order. The target's scorer keeps the hidden states that the draft reads, and no others.
+        The draft's is made with `draft_options`, None: those of the target.
         """
         drafter = self.drafter if drafting else None
         layers = drafter.target_layers if drafter is not None else ()
         target = ForestScorer(self.target, **vars(options), layers=layers)
-        return {"target": target} | ({"draft": drafter.scorer(target, options)} if drafter is not None else {})
+        return {"target": target} | (
+            {"draft": drafter.scorer(target, draft_options or options)} if drafter is not None else {}
+        )
 
     def check_forest_passes(self) -> None:
         """Make sure, once, that both models score forests as they score sequences (UserError otherwise)."""

@@ -11,9 +11,14 @@ import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from decoding.config import DecodingConfig
 from decoding.dice.sampling import Distribution, FloatArray
 from decoding.errors import UserError
+
+LEAST_SHARE = 0.01  # of the parents' weight: for less the draft is not run
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,9 @@ class DraftContext:
     drafted: bool = True
     widths: tuple[int, ...] = ()  # draft widths of the layers above
     draft_hidden: FloatArray | None = None  # [H_q] the draft's last hidden state, mean over the parents
+    # Under shared noise, for w and the layers below; a TargetContext has no noise (design 5.5).
+    known: NDArray[np.bool_] | None = None  # [B] parents whose entries of Q are the target's own
+    noise: FloatArray | None = None  # [S] E of each entry of Q, whose key is E / Q; None where Q is on the device
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,9 @@ class WidthPolicy:
     The decoder decodes each prompt with a `fork` of its own, after a `reset`, so that a prompt's widths need not depend
     on its neighbours; forks of policies that learn on line may share what they learn. A policy that keeps state must
     not let `target_width` of a layer depend on what it was shown of deeper layers (they are drafted before this one is
-    verified): contexts hold nothing of them, but memory could. That would bias the output.
+    verified): contexts hold nothing of them, but memory could. That would bias the output. Under shared noise a layer's
+    noise is the same in the next iteration; where M may be less than target_width, w and depth must not depend on what
+    an earlier iteration showed of it. With M = target_width everything may be used.
 
     What tables, plots and command lines need to know of a policy stands on its class: `name`, `knobs`, `family`.
     """
@@ -157,6 +167,14 @@ class WidthPolicy:
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
         """Whether to draft layer `layer` (at most config.draft_depth); asked before the draft model runs."""
         return True
+
+    def ask_draft(self, context: RootContext, layer: int, share: float) -> bool:
+        """Whether the draft is run for the parents of a layer that the target has not scored yet.
+
+        Asked where there are others, which propose by themselves; `share` of the parents' weight is with the unknown
+        ones. Under shared noise only.
+        """
+        return share >= LEAST_SHARE
 
     def draft_width(self, context: DraftContext) -> int:
         """w: beams to draft at this layer; clipped to 1..config.draft_width."""

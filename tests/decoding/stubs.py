@@ -178,7 +178,8 @@ class Reference:
                     growing = frozenset(child for child in children if child[-1] not in ends)
                     ended = self._best(pool | (children - growing), config.target_width)
                     if self._stops(growing, ended, layer):
-                        out[self._best(ended | growing, config.num_return_sequences)] += chance * share
+                        cut_off = growing if layer == config.max_new_tokens else frozenset()  # else the pool decided
+                        out[self._best(ended | cut_off, config.num_return_sequences)] += chance * share
                     else:
                         after[growing, ended] += chance * share
             now = after

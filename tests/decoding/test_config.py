@@ -41,6 +41,18 @@ REFUSED = [
     ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; give a token id, a list of them"),
     ({"eos_token_id": [2, None]}, "eos_token_id is"),
     ({"eos_token_id": -2}, "eos_token_id is -2"),
+    ({"verification": "coins"}, "verification is 'coins'; choose one of 'rejection', 'shared_noise'"),
+    ({"oversample": 0}, "oversample is 0; give a whole number of at least 1"),
+    ({"oversample": 2, "verification": "rejection"}, "oversample is 2 and verification is 'rejection'"),
+    ({"replacement": True, "verification": "shared_noise"}, "replacement is True and verification is 'shared_noise'"),
+    ({"top_k": 10, "draft_top_k": 9}, r"draft_top_k \(9\) is less than top_k \(10\)"),
+    ({"draft_top_k": 0}, "draft_top_k is 0; give a whole number of at least 1"),
+    (
+        {"top_k": 7, "oversample": 2, "verification": "shared_noise"},
+        r"top_k \(7\) is less than oversample \* target_width \(8\)",
+    ),
+    ({"mode": "beam_search", "oversample": 2}, "oversample is 2 and mode is 'beam_search'"),
+    ({"mode": "beam_search", "draft_top_k": 40}, "draft_top_k is 40 and mode is 'beam_search'"),
 ]
 
 
@@ -57,6 +69,16 @@ def test_edges_are_allowed() -> None:
     DecodingConfig(top_p=1.0, top_k=4, temperature=1e-3, min_width=4, num_return_sequences=4, draft_width=4)
     DecodingConfig(draft_width=1, draft_depth=0)  # nothing is drafted, so nothing can fail
     DecodingConfig(top_k=1, warp="beam", early_stopping="never", length_penalty=-1, eos_token_id=[1, 2])
+
+
+def test_the_drafts_cut_grows_with_its_width() -> None:
+    noise = {"verification": "shared_noise", "target_width": 1}
+    cuts = {width: DecodingConfig(top_k=10, **noise).draft_cut(width) for width in (1, 8, 9, 24, 25, 40, 41, 128)}
+    assert cuts == {1: 20, 8: 20, 9: 40, 24: 40, 25: 60, 40: 60, 41: 80, 128: 80}
+    assert DecodingConfig(top_k=50, **noise).draft_cut(4) == 50
+    assert DecodingConfig(top_k=10, draft_top_k=11, **noise).draft_cut(64) == 11
+    assert DecodingConfig(**noise).draft_cut(64) is None
+    assert DecodingConfig(top_k=10, verification="rejection").draft_cut(64) == 10
 
 
 def test_exact_is_shorthand() -> None:

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import decoding.dice.sampling
-import decoding.loop.prompt_run
+import decoding.loop.rejection_run
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
 from decoding.dice.dense import dense_joint
 from decoding.dice.sampling import compact_joint, top_entries
 from decoding.engine.vocabulary import VocabularyMap, match_vocabularies
 from decoding.forest.scorer import ForestScorer
-from decoding.loop.prompt_run import judge_layer
+from decoding.loop.rejection_run import judge_layer
 from tests.decoding.loop.test_exactness import CAUGHT, PASS, PROMPT, count_sets, decode_often, settings
 from tests.decoding.stubs import MAX_POSITIONS, Reference, TableModel, chi_square_p, random_pair, small_llama
 
@@ -243,7 +243,7 @@ def test_a_subset_draft_reports_the_very_q_it_draws_from(monkeypatch: pytest.Mon
         wrong = decoding.dice.sampling.Joint(draft.parents, draft.tokens, np.roll(draft.probs, 1), draft.weights)
         return judge_layer(target, wrong, picks, **rule)
 
-    monkeypatch.setattr(decoding.loop.prompt_run, "judge_layer", turned)
+    monkeypatch.setattr(decoding.loop.rejection_run, "judge_layer", turned)
     assert chi_square_p(count_sets(decode_often(pair, config, 2000)), expected) < CAUGHT
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-import decoding.loop.prompt_run
+import decoding.loop.rejection_run
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, WidthPolicy, beam_sample
 from decoding.dice.acceptance import LayerVerdict, align
 from decoding.dice.sampling import Dice, FloatArray, IntArray
@@ -358,7 +358,7 @@ def second_verifier(twice: bool = False, forgetful: bool = False) -> Callable[..
 def test_wrong_verifiers_are_caught(
     fault: dict[str, bool], replacement: bool, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding.loop.prompt_run, "verify_layer", second_verifier(**fault))
+    monkeypatch.setattr(decoding.loop.rejection_run, "verify_layer", second_verifier(**fault))
     config = settings(2, 3, 1, 2, replacement=replacement)
     pair = unlike_pair()
     expected = Reference(pair.target, PROMPT, config).returned()
@@ -383,7 +383,7 @@ class Coin(WidthPolicy):
 
 def leak_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Show each layer's first draft to the prompt's policy before it is asked for M."""
-    run = decoding.loop.prompt_run.PromptRun
+    run = decoding.loop.rejection_run.RejectionRun
     honest = run._commit_drafted
 
     def leaky(self: Any, context: TargetContext, target: Any, layer: Any) -> Any:
@@ -420,7 +420,7 @@ def test_the_slot_test_catches_a_peeking_policy(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("fault", [{"twice": True}, {"forgetful": True}], ids=str)
 def test_the_slot_test_catches_wrong_verifiers(fault: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding.loop.prompt_run, "verify_layer", second_verifier(**fault))
+    monkeypatch.setattr(decoding.loop.rejection_run, "verify_layer", second_verifier(**fault))
     recorder = SlotRecorder(replacement=False)
     decode_often(unlike_pair(), settings(2, 3, 1, 2), 1000, recorder=recorder)
     assert recorder.p_value() < CAUGHT
@@ -468,7 +468,7 @@ def test_contexts_hold_nothing_of_the_layers_drafts_or_of_what_lies_deeper(monke
     seen: list[tuple[Any, ...]] = []  # all that layer 2's context may depend on
     drafts: list[tuple[int, ...]] = []  # of layer 2, on which it must not depend
     first: list[tuple[int, ...]] = []  # of layer 1
-    run = decoding.loop.prompt_run.PromptRun
+    run = decoding.loop.rejection_run.RejectionRun
     honest = run._commit_drafted
 
     def listening(self: Any, context: TargetContext, target: Any, layer: Any) -> Any:

@@ -11,11 +11,11 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import decoding.dice.sampling
-import decoding.loop.prompt_run
+import decoding.loop.rejection_run
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
 from decoding.forest.tree import TokenForest
 from decoding.loop.processing import Rules
-from decoding.loop.prompt_run import judge_layer
+from decoding.loop.rejection_run import judge_layer
 from decoding.pairs.drafts.ngram import BACKOFF, NgramDraft, NgramIndex, NgramScorer
 from decoding.results import DecodeResult
 from tests.decoding.loop.test_exactness import CAUGHT, PASS, count_sets, settings
@@ -199,7 +199,7 @@ def test_a_wrong_q_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return judge_layer(target, wrong, picks, **rule)
 
-    monkeypatch.setattr(decoding.loop.prompt_run, "judge_layer", uniform)
+    monkeypatch.setattr(decoding.loop.rejection_run, "judge_layer", uniform)
     assert chi_square_p(count_sets(decode_often(pair, prompt, config, 2000)), expected) < CAUGHT
 
 
