@@ -3,7 +3,7 @@
     python evaluate.py controller=<directory> policies=[fixed,threshold,learned] pair=...
     python evaluate.py policies=[fixed,mine.HalfWidth] grid.fraction=[0.25,0.5]
 
-conf/evaluate.yaml has every setting; docs/results.md describes results.json.
+conf/evaluate.yaml has every setting; docs/formats.md describes results.json.
 """
 
 from __future__ import annotations

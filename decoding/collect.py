@@ -32,7 +32,7 @@ from decoding.support.progress import RunProgress
 from decoding.support.provenance import git_sha, library_versions
 from decoding.tasks.base import Prompt, Task
 from decoding.traces.recorder import TraceRecorder
-from decoding.traces.schema import SCHEMA_VERSION, ContextFeatures
+from decoding.traces.schema import SCHEMA_VERSION, Column, ContextFeatures, own_columns
 from decoding.traces.store import read_manifest, write_manifest, write_shard
 
 SHARD_PROMPTS = 25
@@ -56,6 +56,7 @@ class Collection:
     policy: WidthPolicy
     task: Task
     features: ContextFeatures
+    columns: tuple[Column, ...] = ()  # of the user's own
 
     @classmethod
     def of(cls, cfg: DictConfig, pair: ModelPair | None = None) -> Self:
@@ -71,7 +72,8 @@ class Collection:
                 "bits, which beam search does not have. Leave decoding.mode=beam_sample; a policy can be used in both."
             )
         policy, task, features = (instantiate(node) for node in (cfg.policy, cfg.data, cfg.features))
-        return cls(cfg, pair or instantiate(cfg.pair), config, policy, task, features)
+        columns = own_columns(cfg.collect.get("columns", []))
+        return cls(cfg, pair or instantiate(cfg.pair), config, policy, task, features, columns)
 
     @property
     def hidden(self) -> bool:
@@ -80,6 +82,7 @@ class Collection:
 
     def describe(self) -> dict[str, Any]:
         """What the parts say of themselves, JSON-able: neither where files lie nor which modules hold the classes."""
+        own = {column.name: repr(column.type) for column in self.columns}
         return {
             "schema_version": SCHEMA_VERSION,
             "pair": self.pair.fingerprint,
@@ -96,6 +99,7 @@ class Collection:
             "val_prompts": self.cfg.collect.val_prompts,
             "test_prompts": self.cfg.collect.get("test_prompts", 0),
             "seed": self.cfg.seed,
+            **({"columns": own} if own else {}),
         }
 
 
@@ -172,14 +176,17 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
             for at in range(0, len(chunk), size):
                 group = chunk[at : at + size]
                 seeds = [prompt_seed(cfg.seed, prompt.id) for _, prompt in group]
-                recorders = [TraceRecorder(features, sizes, shadow_seed=seed + 1) for seed in seeds]
+                recorders = [TraceRecorder(features, sizes, seed + 1, collection.columns) for seed in seeds]
                 for recorder, (split, prompt) in zip(recorders, group, strict=True):
                     recorder.start(prompt.id, split)
                 streams = [torch.Generator().manual_seed(seed) for seed in seeds]
                 decoder.generate([prompt.tokens for _, prompt in group], streams, recorders)
                 rows += [row for recorder in recorders for row in recorder.take_rows()]
                 progress.advance(task, len(group))
-            _add_shard(directory, manifest, rows, [prompt.id for _, prompt in chunk])
+            about = {"trace_key": manifest["trace_key"], "feature_names": manifest["features"]["names"]}
+            name = f"traces-{len(manifest['shards']):05d}.parquet"
+            shard = write_shard(directory, name, rows, about, collection.columns)
+            _add_shard(directory, manifest, shard, [prompt.id for _, prompt in chunk])
     manifest["complete"] = True
     write_manifest(directory, manifest)
 
@@ -197,13 +204,11 @@ def _kept(directory: Path, manifest: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def _add_shard(directory: Path, manifest: dict[str, Any], rows: list[dict[str, Any]], done: list[str]) -> None:
-    """Write a shard, then the manifest that names it."""
-    about = {"trace_key": manifest["trace_key"], "feature_names": manifest["features"]["names"]}
-    name = f"traces-{len(manifest['shards']):05d}.parquet"
-    manifest["shards"].append(write_shard(directory, name, rows, about))
+def _add_shard(directory: Path, manifest: dict[str, Any], shard: dict[str, Any], done: list[str]) -> None:
+    """Name a shard that is written, and the prompts that it holds, in the manifest."""
+    manifest["shards"].append(shard)
     manifest["done"] += done
-    manifest["rows"] += len(rows)
+    manifest["rows"] += shard["rows"]
     manifest["prompts"] += len(done)
     write_manifest(directory, manifest)
 

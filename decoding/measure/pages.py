@@ -1,6 +1,6 @@
 """Results as one reads them: tables for the terminal and for results.md, and the sentences around them.
 
-Everything here is made from what results.json holds (docs/results.md).
+Everything here is made from what results.json holds (docs/formats.md).
 """
 
 from __future__ import annotations

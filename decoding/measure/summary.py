@@ -1,6 +1,6 @@
 """What measurements come to: ratios of sums over the prompts, with paired bootstrap intervals, in JSON-able dicts.
 
-docs/results.md lists the metrics. The same resamples of the prompts serve all rows, so that two rows' ratio is paired.
+docs/formats.md lists the metrics. The same resamples of the prompts serve all rows, so that two rows' ratio is paired.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def summarise(
         kv_bytes_per_slot: of the target; adds `kv_megabytes`, of the longest prompt at its peak.
 
     Returns:
-        What docs/results.md says of `rows`; metrics that no prompt has are absent from a summary.
+        What docs/formats.md says of `rows`; metrics that no prompt has are absent from a summary.
     """
     records = [record for record in records if record.repeats]
     if not records:

@@ -28,6 +28,6 @@ def locate(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        if not module or error.name is None or not module.startswith(error.name):
-            raise  # the module is there, one that it needs is not
+        if "." not in module or error.name is None or not module.startswith(error.name):
+            raise  # there is no such module, or it is there and one that it needs is not
         return getattr(locate(module), attribute)  # a method: module.Class.method

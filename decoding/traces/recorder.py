@@ -11,7 +11,7 @@ import torch
 from decoding.dice.sampling import Dice
 from decoding.forest.tree import TokenForest
 from decoding.results import LayerEvent, Recorder
-from decoding.traces.schema import ContextFeatures
+from decoding.traces.schema import Column, ContextFeatures
 
 
 class TraceRecorder(Recorder):
@@ -21,11 +21,18 @@ class TraceRecorder(Recorder):
         features: computes the feature columns.
         hidden_sizes: (H_p, H_q), for zeros where a state is unknown; None: hidden states are not logged.
         shadow_seed: seed of the coins that judge the drafts a decoder no longer needs.
+        columns: of one's own.
     """
 
-    def __init__(self, features: ContextFeatures, hidden_sizes: tuple[int, int] | None, shadow_seed: int) -> None:
+    def __init__(
+        self,
+        features: ContextFeatures,
+        hidden_sizes: tuple[int, int] | None,
+        shadow_seed: int,
+        columns: Sequence[Column] = (),
+    ) -> None:
         self.shadow: Dice | None = Dice(torch.Generator().manual_seed(shadow_seed))
-        self._features = features
+        self._features, self._columns = features, columns
         self.needs_hidden = hidden_sizes is not None
         self._hidden_sizes = hidden_sizes or (0, 0)
         self.rows: list[dict[str, Any]] = []
@@ -66,6 +73,7 @@ class TraceRecorder(Recorder):
         if event.verdict is not None:
             row["accept_bits"] = event.verdict.bits
             row["accept_probs"] = event.verdict.probabilities
+        row |= {column.name: column.of(event) for column in self._columns}
         self._open.append((row, event.kept, event.slots))
 
     def end(self, best_path: list[int]) -> None:
