@@ -33,6 +33,7 @@ from decoding.measure.pages import (
 from decoding.measure.plots import FORMATS, drawn, plot_calibration, plot_frontier
 from decoding.measure.results_file import RESULTS, read_results, write_results
 from decoding.measure.rows import REFERENCES
+from decoding.support.checks import choice
 from decoding.support.files import write_whole
 
 FRONTIER, FRONTIER_ALSO, CALIBRATION, TABLE = "frontier", "frontier_also", "calibration", "results.md"
@@ -122,8 +123,7 @@ def read_arguments(words: Sequence[str]) -> Arguments:
     if not files:
         raise UserError(f"No results were given: {_USAGE}.")
     found = Arguments(files, **given)
-    if found.format not in FORMATS:
-        raise UserError(f"format is {found.format!r}; choose one of {', '.join(FORMATS)}.")
+    choice("format", found.format, FORMATS)
     return found
 
 
@@ -199,8 +199,8 @@ def winner_lines(runs: Runs, quality: str | None = None, speed: str = "tokens_pe
     """
     rows = joined_rows(runs)
     metrics = sorted({name for row in rows for name in row["summary"] if name.endswith("tokens_per_second")})
-    if speed not in metrics and rows:
-        raise UserError(f"speed is {speed!r}; choose one of {', '.join(metrics)}.")
+    if rows:
+        choice("speed", speed, metrics)
     lines = []
     for label, results in runs.items():
         for name, value in _qualities(results["rows"], quality).items():

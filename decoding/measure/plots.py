@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from decoding.errors import UserError
 from decoding.measure.compare import LAST, OURS, STOP, curve_of, curve_of_row, undominated
 from decoding.support.arrays import FloatArray
+from decoding.support.checks import choice
 
 FORMATS = ("png", "svg", "pdf")
 _LABELLED = 12  # rows of a plot that can all have labels
@@ -142,8 +142,7 @@ def drawn(figure: Figure, form: str = "png") -> bytes:
     Raises:
         UserError: another format.
     """
-    if form not in FORMATS:
-        raise UserError(f"format is {form!r}; choose one of {', '.join(FORMATS)}.")
+    choice("format", form, FORMATS)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=form, dpi=150)
     return buffer.getvalue()

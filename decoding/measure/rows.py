@@ -12,6 +12,7 @@ from decoding.errors import UserError
 from decoding.measure.methods import FLAGS, METHODS, TRANSFORMERS, Generate, Method, find_method
 from decoding.pairs.pair import ModelPair
 from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, TARGET_WIDTH, Knob
+from decoding.support.checks import is_number, is_whole, whole
 
 REFERENCES = ("hf_beam_sample", "beam_sample")  # a row's speed-up is over these at its own target width
 _WIDTHS = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH)
@@ -174,8 +175,7 @@ def _read_row(place: str, entry: Any, config: DecodingConfig) -> Row:
     settings = {key: value for key, value in entry.items() if key != "method"}
     _check_settings(place, method, settings)
     batch_size, draft = settings.pop("batch_size", 1), settings.pop("draft", None)
-    if batch_size < 1:
-        raise UserError(f"{place}.batch_size is {batch_size}; give a whole number of at least 1.")
+    whole(f"{place}.batch_size", batch_size, least=1)
     flags = {knob.name: settings.pop(knob.name) for knob in FLAGS if knob.name in settings}
     try:
         own_config = method.configure(config, {**flags, **settings})
@@ -201,6 +201,6 @@ def _check_settings(place: str, method: Method, settings: Mapping[str, Any]) -> 
 
 def check_kind(path: str, value: Any, kind: type) -> None:
     """Refuse a value of another kind than a knob's."""
-    kinds = (int, float) if kind is float else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+    fits = {int: is_whole(value), float: is_number(value)}
+    if not fits.get(kind, isinstance(value, kind)):
         raise UserError(f"{path} is {value!r}; give {_WORDS.get(kind, kind.__name__)}.")

@@ -26,6 +26,7 @@ from decoding.pairs.architecture import (
 )
 from decoding.pairs.drafts import Draft, draft_of
 from decoding.pairs.loading import inflated_parts, loaded_parts, tiny_parts
+from decoding.support.checks import choice
 
 
 @dataclass
@@ -64,8 +65,7 @@ class ModelPair:
     _fingerprint: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise UserError(f"engine is {self.engine!r}; choose one of {', '.join(ENGINES)}.")
+        choice("engine", self.engine, ENGINES)
         if not hasattr(self.target, "config"):
             raise UserError(f"target is {self.target!r}; give a causal language model of transformers, loaded.")
         check_architecture(self.target.config, "target")

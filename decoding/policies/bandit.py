@@ -34,6 +34,7 @@ from decoding.policies.base import (
     TargetContext,
     WidthPolicy,
 )
+from decoding.support.checks import is_whole, number, whole
 
 _DEPTHS = 4  # that the default arms have at most, besides 0
 _SPIKE = 4.0  # times an arm's fastest iteration
@@ -231,7 +232,7 @@ def _as_arms(arms: Sequence[Sequence[int]] | None) -> tuple[Arm, ...] | None:
     given = []
     for arm in arms if not isinstance(arms, str) else [arms]:
         pair = list(arm) if isinstance(arm, Sequence) and not isinstance(arm, str) else []
-        if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in pair):
+        if len(pair) != 2 or not all(is_whole(n) and n >= 0 for n in pair):
             raise UserError(f"arms holds {arm!r}; give pairs of whole numbers, (draft_width, draft_depth).")
         given.append(Arm(*pair) if pair[1] else Arm(0, 0))
     if not given:
@@ -240,19 +241,14 @@ def _as_arms(arms: Sequence[Sequence[int]] | None) -> tuple[Arm, ...] | None:
 
 
 def _check_arguments(target_width: Any, exploration: Any, memory: Any, latency: Any) -> None:
-    if target_width is not None and (isinstance(target_width, bool) or not isinstance(target_width, int)):
-        raise UserError(f"target_width is {target_width!r}; give a whole number, or None for the config's.")
-    if not _is_number(exploration) or not 0 <= exploration < math.inf:
-        raise UserError(f"exploration is {exploration!r}; give a number of 0 or more (0.1 to 1 are worth trying).")
-    if memory is not None and (not _is_number(memory) or not 1 <= memory < math.inf):
-        raise UserError(f"memory is {memory!r}; give a number of iterations, 1 or more, or None to forget nothing.")
+    if target_width is not None:
+        whole("target_width", target_width, least=1, hint="None for the config's")
+    number("exploration", exploration, least=0, hint="0.1 to 1 are worth trying")
+    if memory is not None:
+        number("memory", memory, least=1, hint="iterations; None to forget nothing")
     missing = [name for name in ("draft_cost", "target_cost", "host_cost") if not hasattr(latency, name)]
     if latency is not None and missing:
         raise UserError(
             f"latency is {type(latency).__name__!r} without {', '.join(missing)}; give an object with draft_cost, "
             "target_cost and host_cost, or None for wall seconds."
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

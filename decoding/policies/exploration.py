@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from decoding.config import DecodingConfig
-from decoding.errors import UserError
 from decoding.policies.base import DraftContext, RootContext, TargetContext, WidthPolicy
+from decoding.support.checks import number, whole
 
 
 @dataclass
@@ -35,11 +35,8 @@ class RandomWidth(WidthPolicy):
     full_share: float = 0.1
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise UserError(f"seed is {self.seed!r}; give a whole number of 0 or more.")
-        share = self.full_share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise UserError(f"full_share is {share!r}; give a number in [0, 1] (0.1 shows survivors now and then).")
+        whole("seed", self.seed, least=0)
+        number("full_share", self.full_share, least=0, most=1, hint="0.1 shows survivors now and then")
         self._random = np.random.default_rng(self.seed)
         self._full, self._most, self._depth = False, 1, 0  # of the prompt, of the iteration
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from decoding.config import DecodingConfig
 from decoding.dice.sampling import Distribution
-from decoding.errors import UserError
 from decoding.policies.base import (
     DRAFT_DEPTH,
     DRAFT_WIDTH,
@@ -25,8 +24,8 @@ from decoding.policies.base import (
     TargetContext,
     WidthPolicy,
     check_final_width,
-    check_share,
 )
+from decoding.support.checks import number
 
 
 def _knobs(own: Knob) -> tuple[Knob, ...]:
@@ -50,7 +49,7 @@ class HandSetWidth(WidthPolicy, ABC):
 
     def __init__(self, final_width: int | None = None, stop_entropy: float | None = None) -> None:
         if stop_entropy is not None:
-            _check_number("stop_entropy", stop_entropy, least=0, hint="0.5 to 2 are worth trying")
+            number("stop_entropy", stop_entropy, least=0, hint="0.5 to 2 are worth trying")
         self.final_width, self.stop_entropy = final_width, stop_entropy
         self._entropy = 0.0  # of the last layer that was drafted
 
@@ -94,7 +93,7 @@ class MassWidth(HandSetWidth):
 
     def __init__(self, share: float = 0.8, final_width: int | None = None, stop_entropy: float | None = None) -> None:
         super().__init__(final_width, stop_entropy)
-        check_share("share", share, hint="0.6 to 0.95 are worth trying")
+        number("share", share, above=0, most=1, hint="0.6 to 0.95 are worth trying")
         self.share = share
 
     def asked(self, context: TargetContext) -> int:
@@ -120,7 +119,7 @@ class GapWidth(HandSetWidth):
 
     def __init__(self, gap: float = 1.5, final_width: int | None = None, stop_entropy: float | None = None) -> None:
         super().__init__(final_width, stop_entropy)
-        _check_number("gap", gap, least=0, hint="nats; 0.5 to 3 are worth trying")
+        number("gap", gap, least=0, hint="nats; 0.5 to 3 are worth trying")
         self.gap = gap
 
     def asked(self, context: TargetContext) -> int:
@@ -147,9 +146,7 @@ class EntropyWidth(HandSetWidth):
 
     def __init__(self, scale: float = 0.5, final_width: int | None = None, stop_entropy: float | None = None) -> None:
         super().__init__(final_width, stop_entropy)
-        _check_number("scale", scale, least=0, hint="0.2 to 1 are worth trying")
-        if scale == 0:
-            raise UserError("scale is 0; give a number above 0 (0.2 to 1 are worth trying).")
+        number("scale", scale, above=0, hint="0.2 to 1 are worth trying")
         self.scale = scale
 
     def asked(self, context: TargetContext) -> int:
@@ -163,8 +160,3 @@ def entropy(joint: Distribution) -> float:
     """In nats; 0 where one entry holds everything."""
     probs = joint.probs[joint.probs > 0]  # shares of a beam search may be too small for a float
     return float(-(probs * np.log(probs)).sum())
-
-
-def _check_number(name: str, value: Any, least: float, hint: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-        raise UserError(f"{name} is {value!r}; give a number of at least {least} ({hint}).")

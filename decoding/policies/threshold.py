@@ -9,7 +9,8 @@ import numpy as np
 
 from decoding.dice.acceptance import align
 from decoding.dice.closed_form import accept_probabilities, accepted_count_table
-from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, SURPLUS, Knob, TargetContext, WidthPolicy, check_share
+from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, SURPLUS, Knob, TargetContext, WidthPolicy
+from decoding.support.checks import number
 
 
 @dataclass
@@ -32,7 +33,7 @@ class ThresholdWidth(WidthPolicy):
     as_shipped: bool = False
 
     def __post_init__(self) -> None:
-        check_share("threshold", self.threshold, hint="the paper uses 0.7 to 0.9")
+        number("threshold", self.threshold, above=0, most=1, hint="the paper uses 0.7 to 0.9")
 
     def target_width(self, context: TargetContext) -> int:
         config = context.draft.root.config

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from decoding.errors import UserError
+from decoding.support.checks import whole
 from decoding.tasks.base import Prompt, check_split, check_tokenizer, stable_hash
 from decoding.tasks.metrics import first_line, line_metrics
 
@@ -81,8 +82,7 @@ class StdlibTask:
 
     def __post_init__(self) -> None:
         for field in ("prompt_tokens", "reference_tokens"):
-            if getattr(self, field) < 2:
-                raise UserError(f"data.{field} is {getattr(self, field)}; give at least 2 tokens.")
+            whole(f"data.{field}", getattr(self, field), least=2, hint="tokens")
 
     def prompts(self, split: str, limit: int | None, tokenizer: PreTrainedTokenizerBase | None) -> list[Prompt]:
         """Prompts in turn from the split's modules, each of which gives one before any gives two.
