@@ -110,7 +110,7 @@ def summary_of(cfg: DictConfig, records: Sequence[Record], tables: Tables) -> di
 
 
 def provenance_of(cfg: DictConfig, tables: Tables) -> dict[str, Any]:
-    """Which controller and which tables of cost an evaluation was of."""
+    """The controller and the tables of cost that an evaluation was of."""
     path = cfg.controller_path
     return {
         "controller": path,
@@ -225,7 +225,7 @@ def tuning_rows(cfg: DictConfig, methods: Mapping[str, Method], config: Decoding
 
 
 def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> Tables:
-    """What passes cost here ("modelled") and, where the config names a second device, there ("also").
+    """Tables of cost for this device ("modelled") and, where the config names a second one, for that ("also").
 
     None where nobody asks: no learned rows, nothing to tune, and no other device than this one.
     """
@@ -280,7 +280,7 @@ def tune(
 def decoded_alone(
     row: Row, prompts: Sequence[Prompt], pair: ModelPair, task: Task, seed: int, batch_size: int
 ) -> list[Measurement]:
-    """What one row gives, scored; nothing of it is timed against anything.
+    """The scored measurement of one row by itself; nothing of it is timed against anything.
 
     Raises:
         UserError: it failed.

@@ -130,7 +130,7 @@ def check_checkpoint(checkpoint: dict[str, Any] | None, module: ControllerModule
 
 
 class GoOn(Callback):
-    """On resuming: this fit's patience holds, and the best epoch stays the best though it lies in another folder."""
+    """Lets this fit's patience hold on resuming, and the best epoch stay the best though it lies in another folder."""
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -160,7 +160,7 @@ def interruptible(trainer: Trainer) -> Iterator[None]:
 
 
 def what_is_kept(trainer: Trainer) -> str:
-    """How to go on after an interrupted fit."""
+    """The sentence on how to go on after an interrupted fit."""
     last = getattr(trainer.checkpoint_callback, "last_model_path", "")
     if not last or not Path(last).is_file():
         return "No epoch of this fit is kept; the same command starts it again, with the traces that are there."
@@ -213,7 +213,7 @@ def describe_curves(curves: dict[str, Curve], split: str) -> dict[str, Any]:
 def describe(
     cfg: DictConfig, data: TraceDataModule, features: Any, metrics: dict[str, float], seconds: float
 ) -> dict[str, Any]:
-    """Where a controller came from and how good it is; JSON-able, saved in its config.json."""
+    """The origin of a controller and how good it is; JSON-able, saved in its config.json."""
     return {
         **provenance(),
         "pair": data.manifest["pair"],

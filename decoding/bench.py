@@ -170,7 +170,7 @@ class Bench:
         console.print("\n".join([*headlines(self.results), f"\n{BENCH}: {path}"]), highlight=False, soft_wrap=True)
 
     def write(self) -> Path:
-        """bench.json as it stands."""
+        """Write bench.json as far as the run has come."""
         self.results["failed"] = {record.row.name: record.error for record in self.records if record.error is not None}
         self.results["rows"] = summarise(
             self.records,

@@ -75,11 +75,11 @@ class Collection:
 
     @property
     def hidden(self) -> bool:
-        """Whether hidden states are logged."""
+        """True where hidden states are logged."""
         return bool(self.cfg.collect.get("hidden", False))
 
     def describe(self) -> dict[str, Any]:
-        """What the parts say of themselves, JSON-able: neither where files lie nor which modules hold the classes."""
+        """The parts' descriptions of themselves, JSON-able: neither where files lie nor which modules hold the classes."""
         return {
             "schema_version": SCHEMA_VERSION,
             "pair": self.pair.fingerprint,
@@ -128,7 +128,7 @@ def trace_key(about: dict[str, Any]) -> str:
 
 
 def _said_by(part: Any, inherited: bool) -> dict[str, Any]:
-    """What an object says of itself; UserError where its class, or with `inherited` no base of it, says anything."""
+    """The description that an object gives of itself; UserError where its class, or with `inherited` no base of it, has any."""
     classes = type(part).__mro__ if inherited else (type(part),)
     if not any("describe" in vars(one) for one in classes):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What passes cost: the table of one device and pair, and what an iteration costs by it. Data and arithmetic only."""
+"""Costs of passes: the table of one device and pair, and the cost of an iteration by it. Data and arithmetic only."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Costs(Protocol):
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What one pass of each model costs at `nodes` scored nodes (linear in between, extrapolated beyond), and the host.
+    """Costs of one pass of each model at `nodes` scored nodes (linear in between, extrapolated beyond), and of the host.
 
     A pass costs what its number of nodes costs, whatever tree they form: the mask decides who sees whom, not what is
     computed (8 nodes below one beam, or 4 with a child each: the same within 1% on a CPU).
@@ -167,7 +167,7 @@ class UnitCosts:
         return self.target_base + self.per_node * nodes
 
     def host_cost(self, layers: int) -> float:
-        """The host costs nothing."""
+        """Cost of the host, which is nothing here."""
         return 0.0
 
 
@@ -179,7 +179,7 @@ def costs_digest(costs: Costs) -> str:
 
 
 def iteration_seconds(costs: Costs, widths: Sequence[int], roots: int) -> float:
-    """What an iteration costs: a draft pass per layer over the nodes above it, one target pass over all, the host.
+    """Cost of an iteration: a draft pass per layer over the nodes above it, one target pass over all, the host.
 
     Args:
         widths: drafts of each layer that was drafted.

@@ -148,7 +148,7 @@ class ForestRecorder:
         return accepted
 
     def end(self, best_path: list[int]) -> None:
-        """Nothing to add."""
+        """End the prompt; the view needs nothing more."""
 
 
 def _weight(joint: Distribution, parent: int, token: int) -> float | None:
@@ -214,7 +214,7 @@ class _Drawing:
         return self.quoted(text) if len(text) <= _TAIL else "..." + self.quoted(text[-_TAIL:])
 
     def legend(self) -> Iterator[Text]:
-        """What the marks in use mean, and the numbers."""
+        """Lines on the meaning of the marks in use, and of the numbers."""
         used = {seen.state for seen in self.view.nodes.values()}
         for state, style in _STYLES.items():
             if state in used:
@@ -225,7 +225,7 @@ class _Drawing:
         return _STYLES[state].ascii_mark if self.ascii_only else _STYLES[state].mark
 
     def quoted(self, text: str) -> str:
-        """As Python would write it: no control character, no escape sequence reaches the terminal."""
+        """The text as Python would write it: no control character, no escape sequence reaches the terminal."""
         return ascii(text) if self.ascii_only else repr(text)
 
 

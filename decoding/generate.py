@@ -103,7 +103,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _is_text(word: str) -> bool:
-    """Whether a word is neither an option nor what Hydra can read as a setting."""
+    """True if a word is neither an option nor readable for Hydra as a setting."""
     if word.startswith("-"):
         return False
     try:
@@ -156,7 +156,7 @@ def tokenised(pair: ModelPair, text: str) -> list[int]:
 
 
 def forest_recorder(cfg: DictConfig) -> ForestRecorder | None:
-    """What listens for --show-forest, None where it was not asked for."""
+    """The recorder that --show-forest asks for; None without it."""
     wanted = cfg.forest_iteration
     if wanted is not None:
         whole("forest_iteration", wanted, least=1)

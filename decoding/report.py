@@ -95,7 +95,7 @@ def frontiers(runs: Runs) -> dict[str, str]:
 
 
 class Arguments(NamedTuple):
-    """The command line, read."""
+    """Arguments of a command line."""
 
     files: list[str]
     out: str | None = None

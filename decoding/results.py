@@ -1,4 +1,4 @@
-"""What a decoding gives: hypotheses, what they took, and what recorders are told on the way."""
+"""Results of a decoding: hypotheses, what they took, and what recorders are told on the way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PHASES = ("prompt", "draft", "target", "verify", "policy", "other")  # prompt: b
 
 @dataclass
 class DecodeStats:
-    """What decoding one prompt took: counts, seconds, and a record of every iteration.
+    """Statistics of decoding one prompt: counts, seconds, and a record of every iteration.
 
     `records` is empty where another library decoded: of its layers nothing is known but how many there were. All lists
     below are read from it.
@@ -53,7 +53,7 @@ class DecodeStats:
 
     @property
     def passed(self) -> list[bool]:
-        """Whether every committed layer passed; a layer drawn from the target does."""
+        """For every committed layer, true if it passed; a layer drawn from the target does."""
         return [layer.passed for layer in self.layers]
 
     @property

@@ -178,7 +178,7 @@ def next_token_loss(logits_of: Logits, batch: Tensor, done: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Lessons:
-    """What the target says after every token of some sequences: its TEACHER_TOP likeliest tokens."""
+    """The target's TEACHER_TOP likeliest tokens after every token of some sequences, with their probabilities."""
 
     rows: Tensor  # [N, CONTEXT] int64
     likely: Tensor  # [N, CONTEXT, TEACHER_TOP] int16

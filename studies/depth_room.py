@@ -1,4 +1,4 @@
-"""How much is to be had from deciding the depth well: python -m studies.depth_room controller=outputs/wide/controller
+"""The gain to be had from deciding the depth well: python -m studies.depth_room controller=outputs/wide/controller
 
 Prompts are decoded as deep as the config allows, at full draft width. What an iteration would have earned and cost, had
 it stopped drafting after d layers, is arithmetic then, and so is what rules give that know more and more of it.
@@ -45,7 +45,7 @@ THRESHOLDS = np.arange(20) / 20  # on a chance, above which a rule drafts a laye
 
 @dataclass(frozen=True)
 class Iteration:
-    """What happened in an iteration that drafted as deep as it could."""
+    """An iteration that drafted as deep as it could, and what came of it."""
 
     roots: int  # input beams
     widths: tuple[int, ...]  # drafts of each layer
@@ -57,7 +57,7 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rule gives on every prompt."""
+    """Tokens, seconds and layers that a rule gives on every prompt."""
 
     knows: str
     tokens: FloatArray  # [P]
@@ -176,7 +176,7 @@ def main(cfg: DictConfig) -> list[Outcome]:
 
 
 def read_prompts(cfg: DictConfig, pair: ModelPair) -> list[Prompt]:
-    """Those that `prompts` asks for."""
+    """Prompts that `cfg.prompts` asks for."""
     split, skip, limit = cfg.prompts.split, cfg.prompts.skip, cfg.prompts.limit
     least = {"batch_size": 1, "prompts.skip": 0, "prompts.limit": 2}  # chosen on one half, measured on the other
     for name, value in zip(least, (cfg.batch_size, skip, limit), strict=True):
@@ -190,7 +190,7 @@ def read_prompts(cfg: DictConfig, pair: ModelPair) -> list[Prompt]:
 
 
 def compare(prompts: Sequence[Sequence[Iteration]], costs: Costs) -> list[Outcome]:
-    """What each rule gives where it was not tuned: threshold and depth are chosen on every other prompt.
+    """Outcome of each rule where it was not tuned: threshold and depth are chosen on every other prompt.
 
     Args:
         prompts: two or more, with the iterations of each.
@@ -231,7 +231,7 @@ def earnings(iterations: Sequence[Iteration], costs: Costs) -> tuple[FloatArray,
 
 
 def rules(iterations: Sequence[Iteration]) -> dict[str, list[FloatArray]]:
-    """By what each rule goes on to a layer, one or two ways to be tried; [N, γ], 0 where no layer can be drafted."""
+    """Scores by which each rule goes on to a layer, one or two ways to be tried; [N, γ], 0 where no layer can be drafted."""
     layers = np.array([len(iteration.widths) for iteration in iterations])[:, None]
     layer = np.arange(1, layers.max() + 1)  # [γ]
     promised, closed = np.ones((2, len(iterations), len(layer)))

@@ -74,7 +74,7 @@ def policies(controller: str | None) -> dict[str, Any]:
 
 
 def told(result: Any) -> dict[str, Any]:
-    """What a result says, but for its seconds."""
+    """All that a result says, but for its seconds."""
     stats = result.stats
     return {
         "sequences": result.sequences,

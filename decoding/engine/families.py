@@ -1,4 +1,4 @@
-"""What is known of model families beyond their configs: a record each. The others run as transformers runs them."""
+"""Model families, as far as their configs do not tell: a record each. The others run as transformers runs them."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def family_of(config: Any) -> Family:
 
 
 def has_alibi(config: Any) -> bool:
-    """Whether a model of this config makes an ALiBi bias."""
+    """True if a model of this config makes an ALiBi bias."""
     return family_of(config).alibi and getattr(config, "alibi", True)

@@ -21,7 +21,7 @@ from decoding.errors import UserError
 
 @dataclass
 class PassInputs:
-    """What a pass reads: T tokens of `rows` prompts, each row's in N = T / rows places, or ragged with `pad`."""
+    """Inputs of a pass: T tokens of `rows` prompts, each row's in N = T / rows places, or ragged with `pad`."""
 
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64
@@ -38,22 +38,22 @@ class PassInputs:
 
     @property
     def rows(self) -> int:
-        """Rows read."""
+        """Number of rows that the pass reads."""
         return self.mask.shape[0]
 
     @property
     def masks(self) -> dict[bool, Tensor]:
-        """Of layers that slide (True), and of those that do not."""
+        """The attention mask by kind of layer: {slides: mask}."""
         return {True: self.mask if self.window_mask is None else self.window_mask, False: self.mask}
 
     @property
     def read(self) -> int:
-        """S: slots read in each row."""
+        """S, the number of slots that the pass reads in each row."""
         return self.mask.shape[3]
 
 
 class PassOutput(NamedTuple):
-    """What a pass gives; with `last_only` the first two are of the last token alone."""
+    """Outputs of a pass; with `last_only` the first two are of the last token alone."""
 
     logits: Tensor  # [T, V]
     hidden: Tensor | None = None  # [T, H] what the head read, where asked for
@@ -67,14 +67,14 @@ class Store(Protocol):
     capacity: int
 
     def grow(self, capacity: int) -> None:
-        """More slots in each row; what is in the buffer stays."""
+        """Give each row more slots; what is in the buffer stays."""
 
     def copy_slots(self, source: int, row: int, count: int) -> None:
         """Copy the first `count` slots of one row into another: a prefix that prompts share."""
 
     @property
     def bytes(self) -> int:
-        """Memory taken."""
+        """Bytes of memory that the buffer takes."""
         ...
 
 
@@ -86,7 +86,7 @@ class Forward(Protocol):
     name: str
 
     def new_store(self, rows: int, capacity: int) -> Any:
-        """An empty buffer."""
+        """A new, empty KV buffer."""
 
     def __call__(self, inputs: PassInputs, store: Any) -> PassOutput:
         """Run a pass."""
@@ -150,7 +150,7 @@ class TransformersStore(Cache):
         super().__init__(layers=list(self._flat))
 
     def grow(self, capacity: int) -> None:
-        """More slots in each row; what is in the buffer stays."""
+        """Give each row more slots; what is in the buffer stays."""
         for layer in self._flat:
             if layer.is_initialized:
                 layer.keys, layer.values = (
@@ -168,7 +168,7 @@ class TransformersStore(Cache):
 
     @property
     def bytes(self) -> int:
-        """Memory taken."""
+        """Bytes of memory that the buffer takes."""
         buffers = [b for layer in self._flat if layer.is_initialized for b in (layer.keys, layer.values)]
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 

@@ -33,7 +33,7 @@ Residual = Callable[[Tensor, Tensor], Tensor]  # (input, residual) -> residual +
 
 
 def can_fuse(model: Any) -> bool:
-    """Whether `FusedForward` knows this model: the family, plain float weights on one device, nothing hooked in."""
+    """True if `FusedForward` knows this model: the family, plain float weights on one device, nothing hooked in."""
     config = model.config
     if type(model).__name__ != family_of(config).fused or getattr(config, "hidden_act", None) != "silu":
         return False
@@ -52,7 +52,7 @@ def can_fuse(model: Any) -> bool:
 
 
 def hooked(model: Any) -> bool:
-    """Whether someone watches or changes what passes between the model's modules, which a fused pass would skip."""
+    """True if someone watches or changes what passes between the model's modules, which a fused pass would skip."""
     return any(
         module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules()
     )
@@ -71,7 +71,7 @@ class FusedStore:
         self._views: dict[tuple[int, int, int], list[tuple[Tensor, Tensor]]] = {}
 
     def grow(self, capacity: int) -> None:
-        """More slots in each row; what is in the buffer stays."""
+        """Give each row more slots; what is in the buffer stays."""
         self.buffers = [larger(buffer, self.rows, self.capacity, capacity) for buffer in self.buffers]
         self.capacity, self.turns = capacity, self._rotation(capacity)
         self._views.clear()
@@ -84,11 +84,11 @@ class FusedStore:
 
     @property
     def bytes(self) -> int:
-        """Memory taken."""
+        """Bytes of memory that the buffer takes."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def views(self, inputs: PassInputs) -> list[tuple[Tensor, Tensor]]:
-        """What a pass reads of each layer: keys and values, [rows, heads, S, dim]."""
+        """The keys and values of each layer that a pass reads, [rows, heads, S, dim] each."""
         key = (inputs.first_row, inputs.rows, inputs.read)
         views = self._views.get(key)
         if views is None:
@@ -118,7 +118,7 @@ class _Norm:
         return _linear(weight * (self.weight * self._width**0.5) if self._folded else weight, bias)
 
     def __call__(self, states: Tensor) -> Tensor:
-        """[T, H] both ways."""
+        """Normalise states, [T, H] both ways."""
         if self._floor is None:
             return F.rms_norm(states, (self._width,), self.weight, self.eps)
         return states / torch.linalg.vector_norm(states, dim=-1, keepdim=True).hypot_(self._floor)
@@ -150,7 +150,7 @@ _made: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], weakref.ref[A
 
 
 def _shared(module: nn.Module, weights: Iterable[Tensor], make: Callable[[], Any]) -> Any:
-    """What `make` returns, once for all models that share a module, and again when the weights have changed."""
+    """The result of `make`, once for all models that share a module, and again when the weights have changed."""
     weights = list(weights)
     made_for, made = _made.get(module, (None, lambda: None))
     thing = made() if made_for == signature(weights) else None
@@ -188,7 +188,7 @@ class FusedForward:
         self._rotary = model.model.rotary_emb
 
     def new_store(self, rows: int, capacity: int) -> FusedStore:
-        """An empty buffer."""
+        """A new, empty KV buffer."""
         return FusedStore(self._embedding, rows, capacity, len(self._layers), self._kv_heads, self._dim, self._rotation)
 
     def __call__(self, inputs: PassInputs, store: FusedStore) -> PassOutput:
@@ -228,7 +228,7 @@ class FusedForward:
         return PassOutput(logits, self._normed(states) if inputs.hidden else None, kept)
 
     def _normed(self, states: Tensor) -> Tensor:
-        """What the model's own head reads, [T, H] both ways; `_norm` leaves its weight to the head."""
+        """States as the model's own head reads them, [T, H] both ways; `_norm` leaves its weight to the head."""
         return F.rms_norm(states, states.shape[-1:], self._norm.weight, self._norm.eps)
 
     def _turned(self, qkv: Tensor, turns: Tensor, layer: _Layer) -> Tensor:
@@ -295,7 +295,7 @@ def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor |
 
 
 def _packs(weight: Tensor) -> bool:
-    """Whether this weight is laid out anew for oneDNN: 1.5 to 3 times the speed of a plain product at 4 to 32 rows."""
+    """True if this weight is laid out anew for oneDNN: 1.5 to 3 times the speed of a plain product at 4 to 32 rows."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32

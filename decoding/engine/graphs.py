@@ -36,11 +36,11 @@ class GraphedForward:
         self.captures = self.replays = self.eager = 0
 
     def new_store(self, rows: int, capacity: int) -> Any:
-        """An empty buffer."""
+        """A new, empty KV buffer."""
         return self._forward.new_store(rows, capacity)
 
     def __call__(self, inputs: PassInputs, store: Any) -> PassOutput:
-        """As the captured forward; the tensors are overwritten by the next pass of the same shape."""
+        """Run one pass of the captured forward; the tensors are overwritten by the next pass of the same shape."""
         slides = inputs.window_mask is not None
         shape = (inputs.rows, inputs.tokens.shape[0], inputs.read)
         key = (id(store), store.capacity, *shape, inputs.hidden, inputs.layers, slides)

@@ -35,7 +35,7 @@ class LayerStates:
         rows[row, :count] = rows[source, :count]
 
     def grow(self, capacity: int) -> None:
-        """More slots in each row; what is kept stays."""
+        """Give each row more slots; what is kept stays."""
         if self._states is not None:
             self._states = larger(self._states, self._rows, self._capacity, capacity)
         self._capacity = capacity

@@ -19,7 +19,7 @@ def window_of(config: Any) -> int | None:
 
 
 def sliding_layers(config: Any) -> list[bool]:
-    """Whether each layer sees a window only."""
+    """For each layer, true if it sees a window only."""
     text = config.get_text_config()
     count = text.num_hidden_layers
     kinds = getattr(text, "layer_types", None)

@@ -50,11 +50,11 @@ class VocabularyMap:
 
     @property
     def shared(self) -> int:
-        """S: tokens of both."""
+        """S, the number of tokens that both vocabularies have."""
         return min(self.size, self.draft_size) if self.target_rows is None else len(self.target_rows)
 
     def to(self, device: torch.device) -> VocabularyMap:
-        """The same map for logits on `device`."""
+        """This map for logits on `device`."""
         if self.target_rows is None or self.draft_rows is None or self.target_rows.device == device:
             return self
         return replace(self, target_rows=self.target_rows.to(device), draft_rows=self.draft_rows.to(device))
@@ -79,20 +79,20 @@ class VocabularyMap:
 
     @property
     def digest(self) -> bytes:
-        """Equal for equal maps."""
+        """A hash that is equal for equal maps."""
         numbers = [self.size, self.draft_size, self.filler, *(self.ids or ())]
         rows = [] if self.target_rows is None else self.target_rows.tolist()
         return hashlib.sha256(np.array([*numbers, -1, *rows], dtype=np.int64).tobytes()).digest()
 
     def describe(self) -> dict[str, Any]:
-        """For results and traces; JSON-able."""
+        """The map in a few numbers for results and traces; JSON-able."""
         return {"draft_size": self.draft_size, "shared": self.shared, "by": "id" if self.ids is None else "token"}
 
 
 def match_vocabularies(
     size: int, draft_size: int, tokenizer: Any | None, draft_tokenizer: Any | None
 ) -> VocabularyMap | None:
-    """How the draft's ids become the target's; None where both are the same and as many.
+    """The map from the draft's ids to the target's; None where both are the same and as many.
 
     Tokens are matched by their strings where both tokenizers are known; otherwise ids mean the same, as far as both
     models have them. Tokens that were added to the draft's tokenizer (special tokens are) and that the target lacks are

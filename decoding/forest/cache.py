@@ -106,7 +106,7 @@ class ForestCache:
         return masks
 
     def _position_table(self, capacity: int) -> Tensor:
-        """[rows, capacity] int64"""
+        """A table of positions, [rows, capacity] int64."""
         return torch.zeros(self.rows, capacity, dtype=torch.int64, device=self._device)
 
     def _grow(self, spare: int) -> None:
@@ -149,7 +149,7 @@ class ForestCache:
         return self._table(row).peak
 
     def holds(self, row: int, node: int) -> bool:
-        """Whether the node's keys and values are in the buffer."""
+        """True if the node's keys and values are in the buffer."""
         return node in self._table(row).slot_of
 
     def slot(self, row: int, node: int) -> int:
@@ -214,7 +214,7 @@ class ForestCache:
         return self.rows * (self.spare + 1)
 
     def filler_slot(self, row: int) -> int:
-        """Where in the flat buffer such a query writes: a slot that no mask row shows."""
+        """The place in the flat buffer where a query writes that fills up a row: a slot that no mask row shows."""
         return (row + 1) * self.capacity - 1
 
     def masks(self, base_rows: Tensor, mask_rows: Tensor, bits: Tensor, rows: int, read: int) -> Tensor:
@@ -234,7 +234,7 @@ class ForestCache:
 
     @property
     def keeps_positions(self) -> bool:
-        """Whether `note`, `positions` and `window_mask` work."""
+        """True if `note`, `positions` and `window_mask` work."""
         return self._positions is not None
 
     @property
@@ -248,7 +248,7 @@ class ForestCache:
         self._positions.view(-1).index_copy_(0, slots, positions)
 
     def positions(self, first_row: int, rows: int, read: int) -> Tensor:
-        """Of the token in each slot read, [rows, slots read]; of an empty slot, of whatever was there."""
+        """Positions of the tokens in each slot read, [rows, slots read]; for an empty slot, that of whatever was there."""
         assert self._positions is not None
         return self._positions[first_row : first_row + rows, :read]
 

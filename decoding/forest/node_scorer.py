@@ -16,7 +16,7 @@ Process = Callable[[int, Sequence[int], Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ScorerOptions:
-    """What every scorer of a batch is made with.
+    """Settings that every scorer of a batch is made with.
 
     Args:
         rows: prompts at a time.
@@ -62,7 +62,7 @@ class NodeScorer(Protocol):
         ...
 
     def proposes(self, row: int, nodes: Sequence[int]) -> bool:
-        """Whether any token may follow any of some scored nodes; where none may, nothing further is drafted."""
+        """True if any token may follow any of some scored nodes; where none may, nothing further is drafted."""
         ...
 
     def tops(self, row: int, nodes: Sequence[int]) -> tuple[FloatArray, IntArray]:

@@ -25,7 +25,7 @@ PREFILL_CHUNK = 512  # prompt tokens in a pass: bounds the memory of its mask an
 
 @dataclass
 class _Scored:
-    """What a pass gave; a node's share of it is row `i`."""
+    """Scores that one pass gave; a node's share of them is row `i`."""
 
     tops: tuple[FloatArray, IntArray] | None  # [T, K] log-probabilities of the likeliest tokens, and these
     log_probs: Tensor | None  # [T, V] on the device
@@ -271,7 +271,7 @@ class ForestScorer:
         return self._held(row).calls
 
     def proposes(self, row: int, nodes: Sequence[int]) -> bool:
-        """Whether any token may follow any of some scored nodes; processors may forbid all that the model knows."""
+        """True if any token may follow any of some scored nodes; processors may forbid all that the model knows."""
         if self._process is None:
             return True
         if self.top is None:

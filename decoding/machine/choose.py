@@ -1,4 +1,4 @@
-"""Which table of costs to plan with: measured here, kept, modelled or given."""
+"""The table of costs to plan with: measured here, kept, modelled or given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Given: TypeAlias = LatencyTable | Mapping[str, Any] | str | Path | Callable[[Mod
 
 
 def cost_table(pair: ModelPair, latency: Given | None = None, objective: str | None = None) -> LatencyTable:
-    """What passes and the host cost, in the unit of an objective.
+    """The table of costs of passes and of the host, in the unit of an objective.
 
     Args:
         pair: whose passes, where they are measured.

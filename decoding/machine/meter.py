@@ -39,7 +39,7 @@ class EnergyMeter:
 
     @property
     def available(self) -> bool:
-        """Whether this machine can tell."""
+        """True if this machine can tell the joules."""
         return self._millijoules() is not None
 
     def _millijoules(self) -> int | None:
@@ -53,7 +53,7 @@ class EnergyMeter:
 
 
 def _open(device: torch.device) -> tuple[Any, Any]:
-    """(pynvml, handle of the device), or (None, None)."""
+    """Open NVML: (pynvml, handle of the device), or (None, None)."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None, None
     try:

@@ -62,7 +62,7 @@ def cache_key(pair: ModelPair, **settings: Any) -> dict[str, Any]:
 
 
 def entry_file(key: dict[str, Any], cache_dir: str | Path | None = None) -> Path:
-    """Where the table with that key is kept; `cache_dir` None: latency/ in `cache_root`."""
+    """The file in which the table with that key is kept; `cache_dir` None: latency/ in `cache_root`."""
     directory = cache_root() / "latency" if cache_dir is None else Path(cache_dir).expanduser()
     return directory / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
 

@@ -22,7 +22,7 @@ def curve_of(method: str, settings: Mapping[str, Any]) -> str:
 
 
 def curve_of_row(row: Mapping[str, Any]) -> str:
-    """The same of a row of results, with its draft, its batch and, where several runs are joined, the run's label."""
+    """The curve of a row of results, with its draft, its batch and, where several runs are joined, the run's label."""
     run = f"{row['run']}: " if "run" in row else ""
     draft = f" draft={row['draft']}" if row.get("draft") is not None else ""
     return run + curve_of(row["method"], row["settings"]) + draft + "".join(row["name"].partition(", batch ")[1:])

@@ -1,4 +1,4 @@
-"""What a bench found: its tables, and a line for each number that one asks for.
+"""The findings of a bench: its tables, and a line for each number that one asks for.
 
 Speeds are medians over repeats with their range, log-probabilities have their 95% interval over prompts.
 """
@@ -133,7 +133,7 @@ def _speed_lines(rows: Sequence[Node]) -> list[str]:
 
 
 def _batch_lines(rows: Sequence[Node]) -> list[str]:
-    """Batched rows against the same at batch 1, repeat by repeat."""
+    """Lines on batched rows against their twins at batch 1, repeat by repeat."""
     single = {row["name"]: _speeds(row) for row in rows}
     lines = []
     for row in rows:
@@ -156,7 +156,7 @@ def _overhead_lines(rows: Sequence[Node]) -> list[str]:
 
 
 def _slot_lines(rows: Sequence[Node]) -> list[str]:
-    """At the widest rows of this engine."""
+    """The line on KV slots over sequence length, at the widest rows of this engine; none where there are no such rows."""
     engine = [row for row in rows if row["family"] != TRANSFORMERS]
     widest = max((row["config"]["target_width"] for row in engine), default=1)
     told = [

@@ -117,7 +117,7 @@ def policy_method(
 
 
 def arguments_of(knobs: tuple[Knob, ...], settings: Settings) -> dict[str, Any]:
-    """What of a row's settings a policy is made with, by its own arguments' names."""
+    """Those of a row's settings that a policy is made with, by its own arguments' names."""
     named = {knob.name: knob.argument or knob.name for knob in knobs if not knob.of_config}
     return {named.get(name, name): value for name, value in settings.items() if name not in _OF_CONFIG}
 

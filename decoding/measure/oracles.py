@@ -145,7 +145,7 @@ class SurvivorOracle(WidthPolicy):
     def drafted(
         self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
     ) -> None:
-        """Where the paths of P's parents are found."""
+        """Keep the forest, where the paths of P's parents are found."""
         self._forest = forest
 
     def layer(self, event: LayerEvent) -> None:

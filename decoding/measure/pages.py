@@ -107,7 +107,7 @@ def results_page(runs: Runs, plots: Mapping[str, str] | None = None) -> str:
 
 
 def _source_lines(label: str, results: Node) -> list[str]:
-    """Where a run's rows came from."""
+    """Lines on the origin of a run's rows."""
     source = results["provenance"]
     prompts = len(results["rows"][0]["prompts"]) if results["rows"] else 0
     note = source["pair"].get("note")
@@ -129,7 +129,7 @@ def machine_of(results: Node) -> str:
 
 
 def _run_lines(label: str, results: Node) -> list[str]:
-    """What a run says beside its rows: comparisons, failures, tuning."""
+    """Lines on a run beside its rows: comparisons, failures, tuning."""
     lines = list(comparison_lines(results))
     for name, sentence in (results.get("failed") or {}).items():
         lines += [f"{name} failed: {sentence}", ""]

@@ -1,4 +1,4 @@
-"""Where the time of a decoding goes, by operator: torch's profiler around a few iterations."""
+"""The time of a decoding by operator: torch's profiler around a few iterations."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def pass_seconds(pair: ModelPair, prompt: Sequence[int], top: int, repeats: int)
 
 @torch.inference_mode()
 def read_bandwidth(device: torch.device, repeats: int = 7) -> dict[str, Any]:
-    """How fast the device reads memory: the fastest of a sum and a matrix-vector product over a large buffer.
+    """Measure how fast the device reads memory: the fastest of a sum and a matrix-vector product over a large buffer.
 
     Returns:
         bytes_per_second (median of `repeats`), operation, buffer_bytes.

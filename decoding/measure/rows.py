@@ -54,7 +54,7 @@ class Row:
         return self.alone + (f", batch {self.batch_size}" if (self.batch_size or 1) > 1 else "")
 
     def build(self, pair: ModelPair) -> Generate:
-        """What decodes prompts by this row."""
+        """The function that decodes prompts by this row."""
         return self.method(pair, self.config, self.settings)
 
 

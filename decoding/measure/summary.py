@@ -1,4 +1,4 @@
-"""What measurements come to: ratios of sums over the prompts, with paired bootstrap intervals, in JSON-able dicts.
+"""Summaries of measurements: ratios of sums over the prompts, with paired bootstrap intervals, in JSON-able dicts.
 
 docs/results.md lists the metrics. The same resamples of the prompts serve all rows, so that two rows' ratio is paired.
 """

@@ -45,7 +45,7 @@ class Measurement:
     text: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, as in results.json."""
+        """The measurement as results.json holds it, JSON-able."""
         return vars(self) | {"stats": self.stats.to_dict()}
 
 
@@ -207,7 +207,7 @@ def keep_whole(records: Sequence[Record], count: int) -> int:
 
 
 def sentence(error: BaseException) -> str:
-    """What to tell the user of a failure."""
+    """The sentence that tells the user of a failure."""
     return str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
 
 

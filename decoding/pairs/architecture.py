@@ -1,4 +1,4 @@
-"""What a transformers model is: sizes, a sample of its weights, and which models are refused, and why."""
+"""Architecture of a transformers model: sizes, a sample of its weights, and which models are refused, and why."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """How many weights a model of this shape has."""
+        """The number of weights of a model of this shape."""
         attention = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
         layer = self.hidden_size * (attention + 3 * self.intermediate_size + 2)
         embeddings = self.vocab_size * (1 if self.tie_word_embeddings else 2)
@@ -167,12 +167,12 @@ def inflate(
 
 
 def query_scale(head_dim: int, wide_head_dim: int) -> float:
-    """What queries are multiplied by, because attention divides by the root of the head's size."""
+    """The factor of queries that undoes attention's division by the root of the head's size."""
     return math.sqrt(wide_head_dim / head_dim)
 
 
 def rotary_places(head_dim: int, wide_head_dim: int) -> Tensor:
-    """Where a head's dimensions go in a wider head, so that each keeps its frequency; [D] int64.
+    """Places of a head's dimensions in a wider head, so that each keeps its frequency; [D] int64.
 
     Pair i (dimensions i and i + D/2) turns by θ^(-2i/D) a position, and so does pair r·i of r·D dimensions.
     """
@@ -181,7 +181,7 @@ def rotary_places(head_dim: int, wide_head_dim: int) -> Tensor:
 
 
 def query_places(heads: int, kv_heads: int, wide_group: int) -> tuple[Tensor, int]:
-    """Where query heads go, so that each finds its own key-value head.
+    """Places of query heads, so that each finds its own key-value head.
 
     Args:
         heads, kv_heads: of the model, A and K.

@@ -1,4 +1,4 @@
-"""Where a pair's models come from: the package, a size to imitate, the hub or a directory.
+"""Sources of a pair's models: the package, a size to imitate, the hub or a directory.
 
 Each function returns the arguments of a `ModelPair`, whose class methods say what they mean.
 """
@@ -135,7 +135,7 @@ def _name(base: str, draft: str | None) -> str:
 
 
 def _comes_without_model(draft: str) -> bool:
-    """Whether a text names a draft that is not loaded; what looks like one and is not is refused."""
+    """True if a text names a draft that is not loaded; a text that looks like one and is not is refused."""
     if is_named(draft):
         return True
     if re.fullmatch(r"\w+:\w*", draft) and not Path(draft).exists():

@@ -140,7 +140,7 @@ class ModelPair:
         return cls(**parts, engine=engine)
 
     def with_draft(self, draft: Any) -> ModelPair:
-        """The same target with another draft, as for the class."""
+        """A pair of this target with another draft, given as for the class."""
         return ModelPair(self.target, draft, self.tokenizer, self.name, self.engine, self.note)
 
     def scorers(self, options: ScorerOptions, drafting: bool = True) -> dict[str, NodeScorer]:
@@ -175,7 +175,7 @@ class ModelPair:
 
     @property
     def device(self) -> torch.device:
-        """Where the target lives."""
+        """The device of the target."""
         return device_of(self.target)
 
     @property
@@ -199,7 +199,7 @@ class ModelPair:
         return self._fingerprint
 
     def describe(self) -> dict[str, Any]:
-        """What the pair is, for results, traces and controllers; JSON-able."""
+        """A description of the pair for results, traces and controllers; JSON-able."""
         return {
             "name": self.name,
             **({"note": self.note} if self.note else {}),

@@ -41,7 +41,7 @@ _SPIKE = 4.0  # times an arm's fastest iteration
 
 
 class Arm(NamedTuple):
-    """What an iteration drafts."""
+    """A width and a depth that an iteration may draft."""
 
     draft_width: int  # w of each layer; 0 where nothing is drafted
     draft_depth: int  # γ
@@ -177,7 +177,7 @@ class BanditWidth(WidthPolicy):
 
 
 class _Sums:
-    """What is known of the arms, and which one is next.
+    """Tokens and seconds of the arms so far, and which arm is next.
 
     Args:
         keep: what an iteration leaves of all sums.

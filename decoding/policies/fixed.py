@@ -1,4 +1,4 @@
-"""The same widths at every layer."""
+"""A policy with one width for every layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from decoding.policies.base import (
 
 @dataclass
 class FixedWidth(WidthPolicy):
-    """The same widths at every layer; what is None comes from the config.
+    """Asks for equal widths at every layer; what is None comes from the config.
 
     Args:
         target_width, draft_width, draft_depth: M, w and γ; at most the config's.

@@ -157,6 +157,6 @@ class EntropyWidth(HandSetWidth):
 
 
 def entropy(joint: Distribution) -> float:
-    """In nats; 0 where one entry holds everything."""
+    """Entropy of a joint distribution in nats; 0 where one entry holds everything."""
     probs = joint.probs[joint.probs > 0]  # shares of a beam search may be too small for a float
     return float(-(probs * np.log(probs)).sum())

@@ -1,4 +1,4 @@
-"""What the command lines share: Hydra, and one sentence for a user's mistake.
+"""The frame that the command lines share: Hydra, and one sentence for a user's mistake.
 
     @entry_point(config_name="train")
     def main(cfg: DictConfig) -> float | None: ...
@@ -114,7 +114,7 @@ def _hydra_raises() -> Iterator[None]:
 
 
 def _sentence(error: BaseException, config_name: str) -> str:
-    """What to tell the user: what was given, what is allowed."""
+    """The sentence that tells the user of a mistake: what was given, what is allowed."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):

@@ -12,7 +12,7 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def is_dotted(name: str) -> bool:
-    """Whether a text has the form of a dotted name, `module.attribute` or longer."""
+    """True if a text has the form of a dotted name, `module.attribute` or longer."""
     return _DOTTED.fullmatch(name) is not None
 
 

@@ -1,4 +1,4 @@
-"""Where a result came from: command line, code version, library versions, machine. Written beside every output."""
+"""Provenance of a result: command line, code version, library versions, machine. Written beside every output."""
 
 from __future__ import annotations
 

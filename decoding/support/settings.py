@@ -156,7 +156,7 @@ def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a YAML value may be given for an annotation; what is not understood is let through."""
+    """True if a YAML value may be given for an annotation; an annotation that is not understood lets all through."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(hint))

@@ -1,4 +1,4 @@
-"""What a task is: prompts with references, and metrics of a continuation.
+"""Tasks: prompts with references, and metrics of a continuation.
 
 Tasks that read a file (`FileTask`) share everything but how a row becomes text: `JsonlTask` here is for users' own
 prompts, the others have a file each.

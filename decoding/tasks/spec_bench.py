@@ -34,6 +34,6 @@ class SpecBenchTask(FileTask):
 
 @dataclass
 class MtBenchTask(SpecBenchTask):
-    """MT-Bench in the same format."""
+    """MT-Bench in the format of Spec-Bench."""
 
     name = "mt_bench"

@@ -87,7 +87,7 @@ class TraceRecorder:
 def deficits(
     layers: Sequence[Sequence[tuple[int, float]]], parents: Sequence[int], best_path: Sequence[int]
 ) -> list[dict[int, float]]:
-    """How far behind the best each beam's line was when it ended, in nats.
+    """Nats by which each beam's line was behind the best when it ended.
 
     A beam's line are its descendants. At the last layer that holds one of them, its deficit is the weight of that
     layer's best beam less that of its heaviest descendant; beams of the best hypothesis have none. What would have been

@@ -1,4 +1,4 @@
-"""What a trace row holds: one per (iteration, committed layer). Design section 7."""
+"""Columns of a trace: one row per (iteration, committed layer). Design section 7."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRACE_FEATURES = Features(
 
 
 class ContextFeatures(Protocol):
-    """What turns a context into the features of a row; the controller's own when logging for it."""
+    """Turns a context into the features of a row; the controller's own when logging for it."""
 
     names: list[str]
     target_names: list[str]

@@ -22,7 +22,7 @@ ALLOWED = ", ".join(kind.usage for kind in KINDS.values())
 
 
 def is_named(text: str) -> bool:
-    """Whether a text names a draft that comes without a checkpoint of its own."""
+    """True if a text names a draft that comes without a checkpoint of its own."""
     return text.partition(":")[0] in KINDS
 
 

@@ -43,7 +43,7 @@ class Draft(ABC):
 
     @abstractmethod
     def fingerprint(self) -> bytes:
-        """What tells this draft from others; the pair's fingerprint is a hash of it and of the target's."""
+        """Bytes that tell this draft from others; the pair's fingerprint is a hash of them and of the target's."""
 
     def describe(self) -> dict[str, Any]:
         """The draft's part of the pair's description, beside that of its models; JSON-able."""

@@ -33,7 +33,7 @@ class EarlyLayersDraft(ModelDraft):
 
 
 def _from_text(number: str | None, target: Any) -> EarlyLayersDraft | None:
-    """`layers:N`."""
+    """The draft that `layers:N` names."""
     count = whole_number(number)
     return EarlyLayersDraft(target, count) if count is not None else None
 

@@ -47,7 +47,7 @@ class NgramDraft(Draft):
         return f"ngram:{self.max_ngram}"
 
     def fingerprint(self) -> bytes:
-        """The name says all."""
+        """Bytes of the name, which says all."""
         return self.name.encode()
 
     def scorer(self, target: ForestScorer, options: ScorerOptions) -> NodeScorer:
@@ -63,12 +63,12 @@ class NgramDraft(Draft):
         )
 
     def assistance(self) -> dict[str, Any]:
-        """transformers' own prompt lookup, with suffixes as long."""
+        """Arguments of transformers' own prompt lookup, with suffixes as long."""
         return {"prompt_lookup_num_tokens": _LOOKUP_TOKENS, "max_matching_ngram_size": self.max_ngram}
 
 
 def _from_text(number: str | None, target: Any) -> NgramDraft | None:
-    """`ngram` or `ngram:N`, N at least 1."""
+    """The draft that `ngram` or `ngram:N` names, with N at least 1."""
     if number is None:
         return NgramDraft()
     found = whole_number(number)
@@ -79,7 +79,7 @@ KIND = NamedKind("ngram", "ngram or ngram:N (no draft model; suffixes of up to N
 
 
 class NgramIndex:
-    """Which tokens followed which n-grams in one prompt and in the paths of its forest.
+    """The tokens that followed each n-gram in one prompt and in the paths of its forest.
 
     The prompt's n-grams are counted once; those that end inside the forest are kept by node, because a beam may only
     look at its own path. A node is added, found and removed in a few dictionary operations for each n.
@@ -209,10 +209,10 @@ class NgramScorer:
         self._prompts[row] = None
 
     def close(self) -> None:
-        """Nothing is borrowed."""
+        """Give nothing back: nothing is borrowed."""
 
     def free(self) -> None:
-        """Nothing is kept."""
+        """Keep nothing: there is nothing to free."""
 
     def score(self, wanted: Mapping[int, Sequence[int]]) -> int:
         """Look up all nodes of `wanted` (row -> nodes) that were not; returns how many these are."""
@@ -239,7 +239,7 @@ class NgramScorer:
         return [log for _, log in ranked], [token for token, _ in ranked]
 
     def proposes(self, row: int, nodes: Sequence[int]) -> bool:
-        """Whether any of some scored nodes has a next token to propose."""
+        """True if any of some scored nodes has a next token to propose."""
         return any(self._held(row).scored[node][0] for node in nodes)
 
     def tops(self, row: int, nodes: Sequence[int]) -> tuple[FloatArray, IntArray]:
@@ -264,7 +264,7 @@ class NgramScorer:
         return table
 
     def hidden(self, row: int, nodes: Sequence[int]) -> Tensor | None:
-        """None: there is no model."""
+        """None, for there is no model that could have hidden states."""
         return None
 
     def forget(self, row: int, dead: Sequence[int], live: Sequence[int]) -> None:
