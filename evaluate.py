@@ -242,7 +242,7 @@ def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> Tables:
 def tune(
     cfg: DictConfig, rows: Sequence[Row], pair: ModelPair, task: Task, tables: Tables
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Hand-set settings worth measuring: those that are undominated on other prompts, on any device.
+    """Hand-set settings worth measuring: undominated on other prompts, on any device.
 
     Returns:
         The kept rows; and split, prompts, grid (name, speeds by the table of each device, log_prob, kept).

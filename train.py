@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> float:
 def fit(
     cfg: DictConfig, traces: Path, checkpoint: dict[str, Any] | None, wandb_logger: WandbLogger | None = None
 ) -> float:
-    """Train on the traces of a directory, calibrate, save to `output_dir`; returns the best `val/loss`."""
+    """Train on a directory's traces, calibrate, save to `output_dir`; returns the best `val/loss`."""
     features = instantiate(cfg.features)
     names = [*features.names, *features.target_names]
     sizes = cfg.controller.get("batch_size", 512), cfg.controller.get("use_hidden", False), cfg.max_train_rows
@@ -200,7 +200,7 @@ def curve_metrics(curves: dict[str, Curve], split: str) -> dict[str, float]:
 
 
 def describe_curves(curves: dict[str, Curve], split: str) -> dict[str, Any]:
-    """JSON-able: the bins of P(K_w >= M) (predicted, observed, rows), the split, and all curves by name."""
+    """JSON-able: bins of P(K_w >= M) (predicted, observed, rows), the split, all curves by name."""
     pooled = curves.get(
         "count", Curve(reliability_from_sums(torch.zeros(3, BINS)), float("nan"))
     )  # empty: nothing drafted

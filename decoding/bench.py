@@ -211,7 +211,7 @@ class Bench:
 
 
 def row_to_profile(rows: Sequence[Row], wanted: str | int | None) -> Row:
-    """The row that profile_row names; by default the last that drafts, of batch_size 1 where there is one."""
+    """The row that profile_row names; by default the last that drafts, one of batch_size 1 first."""
     if wanted is None:
         alone = [row for row in rows if row.batch_size == 1] or rows
         return next((row for row in reversed(alone) if "draft_depth" in row.settings), alone[-1])

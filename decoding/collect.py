@@ -100,7 +100,7 @@ class Collection:
 
 
 def ensure_traces(cfg: DictConfig, pair: ModelPair | None = None) -> Path:
-    """The directory of the traces that `cfg` describes; collected now if they are absent or incomplete.
+    """The directory of the traces that `cfg` describes; what is absent of them is collected now.
 
     Args:
         cfg: with pair, data, decoding, policy, features, collect and seed, as in conf/collect.yaml.

@@ -96,7 +96,7 @@ class LatencyTable:
         return self._at(self.draft, nodes)
 
     def host_cost(self, layers: int) -> float:
-        """The host's cost of an iteration that drafts `layers` layers, without a policy's own decisions."""
+        """Cost of the host in an iteration that drafts `layers` layers, a policy's own aside."""
         return self.iteration + self.layer * layers
 
     def _at(self, costs: tuple[float, ...], nodes: float) -> float:
@@ -135,7 +135,7 @@ class LatencyTable:
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
-        """A table from a JSON file of its `to_dict`: what `python -m decoding.latency output=...` wrote.
+        """A table from a JSON file of its `to_dict`, as `python -m decoding.latency output=...` writes.
 
         Raises:
             UserError: no such file, or not such a table.

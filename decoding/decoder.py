@@ -130,7 +130,7 @@ def beam_sample(
     batch_size: int | None = None,
     engine: str = "auto",
 ) -> list[DecodeResult]:
-    """Beam sampling with the target alone, on the same engine and with the same semantics as DSBDDecoder.
+    """Beam sampling with the target alone, with the engine and the semantics of DSBDDecoder.
 
     Args, Returns, Raises: as `DSBDDecoder.generate`; drafting settings are ignored. `engine` as for `ModelPair`.
     """

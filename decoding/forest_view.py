@@ -48,7 +48,7 @@ class NodeView:
 
 @dataclass
 class LayerView:
-    """A layer as numbers: drafted w, asked M, accepted K; M is None where the layer was not reached."""
+    """A layer as numbers: drafted w, asked M, accepted K; M is None where it was not reached."""
 
     draft_width: int
     target_width: int | None = None
@@ -225,7 +225,7 @@ class _Drawing:
         return _STYLES[state].ascii_mark if self.ascii_only else _STYLES[state].mark
 
     def quoted(self, text: str) -> str:
-        """The text as Python would write it: no control character, no escape sequence reaches the terminal."""
+        """The text as Python writes it: no control character reaches the terminal."""
         return ascii(text) if self.ascii_only else repr(text)
 
 

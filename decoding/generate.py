@@ -218,7 +218,7 @@ def footer(stats: DecodeStats) -> str:
 
 
 def continuation(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], special: bool = True) -> str:
-    """Text of tokens as it follows those before them: some tokenizers drop a space at the beginning.
+    """Text of tokens as it follows those before: some tokenizers drop a space at the beginning.
 
     Args:
         special: write special tokens, such as EOS, too.

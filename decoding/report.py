@@ -80,7 +80,7 @@ def write_pages(directory: Path, runs: Runs, form: str = "png") -> dict[str, Pat
 
 
 def frontiers(runs: Runs) -> dict[str, str]:
-    """The plots of quality against speed that results call for: the metric of speed by the file's stem."""
+    """Plots of quality against speed that results call for: the metric of speed by file stem."""
     sources = [results["provenance"] for results in runs.values()]
     tables = [source.get("latency") for source in sources]
     modelled = all(table is not None and table.get("measured") is None for table in tables)
@@ -128,7 +128,7 @@ def read_arguments(words: Sequence[str]) -> Arguments:
 
 
 def read_runs(files: Sequence[str]) -> dict[str, Node]:
-    """Results by the label of their run: the folder they lie in, as much of its path as tells them apart.
+    """Results by the label of their run: its folder, as much of the path as tells them apart.
 
     Raises:
         UserError: a file that is missing, damaged, of another version, given twice, or no results at all.

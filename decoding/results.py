@@ -77,7 +77,7 @@ class DecodeStats:
         return self.new_tokens / max(self.iterations, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, as in results.json: the records as lists of numbers, a tenth of their size as objects."""
+        """The statistics as results.json holds them: records as lists, a tenth of their size as objects."""
         lists = ("target_widths", "draft_widths", "accepted", "passed", "roots", "forests")
         counts = {name: value for name, value in vars(self).items() if name != "records"}
         return counts | {name: getattr(self, name) for name in lists}

@@ -96,7 +96,7 @@ def read_tokens(tokenizer: PreTrainedTokenizerFast, split: str, tests: bool) -> 
 
 
 def draw_sequences(tokens: Tensor, fit: FitConfig) -> Iterator[Tensor]:
-    """Yield `fit.steps` batches [rows, CONTEXT] int64, each epoch a fresh shuffle at a fresh offset."""
+    """Yield `fit.steps` batches [rows, CONTEXT] int64; an epoch is a new shuffle at a new offset."""
     generator = torch.Generator().manual_seed(fit.seed)
     queue: list[Tensor] = []
     for _ in range(fit.steps):
@@ -132,7 +132,7 @@ def fit_model(
     title: str,
     compiled: bool = False,
 ) -> None:
-    """Train `model` in place: Muon for matrices, AdamW for the rest, linear warm-up and decay to zero.
+    """Train `model` in place: Muon for matrices, AdamW for the rest, linear warm-up and decay.
 
     Args:
         loss_of: (the model's forward, a batch, share of the run done) -> scalar loss.
@@ -228,7 +228,7 @@ def bits_per_byte(model: LlamaForCausalLM, tokens: Tensor, num_bytes: int) -> fl
 
 @torch.no_grad()
 def mean_overlap(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokens: Tensor, top_k: int = 10) -> float:
-    """Mean of Σ min(P, Q) over held-out positions, both cut to their `top_k` tokens and re-normalised."""
+    """Mean of Σ min(P, Q) over held-out positions, both cut to `top_k` tokens and re-normalised."""
     shares = []
     rows = cut_rows(tokens)
     for window in track(rows[:: max(1, len(rows) // 200)], "overlap"):
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_pair(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, save and measure the pair in a new folder; the old one is untouched until this is done.
+    """Train, save and measure the pair in a new folder; the old one stays until this is done.
 
     Returns:
         The held-out numbers and the settings, for recipe.json.

@@ -1,4 +1,4 @@
-"""Compare controllers trained with different settings: python -m studies.ablations outputs/ablation.
+"""Compare controllers of different settings: python -m studies.ablations outputs/ablation.
 
 Prints Markdown (docs/ablations.md): what each controller found under the folder scores on validation rows, and, of the
 results of evaluate.py found there, how fast its widths are without any clock: the policy's own time is left out.
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def training_table(trained: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Markdown: validation metrics of each controller after calibration, and what the constants score.
+    """Markdown: validation metrics of each calibrated controller, and what the constants score.
 
     Args:
         trained: provenance of each, by name.

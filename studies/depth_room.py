@@ -190,7 +190,7 @@ def read_prompts(cfg: DictConfig, pair: ModelPair) -> list[Prompt]:
 
 
 def compare(prompts: Sequence[Sequence[Iteration]], costs: Costs) -> list[Outcome]:
-    """Outcome of each rule where it was not tuned: threshold and depth are chosen on every other prompt.
+    """Outcome of each rule where it was not tuned: it is tuned on every other prompt.
 
     Args:
         prompts: two or more, with the iterations of each.

@@ -231,7 +231,7 @@ class TransformersForward:
         return PassOutput(logits, hidden, states)
 
     def _mask(self, model: Any, inputs: PassInputs) -> AbstractContextManager[Tensor | dict[str, Tensor]]:
-        """The attention mask as the model takes it: by kind of layer where the kinds see different things."""
+        """The attention mask as the model takes it: by kind of layer where the kinds differ."""
         if inputs.key_positions is not None:
             return alibi_by_position(model, inputs.mask, inputs.key_positions)
         if inputs.window_mask is None:

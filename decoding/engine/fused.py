@@ -266,7 +266,7 @@ class FusedForward:
 
 
 def _keep(kept: Tensor | None, layers: tuple[int, ...], number: int, states: Tensor) -> None:
-    """Copy hidden states [T, H] of a number into `kept` [T, K, H]: the next block may add to them in place."""
+    """Copy hidden states [T, H] into `kept` [T, K, H]: the next block may add to them in place."""
     if kept is not None:
         for place, layer in enumerate(layers):
             if layer == number:

@@ -97,7 +97,7 @@ class _Captured:
 
 
 def _read_by(inputs: PassInputs) -> list[str]:
-    """Names of the tensors that a pass in static shapes reads; some only where a model slides or has ALiBi."""
+    """Names of the tensors that a captured pass reads; some only where a model slides or has ALiBi."""
     names = ("tokens", "positions", "slots", "mask", "window_mask", "key_positions")
     return [name for name in names if getattr(inputs, name) is not None]
 

@@ -11,7 +11,7 @@ from decoding.engine.forward import larger
 
 
 class LayerStates:
-    """K states a slot, beside the keys and values of the same token; the first pass tells their width.
+    """K states a slot, beside the keys and values of its token; the first pass tells their width.
 
     Args:
         rows: of the KV buffer.

@@ -1,4 +1,4 @@
-"""Positions in a forest pass: which layers see a window only, and the ALiBi bias of a token in any slot."""
+"""Positions in a forest pass: layers that see a window only, and the ALiBi bias of any slot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runner: what a model keeps between decodings: how it is run, its CUDA graphs, and KV buffers to use again."""
+"""Runner: a model with what it keeps between decodings: CUDA graphs, and KV buffers to use again."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ _runners: weakref.WeakKeyDictionary[Any, dict[str, tuple[tuple[Any, ...], Runner
 
 
 def runner_of(model: Any, engine: str) -> Runner:
-    """The model's runner, made when it is first asked for, and again when its weights or hooks have changed."""
+    """The model's runner, made at first, and again when the weights or hooks have changed."""
     known = _runners.setdefault(model, {})
     now = signature(model.parameters())
     current = {name: runner for name, (made_for, runner) in known.items() if made_for == now}

@@ -1,4 +1,4 @@
-"""Vocabularies: a draft whose token ids are not the target's, or not all of them, speaks the target's.
+"""Vocabularies: a draft whose token ids are not all the target's speaks the target's.
 
 Drafts only propose: a token that a draft lacks has Q = 0, and a wrong table costs acceptance, not exactness.
 """
@@ -66,7 +66,7 @@ class VocabularyMap:
         return [token if token < self.draft_size else self.filler for token in tokens]
 
     def to_target(self, logits: Tensor) -> Tensor:
-        """The draft's logits in the target's places, -inf for tokens that it lacks; [N, Vd] -> [N, V].
+        """The draft's logits in the target's order, -inf for what it lacks; [N, Vd] -> [N, V].
 
         Rows that the target lacks are dropped; the softmax that follows makes up for them.
         """

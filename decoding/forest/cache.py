@@ -1,4 +1,4 @@
-"""ForestCache: where the nodes of a batch of prompts live in one model's flat KV buffer. Design section 6.
+"""ForestCache: slots of a batch's nodes in one model's flat KV buffer. Design section 6.
 
 A row per prompt, a slot per node, and an additive mask row per node: its parent's row plus its own slot. Slots of
 dead nodes are used again, lowest first, so nothing is ever moved and the slots in use stay about as many as one
@@ -218,7 +218,7 @@ class ForestCache:
         return (row + 1) * self.capacity - 1
 
     def masks(self, base_rows: Tensor, mask_rows: Tensor, bits: Tensor, rows: int, read: int) -> Tensor:
-        """Mask rows of placed nodes: the base's row plus the slots between; kept for their children.
+        """Mask rows of placed nodes: the base's row plus the slots between; kept for children.
 
         Args:
             base_rows, mask_rows: as in `Placement`, at each of rows * N places; fillers have their own row.

@@ -41,7 +41,7 @@ class ScorerOptions:
 
 
 class NodeScorer(Protocol):
-    """Nodes in, log-probabilities of the next token out, in the target's token ids, for a batch of prompts."""
+    """Nodes in, log-probabilities of the next token out, in the target's ids, for a batch."""
 
     top: int | None  # `tops` gives at most so many tokens of a node; None: `log_probs` gives all, on the device
     model_seconds: float  # spent in `score`, in passes or what stands for them
@@ -62,22 +62,22 @@ class NodeScorer(Protocol):
         ...
 
     def proposes(self, row: int, nodes: Sequence[int]) -> bool:
-        """True if any token may follow any of some scored nodes; where none may, nothing further is drafted."""
+        """True if any token may follow any of some scored nodes; else nothing further is drafted."""
         ...
 
     def tops(self, row: int, nodes: Sequence[int]) -> tuple[FloatArray, IntArray]:
-        """Log-probabilities of the likeliest next tokens at scored nodes, and the tokens; [N, K] each.
+        """Log-probabilities of the likeliest next tokens at scored nodes, and their ids; [N, K] each.
 
         -inf stands for want of more; what is finite in a row are different tokens.
         """
         ...
 
     def log_probs(self, row: int, nodes: Sequence[int]) -> Tensor:
-        """Log-probabilities of the next token at scored nodes, [N, V] float32 on the target's device."""
+        """Log-probabilities of the next token at scored nodes, [N, V] on the target's device."""
         ...
 
     def hidden(self, row: int, nodes: Sequence[int]) -> Tensor | None:
-        """Last hidden states at those of `nodes` that have been scored, [N, H]; None where none is kept."""
+        """Last hidden states at the scored ones of `nodes`, [N, H]; None where none is kept."""
 
     def forget(self, row: int, dead: Sequence[int], live: Sequence[int]) -> None:
         """Nodes died; of the others, log-probabilities are asked for at `live` beams only."""
@@ -94,6 +94,6 @@ class NodeScorer(Protocol):
 
 
 def mean_hidden(scorer: NodeScorer, row: int, nodes: Sequence[int]) -> FloatArray | None:
-    """Mean of the last hidden states at those of `nodes` that have been scored, [H]; None where none is kept."""
+    """Mean of the last hidden states at the scored ones of `nodes`, [H]; None where none is kept."""
     states = scorer.hidden(row, nodes)
     return states.float().mean(0).cpu().numpy() if states is not None else None

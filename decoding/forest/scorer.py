@@ -1,4 +1,4 @@
-"""ForestScorer: nodes in, log-probabilities out, for a batch of prompts. The only place that runs a model."""
+"""ForestScorer: nodes in, log-probabilities out, for a batch. The only place that runs a model."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ class ForestScorer:
         return torch.split_with_sizes(flat.to(self.device, non_blocking=True), [len(values) for values in lists])
 
     def _run(self, inputs: PassInputs, order: list[tuple[int, int]], at: Sequence[int], forward: Forward) -> None:
-        """One pass; keeps what it gave for the nodes of `order`, which stand at rows `at` of its output."""
+        """Run a pass and keep what it gives for the nodes of `order`, at rows `at` of its output."""
         began = time.perf_counter()
         if self.cache.keeps_positions:
             self._look_back(inputs)
@@ -240,7 +240,7 @@ class ForestScorer:
         self.model_seconds += time.perf_counter() - began
 
     def _look_back(self, inputs: PassInputs) -> None:
-        """Add what a pass reads of distances along paths: the mask of sliding layers, or positions for ALiBi."""
+        """Add the distances along paths that a pass reads: a mask for sliding layers, or positions."""
         cache, runner, first, rows = self.cache, self.runner, inputs.first_row, inputs.rows
         cache.note(inputs.slots, inputs.positions)
         if runner.alibi:
@@ -290,7 +290,7 @@ class ForestScorer:
         return np.stack([values for values, _ in rows]), np.stack([tokens for _, tokens in rows])
 
     def log_probs(self, row: int, nodes: Sequence[int]) -> Tensor:
-        """Log-probabilities of the next token at scored nodes, [N, V] float32; of a scorer without `top`."""
+        """Log-probabilities of the next token at scored nodes, [N, V] float32; only without `top`."""
         found = [self._held(row).scored[node] for node in nodes]
         return _gather([(scored.log_probs, i) for scored, i in found if scored.log_probs is not None])
 
@@ -301,7 +301,7 @@ class ForestScorer:
         return _gather(found) if found else None
 
     def layer_states(self, row: int, nodes: Sequence[int]) -> Tensor:
-        """Hidden states of `layers` at scored nodes that live, their layers in that order; [N, K, H]."""
+        """Hidden states of `layers`, in that order, at scored nodes that live; [N, K, H]."""
         assert self._states is not None, "the scorer was made with `layers`"
         return self._states.read(row, [self.cache.slot(row, node) for node in nodes])
 

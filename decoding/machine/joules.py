@@ -93,7 +93,7 @@ def _pass_joules(
 def _window_joules(
     work: Callable[[], object], window: EnergyMeter, seconds: float, pair: ModelPair
 ) -> tuple[float, float]:
-    """Joules of one call of `work`, which is repeated until the window is over; and watts meanwhile."""
+    """Joules of one call of `work`, repeated until the window is over; and watts meanwhile."""
     calls = 0
     with window:
         began = time.perf_counter()

@@ -28,7 +28,7 @@ def measure_seconds(
     cache_dir: str | Path | None = None,
     fresh: bool = False,
 ) -> LatencyTable:
-    """Seconds of passes over forests of several sizes, and of the host in a short decoding; medians.
+    """Seconds of passes over forests of several sizes, and of the host; medians.
 
     Measured once: later calls, of other processes too, read what is kept for this device, pair, engine and
     versions. A table is measured again after 30 days, or where what is kept cannot be read; one that was measured

@@ -43,7 +43,7 @@ def device_name(pair: ModelPair) -> str:
 
 
 def cache_key(pair: ModelPair, **settings: Any) -> dict[str, Any]:
-    """All that decides what a pass of a pair costs, and `settings` of how it was measured; JSON-able."""
+    """All that decides the cost of a pair's passes, and how it was measured (`settings`); JSON-able."""
     about, versions = machine(), library_versions()
     models = pair.models
     return {
@@ -62,7 +62,7 @@ def cache_key(pair: ModelPair, **settings: Any) -> dict[str, Any]:
 
 
 def entry_file(key: dict[str, Any], cache_dir: str | Path | None = None) -> Path:
-    """The file in which the table with that key is kept; `cache_dir` None: latency/ in `cache_root`."""
+    """The file of the table with that key; `cache_dir` None: latency/ in `cache_root`."""
     directory = cache_root() / "latency" if cache_dir is None else Path(cache_dir).expanduser()
     return directory / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
 
@@ -92,7 +92,7 @@ def kept_or(
 
 
 def _read(file: Path, key: dict[str, Any]) -> LatencyTable | None:
-    """The table of a file; None if there is none of that key, it is damaged, or older than LONGEST_AGE."""
+    """The table of a file; None if it has another key, is damaged, or older than LONGEST_AGE."""
     with suppress(OSError, ValueError, KeyError, TypeError, UserError):
         entry = json.loads(file.read_bytes())
         age = datetime.now(UTC) - datetime.fromisoformat(entry["table"]["measured"])

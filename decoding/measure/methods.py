@@ -75,7 +75,7 @@ class Method:
     arguments: tuple[str, ...] = ()
 
     def configure(self, config: DecodingConfig, settings: Settings) -> DecodingConfig:
-        """The config with the method's and the row's settings; narrower widths pull their dependents along."""
+        """The config with the method's and the row's settings; narrower widths pull others along."""
         changes: dict[str, Any] = {name: value for name, value in settings.items() if name in _OF_CONFIG}
         changes.update(self.fixed)
         if self.inexact:
@@ -156,7 +156,7 @@ def _of_yaml(name: str) -> Method:
 
 
 def _of_class(name: str, target: str, where: str, node: Any = None) -> Method:
-    """A policy's class, or a method of it that makes one, by its dotted name; `node` holds its arguments."""
+    """A policy's class, or a method that makes one, by its dotted name; `node` has the arguments."""
     try:
         make = locate(target)
     except (ImportError, AttributeError, ValueError) as error:

@@ -103,7 +103,7 @@ def _hf_one(
 
 
 def _cut_at_end(tokens: list[int], ends: frozenset[int]) -> tuple[list[int], bool]:
-    """Tokens up to the first EOS, itself included, without the padding after it; and whether there is one."""
+    """Tokens up to the first EOS, itself included, without padding; and whether there is one."""
     for i, token in enumerate(tokens):
         if token in ends:
             return tokens[: i + 1], True

@@ -234,7 +234,7 @@ def _fill_embeddings(model: LlamaForCausalLM, wide: LlamaForCausalLM, constant: 
 
 
 def _fill_padding(wide: LlamaForCausalLM) -> None:
-    """Zeros where padding must add nothing, small random numbers elsewhere; the same on every device."""
+    """Zeros where padding must add nothing, small random numbers elsewhere; on any device alike."""
     noise = torch.rand(2**20, generator=torch.Generator().manual_seed(0))
     noise = (0.04 * (noise - 0.5)).to(wide.device, wide.dtype)
     for name, weight in wide.named_parameters():

@@ -135,7 +135,7 @@ def _name(base: str, draft: str | None) -> str:
 
 
 def _comes_without_model(draft: str) -> bool:
-    """True if a text names a draft that is not loaded; a text that looks like one and is not is refused."""
+    """True if a text names a draft that is not loaded; what only looks like one is refused."""
     if is_named(draft):
         return True
     if re.fullmatch(r"\w+:\w*", draft) and not Path(draft).exists():

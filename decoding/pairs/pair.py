@@ -154,7 +154,7 @@ class ModelPair:
         return {"target": target} | ({"draft": drafter.scorer(target, options)} if drafter is not None else {})
 
     def check_forest_passes(self) -> None:
-        """Make sure, once, that both models score forests as they score sequences (UserError otherwise)."""
+        """Make sure, once, that both models score forests as they score sequences (else UserError)."""
         for role, model in self.models.items():
             check_forest_pass(model, role, self.engine)
 

@@ -193,7 +193,7 @@ class _Sums:
         self._begun = np.zeros(len(arms), dtype=np.int64)  # [A] first tries, so that a batch spreads over the arms
 
     def choose(self, deepest: int) -> tuple[Arm, bool]:
-        """The next arm, of those that draft at most `deepest` layers; False where it will be cut short."""
+        """The next arm, drafting at most `deepest` layers; False where it will be cut short."""
         fitting = np.flatnonzero(self._depths <= deepest)
         if not len(fitting):
             return self._arms[int(self._depths.argmin())], False

@@ -131,7 +131,7 @@ class GapWidth(HandSetWidth):
 
 
 class EntropyWidth(HandSetWidth):
-    """Asks for beams where the draft is undecided: M is a multiple of exp(entropy of Q), rounded up.
+    """Asks for beams where the draft is undecided: a multiple of exp(entropy of Q), rounded up.
 
     exp(entropy) is how many equally likely continuations would be as undecided. Known before the layer is drawn; at the
     layer that ends an iteration the target's P takes Q's place.

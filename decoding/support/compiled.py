@@ -36,7 +36,7 @@ def compiled(function: Function) -> Function:
 
 
 def _stamp(function: Any) -> tuple[tuple[int, int], ...]:
-    """Times of change and sizes of the files that machine code is made from; another stamp: compiled again.
+    """Times of change and sizes of the files that machine code is made from.
 
     numba looks at the file of the function alone, and would go on with what other files said when it was compiled.
     """

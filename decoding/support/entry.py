@@ -138,7 +138,7 @@ def _sentence(error: BaseException, config_name: str) -> str:
 
 
 def _unknown_override(key: str, config_name: str) -> str | None:
-    """The sentence for a command line key that the config does not have; None if the rest is wrong, too."""
+    """The sentence for a key that the config does not have; None if the rest is wrong, too."""
     plain = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     groups = dict(argument.split("=", 1) for argument in plain if "=" in argument)
     chosen = [f"{g}={o}" for g, o in groups.items() if g != key and (CONF_DIR / g / f"{o}.yaml").is_file()]
@@ -168,7 +168,7 @@ def _discard_empty_output() -> None:
 
 
 def _chosen_groups() -> list[str]:
-    """The running job's choices of groups, as overrides, without those that set values of other groups."""
+    """Choices of groups of the running job, as overrides; none that set values of other groups."""
     choices = HydraConfig.get().runtime.choices
     skip = ("hydra", "experiment", "debug", "sweep")
     return [f"{group}={choice}" for group, choice in choices.items() if choice and not group.startswith(skip)]

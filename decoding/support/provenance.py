@@ -79,7 +79,7 @@ def machine() -> dict[str, Any]:
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
-    """A config as plain dicts and lists, interpolations resolved, values of secret-looking keys hidden."""
+    """A config as plain dicts and lists, interpolations resolved, values of secret keys hidden."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     return _without_secrets(plain)
 

@@ -139,7 +139,7 @@ def _check_kinds(path: str, node: dict[str, Any], default: dict[str, Any]) -> No
 
 
 def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
-    """Parameters of a `_target_` with their annotations, and whether it takes further ones (**options)."""
+    """Parameters of a `_target_` with annotations, and whether it takes further ones (**options)."""
     try:
         target = locate(name)
         signature = inspect.signature(target)

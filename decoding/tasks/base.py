@@ -52,7 +52,7 @@ class Task(Protocol):
         """The first `limit` prompts of a split ("train", "val" or "test"), in a fixed order."""
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
-        """Metrics of a continuation, each in [0, 1], higher is better; empty where there is no reference.
+        """Metrics of a continuation in [0, 1], higher is better; empty without a reference.
 
         `finished`: the continuation ended on EOS, so that its last line is complete.
         """
@@ -179,12 +179,12 @@ class JsonlTask(FileTask):
 
 
 def content_hash(path: str | Path) -> str:
-    """SHA-256 of the file's content, in hexadecimal; of the decompressed one where its name ends in .gz."""
+    """SHA-256 of the file's content, in hexadecimal; decompressed where its name ends in .gz."""
     return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The file's content, decompressed where its name ends in .gz; UserError where it cannot be read."""
+    """The file's content, decompressed where its name ends in .gz; UserError if unreadable."""
     try:
         content = Path(path).read_bytes()
         return gzip.decompress(content) if str(path).endswith(".gz") else content

@@ -32,7 +32,7 @@ class Gsm8kTask(FileTask):
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after `####`, else the last one before a further "Question:"; None where there is none."""
+    """The number after `####`, else the last one before a further "Question:"; None without."""
     text = text.split("\nQuestion:")[0]
     marked = _NUMBER.findall(text.split("####", 1)[1].split("\n")[0]) if "####" in text else []
     numbers = marked[:1] or _NUMBER.findall(text)[-1:]

@@ -10,7 +10,7 @@ from decoding.tasks.base import Example, FileTask, read_jsonl, text_field
 
 @dataclass
 class HumanEvalTask(FileTask):
-    """Rows {task_id, prompt, canonical_solution} of HumanEval.jsonl(.gz); metrics of the body's first line."""
+    """Rows {task_id, prompt, canonical_solution} of HumanEval.jsonl(.gz); scores the first line."""
 
     name = "humaneval"
 

@@ -1,4 +1,4 @@
-"""Metrics of a continuation against its reference: the first completed line, exact and by edit distance."""
+"""Metrics of a continuation's first completed line: exact match and edit distance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spec-Bench (2401.07851) and MT-Bench (2306.05685), one file format: the first turn of each conversation."""
+"""Spec-Bench (2401.07851) and MT-Bench (2306.05685): the first turn of each conversation."""
 
 from __future__ import annotations
 

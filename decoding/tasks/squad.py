@@ -1,4 +1,4 @@
-"""SQuAD v1.1 (1606.05250): questions on a paragraph; exact match and F1 with the official normalisation."""
+"""SQuAD v1.1 (1606.05250): questions on a paragraph; the official exact match and F1."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SquadTask(FileTask):
 
 
 def score(answer: str, references: tuple[str, ...]) -> dict[str, float]:
-    """Exact match and F1 of an answer, each the best over the references; empty where there is none."""
+    """Exact match and F1 of an answer, each the best over the references; empty without any."""
     if not references:
         return {}
     given = normalise(answer)

@@ -41,7 +41,7 @@ def split_of(module: str) -> str:
 
 
 def stdlib_modules(tests: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield (dotted module name, source text) of the interpreter's standard library, sorted by name.
+    """Yield (dotted module name, source text) of the standard library, sorted by name.
 
     Args:
         tests: yield the library's own test modules instead (absent from some distributions).

@@ -38,7 +38,7 @@ class Draft(ABC):
 
     @property
     def models(self) -> dict[str, Any]:
-        """The causal language models that it runs, by role; each is probed, and its context is a limit."""
+        """Causal language models that it runs, by role; each is probed, its context is a limit."""
         return {}
 
     @abstractmethod

@@ -145,7 +145,7 @@ class NgramIndex:
         return counts
 
     def distribution(self, node: int) -> dict[int, float]:
-        """Share of each token after a known node, adding up to one; empty where no suffix came before.
+        """Share of each token after a known node, in all one; empty where no suffix came before.
 
         Q(v) = Σ_n w_n · (share of v after the last n tokens), w_n falling by `BACKOFF` from the longest match down.
         """
