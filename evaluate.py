@@ -1,4 +1,5 @@
-"""Evaluate methods side by side on the same prompts: results.json, results.md, frontier.png, calibration.png.
+"""Evaluate methods side by side on the same prompts: results.json, results.md, frontier.png,
+calibration.png.
 
     python evaluate.py controller=<directory> policies=[fixed,threshold,learned] pair=...
     python evaluate.py policies=[fixed,mine.HalfWidth] grid.fraction=[0.25,0.5]
@@ -152,7 +153,8 @@ def read_rows(cfg: DictConfig, methods: Mapping[str, Method]) -> tuple[list[Row]
 
 
 def learned_methods(cfg: DictConfig, tables: Tables) -> dict[str, Method]:
-    """DSBDDecoder with the config's controller, planning for the device of `latency` and for that of `latency@also`.
+    """DSBDDecoder with the config's controller, planning for the device of `latency` and for that
+    of `latency@also`.
 
     Args:
         tables: of cost; a row is built when they are there.
@@ -225,7 +227,8 @@ def tuning_rows(cfg: DictConfig, methods: Mapping[str, Method], config: Decoding
 
 
 def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> Tables:
-    """Tables of cost for this device ("modelled") and, where the config names a second one, for that ("also").
+    """Tables of cost for this device ("modelled") and, where the config names a second one, for
+    that ("also").
 
     None where nobody asks: no learned rows, nothing to tune, and no other device than this one.
     """
@@ -245,7 +248,8 @@ def tune(
     """Hand-set settings worth measuring: undominated on other prompts, on any device.
 
     Returns:
-        The kept rows; and split, prompts, grid (name, speeds by the table of each device, log_prob, kept).
+        The kept rows; and split, prompts, grid (name, speeds by the table of each device, log_prob,
+        kept).
     """
     about = cfg.tune
     prompts = task.prompts(about.split, about.prompts, pair.tokenizer)

@@ -1,4 +1,5 @@
-"""Train a width controller: traces (collected if absent) -> fit -> calibrate -> save. See conf/train.yaml.
+"""Train a width controller: traces (collected if absent) -> fit -> calibrate -> save. See
+conf/train.yaml.
 
 python train.py
 python train.py pair=llama3_8b trainer=gpu logger=wandb controller.hidden=256 seed=1
@@ -130,7 +131,9 @@ def check_checkpoint(checkpoint: dict[str, Any] | None, module: ControllerModule
 
 
 class GoOn(Callback):
-    """Lets this fit's patience hold on resuming, and the best epoch stay the best though it lies in another folder."""
+    """Lets this fit's patience hold on resuming, and the best epoch stay the best though it lies in
+    another folder.
+    """
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -177,7 +180,9 @@ def build_loggers(cfg: DictConfig, wandb_logger: WandbLogger | None) -> list[Log
 
 
 def load_best(trainer: Trainer, module: ControllerModule) -> None:
-    """Put the best checkpoint's weights into the module (the last ones where none was kept, as in a fast dev run)."""
+    """Put the best checkpoint's weights into the module (the last ones where none was kept, as in a
+    fast dev run).
+    """
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best and Path(best).is_file():
         module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
@@ -241,7 +246,9 @@ def log_results(
     metrics: dict[str, float],
     curves: dict[str, Curve],
 ) -> None:
-    """Final metrics to every logger; histograms of the traces and the calibration tables to Weights & Biases."""
+    """Final metrics to every logger; histograms of the traces and the calibration tables to Weights
+    & Biases.
+    """
     for logger in loggers:
         logger.log_metrics({f"calibrated/{name}": value for name, value in metrics.items()})
         logger.save()

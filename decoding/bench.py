@@ -1,8 +1,9 @@
-"""Speed, time by phase, memory and energy of methods side by side: `python -m decoding.bench`, conf/bench.yaml.
+"""Speed, time by phase, memory and energy of methods side by side: `python -m decoding.bench`,
+conf/bench.yaml.
 
-Writes bench.json (docs/results.md) and prints it as tables, and each number that one asks for in a line. Rows take
-turns over the same prompts; what is timed is scored afterwards. A row that fails loses no other row, an interrupted run
-loses no finished repeat.
+Writes bench.json (docs/results.md) and prints it as tables, and each number that one asks for in a
+line. Rows take turns over the same prompts; what is timed is scored afterwards. A row that fails
+loses no other row, an interrupted run loses no finished repeat.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ def check_batches(rows: Sequence[Row], prompts: Sequence[Prompt]) -> None:
 
 
 def lengthened(prompts: Sequence[Prompt], length: int) -> list[Prompt]:
-    """Prompts of exactly `length` tokens: those before a prompt stand in front of it, the excess is cut off there."""
+    """Prompts of exactly `length` tokens: those before a prompt stand in front of it, the excess is
+    cut off there.
+    """
     longer = []
     for i, prompt in enumerate(prompts):
         tokens, before = list(prompt.tokens), i

@@ -1,8 +1,9 @@
 """Log decoding traces: `python -m decoding.collect pair=... data=...`. Design section 7.
 
-Prompts are decoded under a randomised width policy; a trace directory is named after everything that
-decides its content, so the same settings find it again, and an interrupted run goes on where it stopped.
-What decides is what the built objects say of themselves: paths of files and of modules do not count.
+Prompts are decoded under a randomised width policy; a trace directory is named after everything
+that decides its content, so the same settings find it again, and an interrupted run goes on where
+it stopped. What decides is what the built objects say of themselves: paths of files and of modules
+do not count.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class Collection:
         return bool(self.cfg.collect.get("hidden", False))
 
     def describe(self) -> dict[str, Any]:
-        """The parts' descriptions of themselves, JSON-able: neither where files lie nor which modules hold the classes."""
+        """The parts' descriptions of themselves, JSON-able: neither where files lie nor which
+        modules hold the classes.
+        """
         return {
             "schema_version": SCHEMA_VERSION,
             "pair": self.pair.fingerprint,
@@ -128,7 +131,9 @@ def trace_key(about: dict[str, Any]) -> str:
 
 
 def _said_by(part: Any, inherited: bool) -> dict[str, Any]:
-    """The description that an object gives of itself; UserError where its class, or with `inherited` no base of it, has any."""
+    """The description that an object gives of itself; UserError where its class, or with
+    `inherited` no base of it, has any.
+    """
     classes = type(part).__mro__ if inherited else (type(part),)
     if not any("describe" in vars(one) for one in classes):
         raise UserError(

@@ -1,6 +1,7 @@
 """DSBDDecoder: draft a forest, verify it in one target pass, commit what was accepted. 2409.16560.
 
-`beam_sample` is the same engine without a draft model: each iteration draws one layer from the target.
+`beam_sample` is the same engine without a draft model: each iteration draws one layer from the
+target.
 """
 
 from __future__ import annotations
@@ -65,20 +66,22 @@ class DSBDDecoder:
     ) -> list[DecodeResult]:
         """Continue each prompt.
 
-        A prompt's result depends on its own random stream alone, not on its neighbours, unless its policy learns from
-        them (LearnedWidth and BanditWidth do, where `share` is left on): every prompt has its own forest and its own
-        copy of the policy (`WidthPolicy.fork`).
+        A prompt's result depends on its own random stream alone, not on its neighbours, unless its
+        policy learns from them (LearnedWidth and BanditWidth do, where `share` is left on): every
+        prompt has its own forest and its own copy of the policy (`WidthPolicy.fork`).
 
         Args:
             prompts: lists of token ids or 1-D tensors, or one 2-D tensor.
-            generator: random stream, from which each prompt's own is derived with its tokens (and, of equal prompts,
-                which of them it is); or one for each prompt.
+            generator: random stream, from which each prompt's own is derived with its tokens (and,
+                of equal prompts, which of them it is); or one for each prompt.
             recorder: is told of every layer; one for each prompt, unless there is only one.
             batch_size: prompts decoded at a time, the next when one is done; None: all.
-            rules: logits processors, stopping criteria and a listener; one for each prompt, unless there is only one.
+            rules: logits processors, stopping criteria and a listener; one for each prompt, unless
+                there is only one.
 
         Returns:
-            One DecodeResult per prompt, with config.num_return_sequences hypotheses where there are as many.
+            One DecodeResult per prompt, with config.num_return_sequences hypotheses where there are
+            as many.
 
         Raises:
             UserError: a prompt that the models cannot take, or NaN logits.
@@ -111,7 +114,9 @@ class DSBDDecoder:
 
 
 class OutOfDeviceMemory(UserError):
-    """The device's memory did not suffice; `finished` holds the results of the prompts that were done, by index."""
+    """The device's memory did not suffice; `finished` holds the results of the prompts that were
+    done, by index.
+    """
 
     def __init__(self, config: DecodingConfig, batch_size: int, results: Sequence[DecodeResult | None]) -> None:
         self.finished = {i: result for i, result in enumerate(results) if result is not None}
@@ -132,7 +137,8 @@ def beam_sample(
 ) -> list[DecodeResult]:
     """Beam sampling with the target alone, with the engine and the semantics of DSBDDecoder.
 
-    Args, Returns, Raises: as `DSBDDecoder.generate`; drafting settings are ignored. `engine` as for `ModelPair`.
+    Args, Returns, Raises: as `DSBDDecoder.generate`; drafting settings are ignored. `engine` as for
+    `ModelPair`.
     """
     pair = ModelPair(target=target, draft=None, tokenizer=None, engine=engine)
     return DSBDDecoder(pair, config.with_changes(draft_depth=0)).generate(prompts, generator, batch_size=batch_size)

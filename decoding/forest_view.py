@@ -1,4 +1,6 @@
-"""One iteration's forest as a tree for the terminal: what was drafted, and what verification made of every node."""
+"""One iteration's forest as a tree for the terminal: what was drafted, and what verification made
+of every node.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,8 @@ class ForestRecorder:
     """A decoder's recorder that keeps one iteration's forest.
 
     Args:
-        iteration: which one, counted from 1; None: the first that drafted something, or the first of all.
+        iteration: which one, counted from 1; None: the first that drafted something, or the first
+            of all.
     """
 
     shadow: Dice | None = None
@@ -133,7 +136,8 @@ class ForestRecorder:
     def _judge(self, event: LayerEvent, drafts: list[int], kept: dict[int, float]) -> dict[int, None]:
         """Set the states of a layer's drafts; returns the accepted ones."""
         assert self.view is not None
-        # In draw order, of the drafts that were judged; beam search keeps what it proposed, or does not.
+        # In draw order, of the drafts that were judged; beam search keeps what it proposed, or does
+        # not.
         bits = [node in kept for node in drafts] if event.verdict is None else event.verdict.bits
         accepted: dict[int, None] = {}
         slots = 0

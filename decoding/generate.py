@@ -1,7 +1,8 @@
-"""Continue a text: `python -m decoding.generate "text"`, conf/generate.yaml. Prints, and writes nothing.
+"""Continue a text: `python -m decoding.generate "text"`, conf/generate.yaml. Prints, and writes
+nothing.
 
-The text stands first, or last behind `--` where Hydra would read it as a setting; all else is Hydra's. It may also come
-as file=... or through a pipe.
+The text stands first, or last behind `--` where Hydra would read it as a setting; all else is
+Hydra's. It may also come as file=... or through a pipe.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def run(cfg: DictConfig, text: str | None = None) -> DecodeResult:
 
     Args:
         cfg: the config; it may name the text too.
-        text: what to continue; None: what `text` or `file` of the config say, or else what is piped in.
+        text: what to continue; None: what `text` or `file` of the config say, or else what is piped
+            in.
 
     Returns:
         What was decoded.
@@ -91,7 +93,9 @@ def run(cfg: DictConfig, text: str | None = None) -> DecodeResult:
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The text that a command line (without the program's name) holds, None without one, and what is left for Hydra."""
+    """The text that a command line (without the program's name) holds, None without one, and what
+    is left for Hydra.
+    """
     if "--" in arguments:
         place = arguments.index("--")
         settings, words = arguments[:place], arguments[place + 1 :]

@@ -1,9 +1,11 @@
-"""Read results again: tables, plots, and the fastest row at a quality, of one run or of several side by side.
+"""Read results again: tables, plots, and the fastest row at a quality, of one run or of several
+side by side.
 
     python -m decoding.report outputs/evaluate/.../results.json
     python -m decoding.report a/results.json b/results.json out=plots format=svg quality=-0.35
 
-A row belongs to one run: nothing is averaged over runs, and no speed of one is divided by that of another.
+A row belongs to one run: nothing is averaged over runs, and no speed of one is divided by that of
+another.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def write_report(directory: Path, results: Node) -> dict[str, Path]:
 
 
 def write_pages(directory: Path, runs: Runs, form: str = "png") -> dict[str, Path]:
-    """Write results.md, the frontiers and, where there is something to show, the calibration of the controller.
+    """Write results.md, the frontiers and, where there is something to show, the calibration of the
+    controller.
 
     Args:
         runs: results by the label of their run.
@@ -131,7 +134,8 @@ def read_runs(files: Sequence[str]) -> dict[str, Node]:
     """Results by the label of their run: its folder, as much of the path as tells them apart.
 
     Raises:
-        UserError: a file that is missing, damaged, of another version, given twice, or no results at all.
+        UserError: a file that is missing, damaged, of another version, given twice, or no results
+            at all.
     """
     runs = [_read(file) for file in files]
     if len(runs) == 1:
@@ -190,8 +194,8 @@ def winner_lines(runs: Runs, quality: str | None = None, speed: str = "tokens_pe
     """The fastest row of each run that is at least as likely as asked for, in a sentence each.
 
     Args:
-        quality: a log-probability per token, or the name of a row whose own is meant; None: that of every reference row
-            of the run.
+        quality: a log-probability per token, or the name of a row whose own is meant; None: that of
+            every reference row of the run.
         speed: the metric that is meant by speed.
 
     Raises:

@@ -17,8 +17,8 @@ PHASES = ("prompt", "draft", "target", "verify", "policy", "other")  # prompt: b
 class DecodeStats:
     """Statistics of decoding one prompt: counts, seconds, and a record of every iteration.
 
-    `records` is empty where another library decoded: of its layers nothing is known but how many there were. All lists
-    below are read from it.
+    `records` is empty where another library decoded: of its layers nothing is known but how many
+    there were. All lists below are read from it.
     """
 
     prompt_tokens: int = 0
@@ -77,7 +77,9 @@ class DecodeStats:
         return self.new_tokens / max(self.iterations, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The statistics as results.json holds them: records as lists, a tenth of their size as objects."""
+        """The statistics as results.json holds them: records as lists, a tenth of their size as
+        objects.
+        """
         lists = ("target_widths", "draft_widths", "accepted", "passed", "roots", "forests")
         counts = {name: value for name, value in vars(self).items() if name != "records"}
         return counts | {name: getattr(self, name) for name in lists}

@@ -1,7 +1,8 @@
 """Compare controllers of different settings: python -m studies.ablations outputs/ablation.
 
-Prints Markdown (docs/ablations.md): what each controller found under the folder scores on validation rows, and, of the
-results of evaluate.py found there, how fast its widths are without any clock: the policy's own time is left out.
+Prints Markdown (docs/ablations.md): what each controller found under the folder scores on
+validation rows, and, of the results of evaluate.py found there, how fast its widths are without any
+clock: the policy's own time is left out.
 """
 
 from __future__ import annotations
@@ -65,11 +66,13 @@ def training_table(trained: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def decision_table(evaluated: Mapping[str, Mapping[str, Any]], seed: int = 0) -> list[str]:
-    """Markdown: tokens per modelled second of learned widths at the log-probability of the narrowest beam sampling.
+    """Markdown: tokens per modelled second of learned widths at the log-probability of the
+    narrowest beam sampling.
 
     Args:
-        evaluated: what results.json holds, by name. A row's speed is read off its learned rows, linear in between.
-            Those that cannot stand beside the first that can be in the table are named below it.
+        evaluated: what results.json holds, by name. A row's speed is read off its learned rows,
+            linear in between. Those that cannot stand beside the first that can be in the table are
+            named below it.
         seed: of the resamples.
     """
     able = [name for name, results in evaluated.items() if _has_what_it_takes(results)]
@@ -92,7 +95,8 @@ def decision_table(evaluated: Mapping[str, Mapping[str, Any]], seed: int = 0) ->
 
 
 def _speeds(results: Mapping[str, Any], draws: NDArray[np.int64]) -> FloatArray:
-    """Speed of the learned rows at the reference's quality, on all prompts and under each resample; [B + 1].
+    """Speed of the learned rows at the reference's quality, on all prompts and under each resample;
+    [B + 1].
 
     NaN where they do not reach it.
     """

@@ -1,10 +1,12 @@
-"""The gain to be had from deciding the depth well: python -m studies.depth_room controller=outputs/wide/controller
+"""The gain to be had from deciding the depth well: python -m studies.depth_room
+controller=outputs/wide/controller
 
-Prompts are decoded as deep as the config allows, at full draft width. What an iteration would have earned and cost, had
-it stopped drafting after d layers, is arithmetic then, and so is what rules give that know more and more of it.
+Prompts are decoded as deep as the config allows, at full draft width. What an iteration would have
+earned and cost, had it stopped drafting after d layers, is arithmetic then, and so is what rules
+give that know more and more of it.
 
-Not measured: the states that a rule would get into, since these are those of deep drafting with that M; quality; and
-the time that a policy takes itself.
+Not measured: the states that a rule would get into, since these are those of deep drafting with
+that M; quality; and the time that a policy takes itself.
 """
 
 from __future__ import annotations
@@ -68,12 +70,13 @@ class Outcome:
 
 
 class DeepWidth(LearnedWidth):
-    """Drafts all layers at full width, sets M by the loss that a pass can bear, and keeps what was known of each layer.
+    """Drafts all layers at full width, sets M by the loss that a pass can bear, and keeps what was
+    known of each layer.
 
     Args:
         net, provenance: as for `LearnedWidth`.
-        bearable: what a pass may lose, L(k). A layer that nothing was drafted for is as wide as one that failed:
-            target_width.
+        bearable: what a pass may lose, L(k). A layer that nothing was drafted for is as wide as one
+            that failed: target_width.
 
     Raises:
         UserError: as for `LearnedWidth`, or bearable is no positive number.
@@ -231,7 +234,9 @@ def earnings(iterations: Sequence[Iteration], costs: Costs) -> tuple[FloatArray,
 
 
 def rules(iterations: Sequence[Iteration]) -> dict[str, list[FloatArray]]:
-    """Scores by which each rule goes on to a layer, one or two ways to be tried; [N, γ], 0 where no layer can be drafted."""
+    """Scores by which each rule goes on to a layer, one or two ways to be tried; [N, γ], 0 where no
+    layer can be drafted.
+    """
     layers = np.array([len(iteration.widths) for iteration in iterations])[:, None]
     layer = np.arange(1, layers.max() + 1)  # [γ]
     promised, closed = np.ones((2, len(iterations), len(layer)))
@@ -254,14 +259,18 @@ def rules(iterations: Sequence[Iteration]) -> dict[str, list[FloatArray]]:
 
 
 def candidates(score: FloatArray) -> IntArray:
-    """Layers drafted by "go on while the score is above t, at most to layer d", for all t and d; [N, γ] -> [C, N]."""
+    """Layers drafted by "go on while the score is above t, at most to layer d", for all t and d;
+    [N, γ] -> [C, N].
+    """
     going = np.cumprod(score > THRESHOLDS[:, None, None], axis=2).sum(2)  # [t, N]
     caps = np.arange(score.shape[1] + 1)
     return np.minimum(going[:, None], caps[:, None]).reshape(-1, len(score))
 
 
 def room_table(outcomes: Sequence[Outcome], unit: str, seed: int = 0) -> list[str]:
-    """Markdown: a line a rule, against the first; 95% intervals over prompts, with the same resamples for all."""
+    """Markdown: a line a rule, against the first; 95% intervals over prompts, with the same
+    resamples for all.
+    """
     count = len(outcomes[0].tokens)
     draws = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
     draws = np.concatenate([np.arange(count)[None], draws])  # [B + 1, P]

@@ -1,11 +1,12 @@
-"""Does a change of the code change what is decoded? Record what two commits decode, then compare the records.
+"""Does a change of the code change what is decoded? Record what two commits decode, then compare
+the records.
 
     PYTHONPATH=<checkout> python studies/same_decoding.py record <file.json> [controller directory]
     python studies/same_decoding.py compare <file.json> <file.json>
 
-A record holds 40 prompts of the built-in pair under six policies, alone and in batches, and the traces of a small
-collection. It uses public names alone, so that it runs at any commit; `learned` needs a controller that both commits
-can read, and is left out without one.
+A record holds 40 prompts of the built-in pair under six policies, alone and in batches, and the
+traces of a small collection. It uses public names alone, so that it runs at any commit; `learned`
+needs a controller that both commits can read, and is left out without one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""One forest pass of a model: `TransformersForward` calls the model itself, `fused.py` and `graphs.py` are faster.
+"""One forest pass of a model: `TransformersForward` calls the model itself, `fused.py` and
+`graphs.py` are faster.
 
-A forward owns no prompts: it reads and writes a `Store`, the flat KV buffer of a batch, where its inputs say.
+A forward owns no prompts: it reads and writes a `Store`, the flat KV buffer of a batch, where its
+inputs say.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from decoding.errors import UserError
 
 @dataclass
 class PassInputs:
-    """Inputs of a pass: T tokens of `rows` prompts, each row's in N = T / rows places, or ragged with `pad`."""
+    """Inputs of a pass: T tokens of `rows` prompts, each row's in N = T / rows places, or ragged
+    with `pad`.
+    """
 
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64
@@ -94,7 +98,9 @@ class Forward(Protocol):
 
 
 class _FlatLayer(CacheLayerMixin):
-    """Keys and values of one layer, [rows * capacity, heads, dim]; reads and writes go where the store says."""
+    """Keys and values of one layer, [rows * capacity, heads, dim]; reads and writes go where the
+    store says.
+    """
 
     is_sliding = False
 

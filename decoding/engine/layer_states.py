@@ -1,4 +1,6 @@
-"""LayerStates: hidden states of chosen layers at every slot of a batch's flat buffer, for drafts that read them."""
+"""LayerStates: hidden states of chosen layers at every slot of a batch's flat buffer, for drafts
+that read them.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ class Runner:
     def borrow(self, rows: int, capacity: int) -> Any:
         """A KV buffer of so many rows, with at least that capacity; its content is stale."""
         fits = [store for store in self._spare if store.rows == rows and store.capacity >= capacity]
-        # One that is too small goes: two of a kind would add up. Those of other batch sizes stay, with their graphs.
+        # One that is too small goes: two of a kind would add up. Those of other batch sizes stay,
+        # with their graphs.
         self._spare = [store for store in self._spare if store.rows != rows or store in fits[1:]]
         return fits[0] if fits else self.prompts.new_store(rows, capacity)
 

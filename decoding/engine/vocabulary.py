@@ -1,6 +1,7 @@
 """Vocabularies: a draft whose token ids are not all the target's speaks the target's.
 
-Drafts only propose: a token that a draft lacks has Q = 0, and a wrong table costs acceptance, not exactness.
+Drafts only propose: a token that a draft lacks has Q = 0, and a wrong table costs acceptance, not
+exactness.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ class VocabularyMap:
         size: V, rows of the target's output.
         draft_size: Vd, rows of the draft's.
         filler: the draft's id that stands for tokens that it lacks.
-        ids: [V] the draft's id of each of the target's tokens, `filler` where it has none; None: ids mean the same.
-        target_rows, draft_rows: [S] the tokens of both, as the target's and as the draft's ids; None with `ids`.
+        ids: [V] the draft's id of each of the target's tokens, `filler` where it has none; None:
+            ids mean the same.
+        target_rows, draft_rows: [S] the tokens of both, as the target's and as the draft's ids;
+            None with `ids`.
     """
 
     size: int
@@ -94,12 +97,13 @@ def match_vocabularies(
 ) -> VocabularyMap | None:
     """The map from the draft's ids to the target's; None where both are the same and as many.
 
-    Tokens are matched by their strings where both tokenizers are known; otherwise ids mean the same, as far as both
-    models have them. Tokens that were added to the draft's tokenizer (special tokens are) and that the target lacks are
-    never proposed.
+    Tokens are matched by their strings where both tokenizers are known; otherwise ids mean the
+    same, as far as both models have them. Tokens that were added to the draft's tokenizer (special
+    tokens are) and that the target lacks are never proposed.
 
     Args:
-        size, draft_size: rows of the models' outputs; either may be more than its tokenizer has tokens.
+        size, draft_size: rows of the models' outputs; either may be more than its tokenizer has
+            tokens.
         tokenizer, draft_tokenizer: of transformers.
 
     Raises:

@@ -1,8 +1,9 @@
 """ForestCache: slots of a batch's nodes in one model's flat KV buffer. Design section 6.
 
-A row per prompt, a slot per node, and an additive mask row per node: its parent's row plus its own slot. Slots of
-dead nodes are used again, lowest first, so nothing is ever moved and the slots in use stay about as many as one
-sequence has tokens. The keys and values themselves belong to `forward.py`.
+A row per prompt, a slot per node, and an additive mask row per node: its parent's row plus its own
+slot. Slots of dead nodes are used again, lowest first, so nothing is ever moved and the slots in
+use stay about as many as one sequence has tokens. The keys and values themselves belong to
+`forward.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class _Row:
 
 @dataclass
 class Placement:
-    """Slots for the T nodes of a pass, on the host, row after row; each row's nodes stand in the first of N places."""
+    """Slots for the T nodes of a pass, on the host, row after row; each row's nodes stand in the
+    first of N places.
+    """
 
     order: list[tuple[int, int]]  # [T] (row, node)
     places: list[int]  # [T] where each node stands among rows * N
@@ -97,8 +100,8 @@ class ForestCache:
     def _mask_table(self, spare: int, capacity: int) -> Tensor:
         """Mask rows in which nothing is seen, [rows * (spare + 1) + 1, capacity].
 
-        A row's mask rows: its prompt's last token, then one for each node slot. The very last is the fillers': it sees
-        slot 0, since a query that sees nothing would divide by zero.
+        A row's mask rows: its prompt's last token, then one for each node slot. The very last is
+        the fillers': it sees slot 0, since a query that sees nothing would divide by zero.
         """
         shape = (self.rows * (spare + 1) + 1, capacity)
         masks = torch.full(shape, self._hidden, dtype=self._dtype, device=self._device)
@@ -167,7 +170,8 @@ class ForestCache:
         """Give nodes slots.
 
         Args:
-            wanted: row -> (nodes, their parents), parents before children; a parent has a slot or comes with its child.
+            wanted: row -> (nodes, their parents), parents before children; a parent has a slot or
+                comes with its child.
         """
         while any(
             self._table(row).next + max(0, len(nodes) - len(self._table(row).free))
@@ -214,14 +218,17 @@ class ForestCache:
         return self.rows * (self.spare + 1)
 
     def filler_slot(self, row: int) -> int:
-        """The place in the flat buffer where a query writes that fills up a row: a slot that no mask row shows."""
+        """The place in the flat buffer where a query writes that fills up a row: a slot that no
+        mask row shows.
+        """
         return (row + 1) * self.capacity - 1
 
     def masks(self, base_rows: Tensor, mask_rows: Tensor, bits: Tensor, rows: int, read: int) -> Tensor:
         """Mask rows of placed nodes: the base's row plus the slots between; kept for children.
 
         Args:
-            base_rows, mask_rows: as in `Placement`, at each of rows * N places; fillers have their own row.
+            base_rows, mask_rows: as in `Placement`, at each of rows * N places; fillers have their
+                own row.
             bits: as in `Placement`.
 
         Returns:
@@ -248,12 +255,15 @@ class ForestCache:
         self._positions.view(-1).index_copy_(0, slots, positions)
 
     def positions(self, first_row: int, rows: int, read: int) -> Tensor:
-        """Positions of the tokens in each slot read, [rows, slots read]; for an empty slot, that of whatever was there."""
+        """Positions of the tokens in each slot read, [rows, slots read]; for an empty slot, that of
+        whatever was there.
+        """
         assert self._positions is not None
         return self._positions[first_row : first_row + rows, :read]
 
     def window_mask(self, mask: Tensor, positions: Tensor, first_row: int, window: int) -> Tensor:
-        """A mask without what lies `window` tokens or more before its query, as sliding layers of transformers see it.
+        """A mask without what lies `window` tokens or more before its query, as sliding layers of
+        transformers see it.
 
         Along a path: all that a query sees are its ancestors, whatever their slots.
 

@@ -1,4 +1,6 @@
-"""NodeScorer: what decoding asks of whatever scores nodes, the target's `ForestScorer` and the scorer of any draft."""
+"""NodeScorer: what decoding asks of whatever scores nodes, the target's `ForestScorer` and the
+scorer of any draft.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ class ScorerOptions:
         longest_prompt: tokens of the longest of them.
         spare_slots: KV slots of a row for new tokens; more are made when they run out.
         temperature: divides the logits.
-        top: log-probabilities of so many likeliest tokens per node are brought to the host, for `tops`; None: all stay
-            on the device, for `log_probs`.
+        top: log-probabilities of so many likeliest tokens per node are brought to the host, for
+            `tops`; None: all stay on the device, for `log_probs`.
         keep_hidden: `hidden` will be asked for.
         process: (row, nodes, logits [N, V] float32) -> their log-probabilities; None: log-softmax.
         engine: how models are run, as for `ModelPair`.
@@ -47,11 +49,13 @@ class NodeScorer(Protocol):
     model_seconds: float  # spent in `score`, in passes or what stands for them
 
     def open(self, row: int, prompt: Sequence[int], forest: TokenForest, shared: tuple[int, int] | None = None) -> None:
-        """A prompt takes a row; its last token is node 0 of `forest`, scored at once. The target's scorer comes first.
+        """A prompt takes a row; its last token is node 0 of `forest`, scored at once. The target's
+        scorer comes first.
 
         Args:
             row: that the prompt takes.
-            shared: (row, count): the first `count` tokens are those of the prompt that was opened in that row.
+            shared: (row, count): the first `count` tokens are those of the prompt that was opened
+                in that row.
         """
 
     def close_row(self, row: int) -> None:
@@ -66,7 +70,8 @@ class NodeScorer(Protocol):
         ...
 
     def tops(self, row: int, nodes: Sequence[int]) -> tuple[FloatArray, IntArray]:
-        """Log-probabilities of the likeliest next tokens at scored nodes, and their ids; [N, K] each.
+        """Log-probabilities of the likeliest next tokens at scored nodes, and their ids; [N, K]
+        each.
 
         -inf stands for want of more; what is finite in a row are different tokens.
         """

@@ -50,15 +50,15 @@ class ForestScorer:
         longest_prompt: tokens.
         spare_slots: KV slots of a row for new tokens; more are made when they run out.
         temperature: divides the logits.
-        top: log-probabilities of so many likeliest tokens per node are brought to the host; None: all stay on the
-            device, for `log_probs`.
+        top: log-probabilities of so many likeliest tokens per node are brought to the host; None:
+            all stay on the device, for `log_probs`.
         keep_hidden: also keep the last hidden state of scored nodes.
         process: (row, nodes, logits [N, V] float32) -> their log-probabilities; None: log-softmax.
         vocabulary: makes the model's token ids the forest's; None where they are the same.
-        layers: also keep these hidden states of all prompt tokens and living nodes, for `layer_states`; numbered as
-            transformers numbers them.
-        engine: "auto": fused where the model's family is known, as CUDA graphs on a GPU; "eager": without graphs;
-            "transformers": the model's own forward.
+        layers: also keep these hidden states of all prompt tokens and living nodes, for
+            `layer_states`; numbered as transformers numbers them.
+        engine: "auto": fused where the model's family is known, as CUDA graphs on a GPU; "eager":
+            without graphs; "transformers": the model's own forward.
     """
 
     def __init__(
@@ -112,7 +112,8 @@ class ForestScorer:
 
         Args:
             row: that the prompt takes.
-            shared: (row, count): the first `count` tokens are those of the prompt that was opened in that row.
+            shared: (row, count): the first `count` tokens are those of the prompt that was opened
+                in that row.
         """
         held = _Prompt(prompt, forest)
         self._prompts[row] = held
@@ -149,7 +150,8 @@ class ForestScorer:
         self.cache.close(row)
 
     def score(self, wanted: Mapping[int, Sequence[int]]) -> int:
-        """Make sure that all nodes of `wanted` (row -> nodes) are scored, in at most one pass; unscored ancestors too.
+        """Make sure that all nodes of `wanted` (row -> nodes) are scored, in at most one pass;
+        unscored ancestors too.
 
         Returns:
             The number of nodes scored.
@@ -177,7 +179,9 @@ class ForestScorer:
         return len(placement.order)
 
     def _inputs(self, placement: Placement) -> tuple[PassInputs, Sequence[int]]:
-        """The tensors of a pass, in one transfer; and where each node of `placement.order` stands in its output."""
+        """The tensors of a pass, in one transfer; and where each node of `placement.order` stands
+        in its output.
+        """
         rows, queries = placement.rows, placement.queries
         tokens, positions = [], []
         for row, node in placement.order:
@@ -271,7 +275,9 @@ class ForestScorer:
         return self._held(row).calls
 
     def proposes(self, row: int, nodes: Sequence[int]) -> bool:
-        """True if any token may follow any of some scored nodes; processors may forbid all that the model knows."""
+        """True if any token may follow any of some scored nodes; processors may forbid all that the
+        model knows.
+        """
         if self._process is None:
             return True
         if self.top is None:
@@ -279,7 +285,9 @@ class ForestScorer:
         return bool((self.tops(row, nodes)[0] != -np.inf).any())
 
     def tops(self, row: int, nodes: Sequence[int]) -> tuple[FloatArray, IntArray]:
-        """Log-probabilities of the likeliest next tokens at scored nodes, best first, and the tokens; [N, K] each."""
+        """Log-probabilities of the likeliest next tokens at scored nodes, best first, and the
+        tokens; [N, K] each.
+        """
         found = [self._held(row).scored[node] for node in nodes]
         first = found[0][0]
         if all(scored is first for scored, _ in found):

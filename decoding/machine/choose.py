@@ -21,12 +21,15 @@ def cost_table(pair: ModelPair, latency: Given | None = None, objective: str | N
 
     Args:
         pair: whose passes, where they are measured.
-        latency: a table, its `to_dict`, the JSON file of that, or a function of the pair that gives one, as
-            conf/latency/measured.yaml builds; None: measured here in the objective's unit, or kept since.
-        objective: "seconds" or "joules"; None: whatever the table is in, seconds where it is measured.
+        latency: a table, its `to_dict`, the JSON file of that, or a function of the pair that gives
+            one, as conf/latency/measured.yaml builds; None: measured here in the objective's unit,
+            or kept since.
+        objective: "seconds" or "joules"; None: whatever the table is in, seconds where it is
+            measured.
 
     Raises:
-        UserError: a table that cannot be read, or that is in another unit than the objective; what cannot be measured.
+        UserError: a table that cannot be read, or that is in another unit than the objective; what
+            cannot be measured.
     """
     if objective is not None:
         choice("objective", objective, UNITS)

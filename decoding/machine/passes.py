@@ -1,4 +1,6 @@
-"""Single passes over forests of a chosen size behind a prompt: what the clock, NVML and the roofline measure."""
+"""Single passes over forests of a chosen size behind a prompt: what the clock, NVML and the
+roofline measure.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class ForestPasses:
     """Passes over forests of a chosen size behind a prompt; leaving `with` gives the buffers back.
 
     Args:
-        scorers: by role, in the order to open them: a draft may read what the target's scorer knows of the prompt.
+        scorers: by role, in the order to open them: a draft may read what the target's scorer knows
+            of the prompt.
         role: whose passes they are.
         prompt: token ids.
     """

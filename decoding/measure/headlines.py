@@ -1,6 +1,7 @@
 """The findings of a bench: its tables, and a line for each number that one asks for.
 
-Speeds are medians over repeats with their range, log-probabilities have their 95% interval over prompts.
+Speeds are medians over repeats with their range, log-probabilities have their 95% interval over
+prompts.
 """
 
 from __future__ import annotations
@@ -156,7 +157,9 @@ def _overhead_lines(rows: Sequence[Node]) -> list[str]:
 
 
 def _slot_lines(rows: Sequence[Node]) -> list[str]:
-    """The line on KV slots over sequence length, at the widest rows of this engine; none where there are no such rows."""
+    """The line on KV slots over sequence length, at the widest rows of this engine; none where
+    there are no such rows.
+    """
     engine = [row for row in rows if row["family"] != TRANSFORMERS]
     widest = max((row["config"]["target_width"] for row in engine), default=1)
     told = [
@@ -181,7 +184,9 @@ def _told(rows: Sequence[Node], metric: str, form: str) -> str:
 
 
 def _graph_lines(results: Node) -> list[str]:
-    """Captures within turns are shapes that had not come up while warming up, or whose buffer had been given up."""
+    """Captures within turns are shapes that had not come up while warming up, or whose buffer had
+    been given up.
+    """
     lines = []
     for role, counts in results["graphs"].items():
         timed = [(row["name"], row["graphs"].get(role, {}).get("captures", 0)) for row in results["rows"]]

@@ -1,8 +1,9 @@
-"""Ways to decode, by name: `METHODS[name](pair, config, settings)` is a function `(prompts, streams) -> results`.
+"""Ways to decode, by name: `METHODS[name](pair, config, settings)` is a function
+`(prompts, streams) -> results`.
 
-Those of this engine are settings of DSBDDecoder, so that a comparison with it compares methods and not
-implementations; the `hf_` ones are transformers' own `generate`. A policy of anybody's own is a method too: by its
-dotted name, or by that of its YAML in conf/policy (`find_method`).
+Those of this engine are settings of DSBDDecoder, so that a comparison with it compares methods and
+not implementations; the `hf_` ones are transformers' own `generate`. A policy of anybody's own is a
+method too: by its dotted name, or by that of its YAML in conf/policy (`find_method`).
 """
 
 from __future__ import annotations
@@ -58,10 +59,12 @@ class Method:
         knobs: settings that are worth sweeping, in the order of a row's name.
         fixed: DecodingConfig fields that it always has.
         family: as of a WidthPolicy; "transformers" for what is not of this engine.
-        inexact: it is nothing without its own surplus and refill, and has them where the config says `exact`, too.
+        inexact: it is nothing without its own surplus and refill, and has them where the config
+            says `exact`, too.
         drafts: another draft than the pair's changes it.
         batches: it decodes prompts together.
-        arguments: names of further settings that it takes, those of a policy that are not worth sweeping.
+        arguments: names of further settings that it takes, those of a policy that are not worth
+            sweeping.
     """
 
     name: str

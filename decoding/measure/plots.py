@@ -22,11 +22,12 @@ _LINES = {"": "-", LAST: "--", STOP: ":", LAST + STOP: "-."}
 
 
 def plot_frontier(rows: Sequence[Mapping[str, Any]], speed: str = "tokens_per_second") -> Figure:
-    """Quality (log-probability per token) against tokens/s: one curve per method through its best rows.
+    """Quality (log-probability per token) against tokens/s: one curve per method through its best
+    rows.
 
-    Curves with a last width are dashed, those that stop by entropy dotted, in the colour of those that do neither.
-    Where there are many rows, only learned ones and beam sampling are labelled; rows far below the others are left out,
-    and counted.
+    Curves with a last width are dashed, those that stop by entropy dotted, in the colour of those
+    that do neither. Where there are many rows, only learned ones and beam sampling are labelled;
+    rows far below the others are left out, and counted.
 
     Args:
         rows: those without the metric are left out.
@@ -97,7 +98,9 @@ def calibration_curves(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plot_calibration(calibration: Mapping[str, Any]) -> Figure:
-    """Reliability of each predicted probability: observed share against prediction, dots by how many there are."""
+    """Reliability of each predicted probability: observed share against prediction, dots by how
+    many there are.
+    """
     across = min(len(calibration), _CURVES_IN_A_ROW)
     down = -(-len(calibration) // across)
     figure = Figure(figsize=(4.2 * across, 4.4 * down), layout="constrained")

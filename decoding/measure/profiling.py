@@ -21,15 +21,16 @@ def profile_decoding(
 ) -> dict[str, Any]:
     """Decode prompts under torch's profiler and write its trace.
 
-    The decoding runs three times: to warm up, for the share of time in neither model (which the profiler would
-    inflate), and under the profiler.
+    The decoding runs three times: to warm up, for the share of time in neither model (which the
+    profiler would inflate), and under the profiler.
 
     Args:
         trace: file to write, in Chrome's trace format.
 
     Returns:
-        trace, iterations, overhead_share (see `overhead_share`), and the `TOP` host operators and GPU kernels that took
-        longest, each with name, calls, seconds (without what it calls) and share of the sum.
+        trace, iterations, overhead_share (see `overhead_share`), and the `TOP` host operators and
+        GPU kernels that took longest, each with name, calls, seconds (without what it calls) and
+        share of the sum.
     """
 
     def decode() -> list[DecodeResult]:
@@ -55,7 +56,9 @@ def profile_decoding(
 
 
 def _longest(events: Iterable[Any], device: DeviceType, field: str) -> list[dict[str, Any]]:
-    """The events of a device that took longest, in seconds without what they call, and as shares of all of them."""
+    """The events of a device that took longest, in seconds without what they call, and as shares of
+    all of them.
+    """
     taken = [(getattr(event, field) / 1e6, event) for event in events if event.device_type == device]
     total = sum(seconds for seconds, _ in taken) or 1.0
     longest = sorted(taken, key=lambda item: -item[0])[:TOP]
@@ -66,11 +69,12 @@ def _longest(events: Iterable[Any], device: DeviceType, field: str) -> list[dict
 
 
 def overhead_share(seconds: Sequence[dict[str, float]]) -> float | None:
-    """Share of the iterations' time that is in neither model; None where no phase but "other" is known.
+    """Share of the iterations' time that is in neither model; None where no phase but "other" is
+    known.
 
     Args:
-        seconds: of each prompt, by phase; the prompts' own passes are no part of an iteration and are left out where
-            they have a phase, "prompt".
+        seconds: of each prompt, by phase; the prompts' own passes are no part of an iteration and
+            are left out where they have a phase, "prompt".
     """
     total = sum(sum(phases.values()) - phases.get("prompt", 0.0) for phases in seconds)
     models = sum(phases["target"] + phases["draft"] for phases in seconds)

@@ -1,4 +1,6 @@
-"""The results of an evaluation or a bench as a file: its version, written and read. docs/results.md has the fields."""
+"""The results of an evaluation or a bench as a file: its version, written and read. docs/results.md
+has the fields.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def read_results(results: Results) -> Mapping[str, Any]:
         results: its path, or what it holds, which is checked all the same.
 
     Raises:
-        UserError: it cannot be read, is of another version, or has no rows as evaluate.py writes them.
+        UserError: it cannot be read, is of another version, or has no rows as evaluate.py writes
+            them.
     """
     where = name_of(results)
     if isinstance(results, str | Path):

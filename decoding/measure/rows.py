@@ -1,4 +1,6 @@
-"""Rows of a comparison: a method with settings each, from a grid (evaluate.py) or one by one (conf/bench.yaml)."""
+"""Rows of a comparison: a method with settings each, from a grid (evaluate.py) or one by one
+(conf/bench.yaml).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ class Row:
 
     Args:
         method: what decodes.
-        settings: that tell the row from others of its method; those of its widths are always among them.
+        settings: that tell the row from others of its method; those of its widths are always among
+            them.
         config: as the method runs it.
         batch_size: prompts decoded together; None: as many as the run says.
         draft: instead of the pair's own.
@@ -50,7 +53,9 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Method and settings in a line, such as `fixed M=2/4 w=6 γ=3 exact, batch 8` (M of at most 4)."""
+        """Method and settings in a line, such as `fixed M=2/4 w=6 γ=3 exact, batch 8`
+        (M of at most 4).
+        """
         return self.alone + (f", batch {self.batch_size}" if (self.batch_size or 1) > 1 else "")
 
     def build(self, pair: ModelPair) -> Generate:
@@ -68,14 +73,15 @@ def make_rows(
     references: Sequence[str] = REFERENCES,
     methods: Mapping[str, Method] = METHODS,
 ) -> list[Row]:
-    """Methods times the settings that they take, and the reference rows at every target width among them.
+    """Methods times the settings that they take, and the reference rows at every target width among
+    them.
 
     Args:
         names: of methods, as `find_method` reads them; the rows' order.
         config: what no axis sets.
-        grid: values of each axis, None for the knob's own grid; one that is absent or empty keeps the config's value or
-            the policy's. Methods that choose M themselves take no `widths`: they have the config's target_width, or the
-            widest of `widths` if that is more.
+        grid: values of each axis, None for the knob's own grid; one that is absent or empty keeps
+            the config's value or the policy's. Methods that choose M themselves take no `widths`:
+            they have the config's target_width, or the widest of `widths` if that is more.
         references: methods of the reference rows.
         methods: that names are looked up in first.
 

@@ -1,4 +1,5 @@
-"""Rows that take turns over the same prompts and seeds, by the clock; then what the target says of their texts.
+"""Rows that take turns over the same prompts and seeds, by the clock; then what the target says of
+their texts.
 
 Nothing is averaged here: a `Measurement` is one prompt decoded by one row, once.
 """
@@ -79,7 +80,8 @@ def make_records(rows: Sequence[Row], pair: ModelPair, batch_size: int = 1) -> l
 
 
 def read_prompts(about: Any, task: Task, pair: ModelPair) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to measure, and others to warm up with: of split val, or the same where there are no others.
+    """Prompts to measure, and others to warm up with: of split val, or the same where there are no
+    others.
 
     Args:
         about: split, limit and warmup, as in the `prompts` of a config.
@@ -102,7 +104,9 @@ def warm_up(
     seed: int,
     advance: Callable[[int], None] = lambda prompts: None,
 ) -> None:
-    """Decode prompts by every row without measuring; a row with a batch size fills a batch, with some of them twice."""
+    """Decode prompts by every row without measuring; a row with a batch size fills a batch, with
+    some of them twice.
+    """
     for record in records if prompts else ():
         count = max(len(prompts), record.row.batch_size or 1)
         group = [prompts[i % len(prompts)] for i in range(count)]
@@ -118,12 +122,15 @@ def take_turns(
     repeats: int = 1,
     advance: Callable[[int], None] = lambda prompts: None,
 ) -> Iterator[int]:
-    """Every row decodes all prompts, a batch of the largest row in a turn: machine drift hits all rows alike.
+    """Every row decodes all prompts, a batch of the largest row in a turn: machine drift hits all
+    rows alike.
 
-    The order of the rows rotates from turn to turn. A prompt has the same seed in all rows, another in each repeat.
+    The order of the rows rotates from turn to turn. A prompt has the same seed in all rows, another
+    in each repeat.
 
     Args:
-        records: get the measurements, not yet scored. One that fails takes no further turns, and says why.
+        records: get the measurements, not yet scored. One that fails takes no further turns, and
+            says why.
         advance: called with the number of prompts after each turn.
 
     Yields:
@@ -190,13 +197,15 @@ def prompt_stream(seed: int, prompt: Prompt) -> torch.Generator:
 
 
 def keep_whole(records: Sequence[Record], count: int) -> int:
-    """Forget the unfinished repeat of an interrupted run; of the first one keep the prompts that all rows decoded.
+    """Forget the unfinished repeat of an interrupted run; of the first one keep the prompts that
+    all rows decoded.
 
     Args:
         count: prompts of a repeat.
 
     Returns:
-        Prompts that are left of each repeat: `count`, or fewer where not even the first repeat is whole; 0: none.
+        Prompts that are left of each repeat: `count`, or fewer where not even the first repeat is
+        whole; 0: none.
     """
     alive = [record for record in records if record.error is None]
     left = min((len(record.repeats[0]) if record.repeats else 0 for record in alive), default=count)
@@ -245,7 +254,8 @@ def score_all(
     task: Task,
     advance: Callable[[int], None] = lambda prompts: None,
 ) -> str | None:
-    """Fill in what the target and the task say of every text; after all timing, so that it disturbs no clock.
+    """Fill in what the target and the task say of every text; after all timing, so that it disturbs
+    no clock.
 
     Returns:
         None, or a sentence where the device's memory did not suffice for it.

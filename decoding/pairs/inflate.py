@@ -1,9 +1,10 @@
 """Widen a small Llama into the shape of a large one without changing its next-token distributions.
 
-The small model sits in a corner of the large one and the rest adds nothing, so that a pass computes the small
-model's probabilities at the large model's cost in time and memory. **It models the cost of a size; it is not a
-trained model of that size**: what it writes is what the small model writes. Read energy with care too: most of what is
-multiplied is zero, which draws less power than trained weights do.
+The small model sits in a corner of the large one and the rest adds nothing, so that a pass computes
+the small model's probabilities at the large model's cost in time and memory. **It models the cost
+of a size; it is not a trained model of that size**: what it writes is what the small model writes.
+Read energy with care too: most of what is multiplied is zero, which draws less power than trained
+weights do.
 """
 
 from __future__ import annotations
@@ -113,19 +114,24 @@ def shape_of(size: str | Mapping[str, Any] | Shape) -> Shape:
 def inflate(
     model: LlamaForCausalLM, shape: Shape, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> LlamaForCausalLM:
-    """A Llama of `shape` with the next-token distributions of `model`; tokens beyond its vocabulary have probability 0.
+    """A Llama of `shape` with the next-token distributions of `model`; tokens beyond its vocabulary
+    have probability 0.
 
-    - Width is padded with zeros. The mean square over H' dimensions is H / H' of the one over H, so norm weights are
+    - Width is padded with zeros. The mean square over H' dimensions is H / H' of the one over H, so
+      norm weights are
       scaled by sqrt(H / H') and eps by H / H'.
-    - Heads of D' = r D dimensions: queries are scaled by sqrt(r), because attention divides by sqrt(D'); the rotary
+    - Heads of D' = r D dimensions: queries are scaled by sqrt(r), because attention divides by
+      sqrt(D'); the rotary
       pair i goes to the pair r i, which turns at the same frequency.
     - A key-value head whose queries do not fit one group of `shape` is copied into several.
-    - Further heads, inner dimensions and layers (appended) hold small random numbers that no output projection reads.
-    - Padded rows of the vocabulary read one spare dimension, which holds the constant c in every real token. c² is
+    - Further heads, inner dimensions and layers (appended) hold small random numbers that no output
+      projection reads.
+    - Padded rows of the vocabulary read one spare dimension, which holds the constant c in every
+      real token. c² is
       taken out of eps, so that norms stay exact. They are for the size only: never feed their ids.
 
-    The result takes 8192 positions whatever `model` was trained for. Beyond its trained context the text means
-    nothing; cost, and the arithmetic of acceptance, stay what they are.
+    The result takes 8192 positions whatever `model` was trained for. Beyond its trained context the
+    text means nothing; cost, and the arithmetic of acceptance, stay what they are.
 
     Weights are filled one by one on `device`, in `dtype`: nothing large exists elsewhere.
 
@@ -141,7 +147,8 @@ def inflate(
     hidden, padded = model.config.hidden_size, shape.vocab_size > model.config.vocab_size
     narrow = hidden / shape.hidden_size
     floor = model.config.rms_norm_eps * hidden  # what eps adds to the sum of squares
-    # The largest power of two whose square leaves some eps; a power of two is the same number in every dtype.
+    # The largest power of two whose square leaves some eps; a power of two is the same number in
+    # every dtype.
     constant = 2.0 ** math.floor(math.log2(0.75 * floor) / 2) if padded else 0.0
     wide = _empty_llama(model, shape, (floor - constant**2) / shape.hidden_size, device, dtype)
     _fill_padding(wide)
@@ -174,7 +181,8 @@ def query_scale(head_dim: int, wide_head_dim: int) -> float:
 def rotary_places(head_dim: int, wide_head_dim: int) -> Tensor:
     """Places of a head's dimensions in a wider head, so that each keeps its frequency; [D] int64.
 
-    Pair i (dimensions i and i + D/2) turns by θ^(-2i/D) a position, and so does pair r·i of r·D dimensions.
+    Pair i (dimensions i and i + D/2) turns by θ^(-2i/D) a position, and so does pair r·i of r·D
+    dimensions.
     """
     pairs = torch.arange(head_dim // 2) * (wide_head_dim // head_dim)
     return torch.cat([pairs, pairs + wide_head_dim // 2])
@@ -188,7 +196,8 @@ def query_places(heads: int, kv_heads: int, wide_group: int) -> tuple[Tensor, in
         wide_group: query heads per key-value head of the shape, G'.
 
     Returns:
-        Index of every query head in the shape, [A] int64; copies of every key-value head, which lie side by side.
+        Index of every query head in the shape, [A] int64; copies of every key-value head, which lie
+        side by side.
     """
     group = heads // kv_heads
     copies = -(-group // wide_group)
@@ -229,7 +238,8 @@ def _fill_embeddings(model: LlamaForCausalLM, wide: LlamaForCausalLM, constant: 
     _put(wide.lm_head.weight[:vocabulary, :hidden], model.lm_head.weight)
     if constant:
         wide.lm_head.weight[vocabulary:, hidden] = -_PAD_WEIGHT
-        # Tied, real rows also read the constant: the same small shift of all their logits, which softmax ignores.
+        # Tied, real rows also read the constant: the same small shift of all their logits, which
+        # softmax ignores.
         wide.model.embed_tokens.weight[:vocabulary, hidden] = constant
 
 

@@ -35,23 +35,25 @@ class ModelPair:
 
     Args:
         target: a model in hand.
-        draft: another one; "layers:8", the target's own first layers; "ngram" or "ngram:4", what followed the same
-            tokens before; a `Draft` of any other kind; None where only the target is used.
+        draft: another one; "layers:8", the target's own first layers; "ngram" or "ngram:4", what
+            followed the same tokens before; a `Draft` of any other kind; None where only the target
+            is used.
         tokenizer: the target's, for text in and out; None if you work with token ids.
         name: shown in results.
-        engine: how the models are run: "auto", passes fused where the family is known, and CUDA graphs on a GPU;
-            "eager", without graphs; "transformers", the models' own forward.
+        engine: how the models are run: "auto", passes fused where the family is known, and CUDA
+            graphs on a GPU; "eager", without graphs; "transformers", the models' own forward.
         note: what a reader of results must know about the pair; shown with them.
-        draft_tokenizer: the draft's. With both, tokens are matched by their strings, so that the draft may know fewer
-            of them, under other ids; without, ids mean the same as far as both models have them.
+        draft_tokenizer: the draft's. With both, tokens are matched by their strings, so that the
+            draft may know fewer of them, under other ids; without, ids mean the same as far as both
+            models have them.
 
     Attributes:
         draft: the model where a model drafts, the target's first layers included; else the `Draft`.
         drafter: the draft as decoding sees it; None without one.
 
     Raises:
-        UserError: a model that cannot be decoded with a forest cache, a draft with tokens that the target lacks, or a
-            draft that does not exist.
+        UserError: a model that cannot be decoded with a forest cache, a draft with tokens that the
+            target lacks, or a draft that does not exist.
     """
 
     target: Any
@@ -92,21 +94,25 @@ class ModelPair:
         engine: str = "auto",
         draft: str | None = None,
     ) -> ModelPair:
-        """The built-in pair in models of real size: its distributions, and so its acceptance, at their cost.
+        """The built-in pair in models of real size: its distributions, and so its acceptance, at
+        their cost.
 
-        A cost model of a size, not trained models of it: the text is the built-in pair's, and means nothing beyond the
-        512 tokens that it was trained for. Nothing is downloaded or stored.
+        A cost model of a size, not trained models of it: the text is the built-in pair's, and means
+        nothing beyond the 512 tokens that it was trained for. Nothing is downloaded or stored.
 
         Args:
-            target_size, draft_size: names in `decoding.pairs.inflate.SHAPES`, or mappings with the fields of `Shape`.
+            target_size, draft_size: names in `decoding.pairs.inflate.SHAPES`, or mappings with the
+                fields of `Shape`.
             device: as for `load`.
             dtype: "bfloat16", "float16" or "float32".
             engine: how the models are run, as for the class.
-            draft: "ngram" or "ngram:4" instead of a model of `draft_size`. Not "layers:8": the layers that a size adds
-                do nothing, so an early exit would guess far better than a real one of its cost.
+            draft: "ngram" or "ngram:4" instead of a model of `draft_size`. Not "layers:8": the
+                layers that a size adds do nothing, so an early exit would guess far better than a
+                real one of its cost.
 
         Raises:
-            UserError: unknown sizes, sizes that cannot hold the built-in models, or too little memory on the GPU.
+            UserError: unknown sizes, sizes that cannot hold the built-in models, or too little
+                memory on the GPU.
         """
         return cls(**inflated_parts(target_size, draft_size, device, dtype, draft), engine=engine)
 
@@ -125,7 +131,8 @@ class ModelPair:
         """Load a pair from the Hugging Face hub or from local directories.
 
         Args:
-            target, draft: hub ids or paths; `draft` may also be "layers:8", "ngram" or "ngram:4", as for the class.
+            target, draft: hub ids or paths; `draft` may also be "layers:8", "ngram" or "ngram:4",
+                as for the class.
             device: "cuda", "cuda:1", "cpu", ...
             dtype: "bfloat16", "float16", "float32" or "auto".
             trust_remote_code: run code that comes with a checkpoint; off unless you ask for it.
@@ -144,9 +151,11 @@ class ModelPair:
         return ModelPair(self.target, draft, self.tokenizer, self.name, self.engine, self.note)
 
     def scorers(self, options: ScorerOptions, drafting: bool = True) -> dict[str, NodeScorer]:
-        """Scorers of one batch: of the "target" and, where there is one and it is `drafting`, of the "draft".
+        """Scorers of one batch: of the "target" and, where there is one and it is `drafting`, of
+        the "draft".
 
-        A row is opened in this order. The target's scorer keeps the hidden states that the draft reads, and no others.
+        A row is opened in this order. The target's scorer keeps the hidden states that the draft
+        reads, and no others.
         """
         drafter = self.drafter if drafting else None
         layers = drafter.target_layers if drafter is not None else ()
@@ -192,7 +201,9 @@ class ModelPair:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the target's sizes and weights and of what tells the draft from others; equal for equal pairs."""
+        """Hash of the target's sizes and weights and of what tells the draft from others; equal for
+        equal pairs.
+        """
         if self._fingerprint is None:
             drafter = self.drafter.fingerprint() if self.drafter is not None else b""
             self._fingerprint = hashlib.sha256(weight_sample(self.target) + drafter).hexdigest()[:16]

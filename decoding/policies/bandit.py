@@ -1,15 +1,16 @@
 """BanditWidth: draft width and depth found by trial while decoding; no network, no traces.
 
-UCB1 (Auer, Cesa-Bianchi and Fischer 2002, figure 1) on a ratio. Arm a has committed R_a tokens in T_a seconds over n_a
-iterations; n = Σ n_a and ρ = Σ R_a / Σ T_a. Each arm is tried once, then the one of the highest
+UCB1 (Auer, Cesa-Bianchi and Fischer 2002, figure 1) on a ratio. Arm a has committed R_a tokens in
+T_a seconds over n_a iterations; n = Σ n_a and ρ = Σ R_a / Σ T_a. Each arm is tried once, then the
+one of the highest
 
     R_a / T_a + exploration · ρ · sqrt(2 ln n / n_a)
 
-goes on: tokens per second in the long run are a ratio of sums, and ρ gives the width of the confidence the same unit,
-where UCB1 has rewards in [0, 1]. All sums shrink by exp(-1 / memory) an iteration (discounted UCB, Garivier and
-Moulines 2011), so that an arm that the text has come to suit is tried again. Clocks have spikes, where something is
-compiled or captured: by the clock, an arm's first iteration does not count, and no other for more than a few times the
-arm's fastest.
+goes on: tokens per second in the long run are a ratio of sums, and ρ gives the width of the
+confidence the same unit, where UCB1 has rewards in [0, 1]. All sums shrink by exp(-1 / memory) an
+iteration (discounted UCB, Garivier and Moulines 2011), so that an arm that the text has come to
+suit is tried again. Clocks have spikes, where something is compiled or captured: by the clock, an
+arm's first iteration does not count, and no other for more than a few times the arm's fastest.
 """
 
 from __future__ import annotations
@@ -50,22 +51,28 @@ class Arm(NamedTuple):
 class BanditWidth(WidthPolicy):
     """Learns, by trial, which draft width and depth commit most tokens per second; M is fixed.
 
-    What is learned outlives a prompt: a bandit needs hundreds of iterations. All prompts that a policy object decodes
-    add to the same sums, so a prompt's widths depend on those before it and on those decoded together with it. That
-    moves no output distribution: an arm is chosen before anything is drafted, and M never follows from it.
+    What is learned outlives a prompt: a bandit needs hundreds of iterations. All prompts that a
+    policy object decodes add to the same sums, so a prompt's widths depend on those before it and
+    on those decoded together with it. That moves no output distribution: an arm is chosen before
+    anything is drafted, and M never follows from it.
 
     Args:
-        target_width: M of every layer, the one that the target draws among them; None: the config's.
-        arms: (draft_width, draft_depth) pairs to choose among, depth 0 for the target alone; None: nothing drafted,
-            and up to four depths from 1 to the config's, each with M drafts a layer and with the config's draft_width.
-        exploration: how far an arm's confidence reaches, 0 or more; 1 is UCB1's own, which assumes the worst noise.
-        memory: iterations after which a weight has fallen to 1/e; None: nothing is forgotten, as in UCB1.
-        latency: seconds of the passes. None: an iteration's wall seconds. With a table, equal seeds and an equal order
-            of prompts give equal widths.
+        target_width: M of every layer, the one that the target draws among them; None: the
+            config's.
+        arms: (draft_width, draft_depth) pairs to choose among, depth 0 for the target alone; None:
+            nothing drafted, and up to four depths from 1 to the config's, each with M drafts a
+            layer and with the config's draft_width.
+        exploration: how far an arm's confidence reaches, 0 or more; 1 is UCB1's own, which assumes
+            the worst noise.
+        memory: iterations after which a weight has fallen to 1/e; None: nothing is forgotten, as in
+            UCB1.
+        latency: seconds of the passes. None: an iteration's wall seconds. With a table, equal seeds
+            and an equal order of prompts give equal widths.
         share: whether all prompts learn together; False: each starts anew.
 
     Raises:
-        UserError: an argument that is not allowed; arms that a config has no room for are refused with it.
+        UserError: an argument that is not allowed; arms that a config has no room for are refused
+            with it.
 
     Source: the formula is in the module's first lines.
     """

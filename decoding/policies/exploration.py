@@ -18,14 +18,17 @@ from decoding.support.checks import number, whole
 class RandomWidth(WidthPolicy):
     """Widths and depth drawn at random: exploration while traces are logged.
 
-    Most prompts have a limit on M of their own, small ones as often as large ones (log-uniform), and M is uniform below
-    it: with M uniform over its whole range forests would seldom get past their first layer, and a controller goes
-    deeper. Half of the iterations draft as deep as they may, half of the layers as wide as they may, and the layer that
-    ends an iteration is as wide as it may be three times out of four; all else is uniform.
+    Most prompts have a limit on M of their own, small ones as often as large ones (log-uniform),
+    and M is uniform below it: with M uniform over its whole range forests would seldom get past
+    their first layer, and a controller goes deeper. Half of the iterations draft as deep as they
+    may, half of the layers as wide as they may, and the layer that ends an iteration is as wide as
+    it may be three times out of four; all else is uniform.
 
     Args:
-        seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the prompt's seed.
-        full_share: share of the prompts decoded at full width, so that survivor ranks are seen uncensored.
+        seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the
+            prompt's seed.
+        full_share: share of the prompts decoded at full width, so that survivor ranks are seen
+            uncensored.
     """
 
     name = "random"

@@ -28,8 +28,8 @@ class FixedWidth(WidthPolicy):
 
     Args:
         target_width, draft_width, draft_depth: M, w and γ; at most the config's.
-        final_width: M of the layer that ends an iteration, where nothing can be rejected: more beams there cost what
-            they cost to carry, and no pass. None: M.
+        final_width: M of the layer that ends an iteration, where nothing can be rejected: more
+            beams there cost what they cost to carry, and no pass. None: M.
     """
 
     name = "fixed"

@@ -1,4 +1,5 @@
-"""Width rules by hand, each on one signal that the learned widths go by as well: P's mass, its weights, Q's entropy.
+"""Width rules by hand, each on one signal that the learned widths go by as well: P's mass, its
+weights, Q's entropy.
 
 They are what to try before training anything, and what learned widths are compared with.
 """
@@ -38,10 +39,10 @@ class HandSetWidth(WidthPolicy, ABC):
     """M by a rule of `asked`; the draft as wide as it may be, and as deep, or until it is unsure.
 
     Args:
-        final_width: M of the layer that ends an iteration, where nothing can be rejected: more beams there cost what
-            they cost to carry, and no pass. None: by the rule, too.
-        stop_entropy: nats. A layer whose draft had more entropy than this is the last to be drafted; the first one
-            always is drafted. None: as deep as the config allows.
+        final_width: M of the layer that ends an iteration, where nothing can be rejected: more
+            beams there cost what they cost to carry, and no pass. None: by the rule, too.
+        stop_entropy: nats. A layer whose draft had more entropy than this is the last to be
+            drafted; the first one always is drafted. None: as deep as the config allows.
 
     Raises:
         UserError: stop_entropy is no number of at least 0.
@@ -78,10 +79,11 @@ class HandSetWidth(WidthPolicy, ABC):
 
 
 class MassWidth(HandSetWidth):
-    """Asks for beams where the target is undecided: the smallest M whose likeliest continuations hold a share of P.
+    """Asks for beams where the target is undecided: the smallest M whose likeliest continuations
+    hold a share of P.
 
-    P alone decides, so that M may follow it (design 5.4), at the layer that ends an iteration too. With
-    `surplus="keep"` it is the strongest of the hand-set rules.
+    P alone decides, so that M may follow it (design 5.4), at the layer that ends an iteration too.
+    With `surplus="keep"` it is the strongest of the hand-set rules.
 
     Args:
         share: of P's mass, in (0, 1]; higher asks for more beams.
@@ -107,7 +109,8 @@ class MassWidth(HandSetWidth):
 class GapWidth(HandSetWidth):
     """Asks for as many beams as there are continuations within a gap of the best one's weight.
 
-    Relative threshold pruning (1702.01806) as a width: a clear winner is followed alone. P alone decides.
+    Relative threshold pruning (1702.01806) as a width: a clear winner is followed alone. P alone
+    decides.
 
     Args:
         gap: nats, 0 or more; higher asks for more beams.
@@ -133,8 +136,8 @@ class GapWidth(HandSetWidth):
 class EntropyWidth(HandSetWidth):
     """Asks for beams where the draft is undecided: a multiple of exp(entropy of Q), rounded up.
 
-    exp(entropy) is how many equally likely continuations would be as undecided. Known before the layer is drawn; at the
-    layer that ends an iteration the target's P takes Q's place.
+    exp(entropy) is how many equally likely continuations would be as undecided. Known before the
+    layer is drawn; at the layer that ends an iteration the target's P takes Q's place.
 
     Args:
         scale: beams for each of these continuations, above 0; higher asks for more beams.

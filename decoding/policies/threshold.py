@@ -17,13 +17,14 @@ from decoding.support.checks import number
 class ThresholdWidth(WidthPolicy):
     """The paper's rule: the largest M with P(K_w >= M) >= threshold (2409.16560, section 3.3).
 
-    K_w is taken from the closed form of design 5.3, which is exact with replacement and an approximation
-    without. At the layer that ends an iteration nothing can be rejected, so M is the widest.
+    K_w is taken from the closed form of design 5.3, which is exact with replacement and an
+    approximation without. At the layer that ends an iteration nothing can be rejected, so M is the
+    widest.
 
     Args:
         threshold: in (0, 1]; higher asks for fewer beams.
-        as_shipped: reproduce the widths of the published code, which subtracts Q twice in the residual. For
-            comparison only; the verification stays exact either way.
+        as_shipped: reproduce the widths of the published code, which subtracts Q twice in the
+            residual. For comparison only; the verification stays exact either way.
     """
 
     name = "threshold"

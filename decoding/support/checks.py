@@ -1,4 +1,6 @@
-"""Guards of what a user gives: a whole number, a number, one of several names; what they refuse is one sentence."""
+"""Guards of what a user gives: a whole number, a number, one of several names; what they refuse is
+one sentence.
+"""
 
 from __future__ import annotations
 

@@ -37,15 +37,16 @@ _BUGS = (LookupError, AttributeError, NameError, AssertionError, ArithmeticError
 def entry_point(
     config_name: str, renames: Mapping[str, str] | None = None, open_nodes: Sequence[str] = ()
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:
-    """Make a task function a command line; called from Python with a config, it runs on that and returns its value.
+    """Make a task function a command line; called from Python with a config, it runs on that and
+    returns its value.
 
-    A user's mistake is printed as `error: ...` on stderr with exit code 2; Ctrl-C gives exit code 130. What the
-    function returns reaches Hydra's sweepers.
+    A user's mistake is printed as `error: ...` on stderr with exit code 2; Ctrl-C gives exit code
+    130. What the function returns reaches Hydra's sweepers.
 
     Args:
         config_name: primary config in conf/.
-        renames: command line keys that are config groups in conf/ but plain settings of this command; Hydra would
-            take `controller=outputs/x` for a choice of the group controller/.
+        renames: command line keys that are config groups in conf/ but plain settings of this
+            command; Hydra would take `controller=outputs/x` for a choice of the group controller/.
         open_nodes: nodes that take settings of any name; the command checks them.
     """
 
@@ -183,9 +184,11 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig | None:
 
 
 def opened(arguments: Sequence[str], groups: Collection[str], open_nodes: Sequence[str]) -> list[str]:
-    """Arguments as Hydra takes them: a class in place of a group's choice, and settings of any name below open nodes.
+    """Arguments as Hydra takes them: a class in place of a group's choice, and settings of any name
+    below open nodes.
 
-    `policy=mine.HalfWidth policy.fraction=0.5` makes a node with that `_target_`, checked like any other.
+    `policy=mine.HalfWidth policy.fraction=0.5` makes a node with that `_target_`, checked like any
+    other.
     """
     split = [argument.partition("=") for argument in arguments]
     of_class = {key for key, _, value in split if key in groups and is_dotted(value)}
@@ -201,7 +204,9 @@ def opened(arguments: Sequence[str], groups: Collection[str], open_nodes: Sequen
 
 
 def _renamed(argument: str, renames: Mapping[str, str]) -> str:
-    """'controller=x' -> 'controller_path=x' for {"controller": "controller_path"}; a group is not given null."""
+    """'controller=x' -> 'controller_path=x' for {"controller": "controller_path"}; a group is not
+    given null.
+    """
     key, equals, value = argument.partition("=")
     key = renames.get(key, key)
     if value == "null" and (CONF_DIR / key).is_dir():

@@ -20,7 +20,8 @@ _RECENT = 300.0  # seconds that the speed is judged by
 
 
 class RunProgress(Progress):
-    """rich's progress bar on standard error; where that is no terminal, such as a log file, a line a minute.
+    """rich's progress bar on standard error; where that is no terminal, such as a log file, a line
+    a minute.
 
     Args:
         console: None: standard error.

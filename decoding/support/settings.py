@@ -1,8 +1,9 @@
-"""Settings of a composed config against what takes them: the signature of each `_target_`, or the default's kind.
+"""Settings of a composed config against what takes them: the signature of each `_target_`, or the
+default's kind.
 
-The schema of a config group is the signature of its `_target_`: a setting that the callable does not take, or whose
-type does not fit its annotation, is refused with what is allowed. Settings of no callable keep the kind of their
-default.
+The schema of a config group is the signature of its `_target_`: a setting that the callable does
+not take, or whose type does not fit its annotation, is refused with what is allowed. Settings of no
+callable keep the kind of their default.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def check_settings(cfg: DictConfig, defaults: DictConfig | None = None, open_nod
 
     Args:
         cfg: the composed config.
-        defaults: the same groups without the user's values; settings of no callable are compared with it.
+        defaults: the same groups without the user's values; settings of no callable are compared
+            with it.
         open_nodes: nodes whose settings have any name.
 
     Raises:
@@ -96,7 +98,9 @@ def unknown_setting(key: str, defaults: DictConfig, config_name: str, groups: It
 
 
 def _check_node(path: str, node: Any, default: Any) -> None:
-    """Walk a plain config; `default` is the same node as conf/ has it, None where there is nothing to compare."""
+    """Walk a plain config; `default` is the same node as conf/ has it, None where there is nothing
+    to compare.
+    """
     if not isinstance(node, dict):
         return
     if "_target_" in node:
@@ -156,7 +160,9 @@ def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """True if a YAML value may be given for an annotation; an annotation that is not understood lets all through."""
+    """True if a YAML value may be given for an annotation; an annotation that is not understood
+    lets all through.
+    """
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(hint))

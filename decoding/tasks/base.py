@@ -1,7 +1,7 @@
 """Tasks: prompts with references, and metrics of a continuation.
 
-Tasks that read a file (`FileTask`) share everything but how a row becomes text: `JsonlTask` here is for users' own
-prompts, the others have a file each.
+Tasks that read a file (`FileTask`) share everything but how a row becomes text: `JsonlTask` here is
+for users' own prompts, the others have a file each.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Task(Protocol):
         """
 
     def describe(self) -> dict[str, Any]:
-        """Name and all that the prompts depend on, JSON-able; equal for two tasks that give the same prompts.
+        """Name and all that the prompts depend on, JSON-able; equal for two tasks that give the
+        same prompts.
 
         Traces are found again by it. Files are described by what is in them, not by their paths.
         """
@@ -79,8 +80,9 @@ class FileTask:
 
     Args:
         path: the file.
-        shares: per cent of the prompts in each split, by a stable hash of the prompt's text, so that a controller is
-            never evaluated on prompts it was trained on; None puts every prompt in every split, for evaluation only.
+        shares: per cent of the prompts in each split, by a stable hash of the prompt's text, so
+            that a controller is never evaluated on prompts it was trained on; None puts every
+            prompt in every split, for evaluation only.
         chat: wrap the prompt in the tokenizer's chat template.
         max_prompt_tokens: leave out longer prompts; None keeps all of them.
     """

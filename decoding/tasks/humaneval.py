@@ -1,4 +1,6 @@
-"""HumanEval (2107.03374): function headers and docstrings; the reference is the canonical solution. No code is run."""
+"""HumanEval (2107.03374): function headers and docstrings; the reference is the canonical solution.
+No code is run.
+"""
 
 from __future__ import annotations
 
