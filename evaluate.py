@@ -29,7 +29,7 @@ from decoding.machine.seconds import measure_seconds
 from decoding.measure.compare import curve_of, undominated
 from decoding.measure.methods import METHODS, Method, find_method, policy_method
 from decoding.measure.oracles import modelled_seconds
-from decoding.measure.pages import comparison_lines, console_table, tuning_lines
+from decoding.measure.pages import comparison_lines, console_table, remark_lines, tuning_lines
 from decoding.measure.plots import calibration_curves
 from decoding.measure.results_file import SCHEMA_VERSION
 from decoding.measure.rows import Row, make_rows
@@ -126,12 +126,8 @@ def show(results: Mapping[str, Any], files: Mapping[str, Path]) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     console.print(console_table(results["rows"]))
-    for line in comparison_lines(results):
+    for line in [*comparison_lines(results), *remark_lines(results)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for name, sentence in results["failed"].items():
-        console.print(f"{name} failed: {sentence}", highlight=False, soft_wrap=True)
-    if results["unscored"]:
-        console.print(f"Log-probabilities are missing: {results['unscored']}", highlight=False, soft_wrap=True)
     console.print(
         "\n".join(["", *(f"{name}: {path}" for name, path in files.items())]), highlight=False, soft_wrap=True
     )

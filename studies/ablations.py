@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from decoding.cost_table import LatencyTable, iteration_seconds
 from decoding.errors import UserError
 from decoding.measure.compare import speed_at
+from decoding.measure.pages import markdown
 from decoding.support.arrays import FloatArray
 
 RESAMPLES = 2000
@@ -161,12 +162,6 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}). Make it again, or move it out of the folder.") from error
     return content
-
-
-def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """A table, its first column to the left."""
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *body)]
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from decoding.cost_table import Costs, iteration_seconds
 from decoding.decoder import DSBDDecoder
 from decoding.errors import UserError
 from decoding.machine.choose import cost_table
+from decoding.measure.pages import markdown
 from decoding.measure.turns import prompt_stream
 from decoding.pairs.pair import ModelPair
 from decoding.policies.base import DraftContext, IterationRecord, RootContext, TargetContext
@@ -40,7 +41,7 @@ from decoding.support.entry import entry_point
 from decoding.support.files import write_whole
 from decoding.support.progress import RunProgress
 from decoding.tasks.base import Prompt, Task
-from studies.ablations import RESAMPLES, interval, markdown
+from studies.ablations import RESAMPLES, interval
 
 THRESHOLDS = np.arange(20) / 20  # on a chance, above which a rule drafts a layer
 

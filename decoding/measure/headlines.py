@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from decoding.measure.methods import TRANSFORMERS
-from decoding.measure.pages import Column, console_table, plain_table, spread
+from decoding.measure.pages import Column, console_table, plain_table, remark_lines, spread
 from decoding.results import PHASES
 
 REFERENCE = "hf_beam_sample"
@@ -80,7 +80,7 @@ def headlines(results: Node) -> list[str]:
     rows = results["rows"]
     repeats = max((row["repeats"] for row in rows), default=0)
     lines = [] if results["complete"] else [f"Not complete: {repeats} repeats were measured."]
-    lines += [f"{name} failed: {sentence}" for name, sentence in results["failed"].items()]
+    lines += remark_lines(results)
     if rows:
         prompts = results["provenance"]["task"]["prompts"]
         lines.append(
@@ -90,8 +90,6 @@ def headlines(results: Node) -> list[str]:
         )
     note = results["provenance"]["pair"].get("note")
     lines += [f"Note on the pair: {note}"] if note else []
-    unscored = results.get("unscored")
-    lines += [f"Log-probabilities are missing: {unscored}"] if unscored else []
     return [
         *lines,
         *_speed_lines(rows),

@@ -134,8 +134,8 @@ def machine_of(results: Node) -> str:
 def _run_lines(label: str, results: Node) -> list[str]:
     """Lines on a run beside its rows: comparisons, failures, tuning."""
     lines = list(comparison_lines(results))
-    for name, sentence in (results.get("failed") or {}).items():
-        lines += [f"{name} failed: {sentence}", ""]
+    for remark in remark_lines(results):
+        lines += [remark, ""]
     if about := results.get("tuned"):
         chosen = f"Hand-set settings were chosen on {about['prompts']} prompts of split {about['split']}"
         lines += [
@@ -145,6 +145,12 @@ def _run_lines(label: str, results: Node) -> list[str]:
             "",
         ]
     return [f"## {label}", "", *lines] if label and lines else lines
+
+
+def remark_lines(results: Node) -> list[str]:
+    """What is missing from a run, and why."""
+    lines = [f"{name} failed: {sentence}" for name, sentence in results["failed"].items()]
+    return lines + ([f"Log-probabilities are missing: {results['unscored']}"] if results["unscored"] else [])
 
 
 def _short(sha: str | None) -> str:

@@ -30,10 +30,10 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], speed: str = "tokens_per_se
     rows far below the others are left out, and counted.
 
     Args:
-        rows: those without the metric are left out.
+        rows: those without the metric, or without a quality, are left out.
         speed: metric of the horizontal axis.
     """
-    rows = [row for row in rows if speed in row["summary"]]
+    rows = [row for row in rows if {speed, "log_prob"} <= row["summary"].keys()]
     points = np.array([_point(row, speed) for row in rows])  # [N, 6] x, y, and errors below and above
     curves = [curve_of_row(row) for row in rows]
     extras = [curve_of("", row["settings"]) for row in rows]

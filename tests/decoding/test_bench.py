@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoding import DecodingConfig, UserError, bench
+from decoding import DecodingConfig, UserError, bench, report
 from decoding.decoder import OutOfDeviceMemory
 from decoding.measure import roofline as roofline_module
 from decoding.measure import turns
@@ -113,6 +113,11 @@ def test_json_holds_every_row_and_the_tables_are_printed(tmp_path: Path, capsys:
         assert words in printed
     for words in ("Fastest that is at least as likely", "CUDA graphs:", "of the bandwidth bound", "[least, greatest]"):
         assert words in printed
+    report.command_line([str(tmp_path / "out" / "bench.json"), f"out={tmp_path / 'again'}"])
+    again = capsys.readouterr().out
+    for words in ("in neither model", "Fastest that is at least as likely", f"{FIXED}, batch 2", "is fastest"):
+        assert words in again
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {"results.md", "frontier.png"}
 
 
 def test_equal_seeds_give_equal_texts_and_repeats_differ(tmp_path: Path) -> None:
