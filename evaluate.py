@@ -37,10 +37,10 @@ from decoding.measure.summary import compare_records, summarise
 from decoding.measure.turns import (
     Measurement,
     Record,
+    evaluate_texts,
     keep_whole,
     make_records,
     read_prompts,
-    score_all,
     take_turns,
     warm_up,
 )
@@ -133,7 +133,7 @@ def show(results: Mapping[str, Any], files: Mapping[str, Path]) -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 def read_rows(cfg: DictConfig, methods: Mapping[str, Method]) -> tuple[list[Row], list[Row]]:
@@ -219,7 +219,7 @@ def tuning_rows(cfg: DictConfig, methods: Mapping[str, Method], config: Decoding
     return rows
 
 
-# ------------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> Tables:
@@ -289,7 +289,7 @@ def decoded_alone(
     list(take_turns([record], prompts, seed))
     if record.error is not None:
         raise UserError(record.error)
-    score_all([record], prompts, pair, task)
+    evaluate_texts([record], prompts, pair, task)
     return record.repeats[0]
 
 
@@ -304,7 +304,8 @@ def measure(
     """Time all rows, then score what they gave, so that scoring disturbs no clock.
 
     Returns:
-        How many prompts every row has, after Ctrl-C fewer than there are; and as for `score_all`.
+        How many prompts every row has, after Ctrl-C fewer than there are; and as for
+        `evaluate_texts`.
 
     Raises:
         UserError: all rows failed.
@@ -326,7 +327,7 @@ def measure(
         if count < len(prompts):
             console = progress.console
             console.print(f"interrupted: writing what {count} of {len(prompts)} prompts gave", highlight=False)
-        return count, score_all(records, prompts, pair, task, lambda count: progress.advance(scoring, count))
+        return count, evaluate_texts(records, prompts, pair, task, lambda count: progress.advance(scoring, count))
 
 
 if __name__ == "__main__":

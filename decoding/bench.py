@@ -30,11 +30,11 @@ from decoding.measure.soak import soak
 from decoding.measure.summary import summarise
 from decoding.measure.turns import (
     Record,
+    evaluate_texts,
     graph_counters,
     keep_whole,
     make_records,
     read_prompts,
-    score_all,
     sentence,
     take_turns,
     warm_up,
@@ -105,7 +105,7 @@ def lengthened(prompts: Sequence[Prompt], length: int) -> list[Prompt]:
     return longer
 
 
-# -------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 class Bench:
@@ -150,10 +150,10 @@ class Bench:
 
     def finish(self, complete: bool) -> None:
         """Score what was decoded; after a complete run also roofline and profile; write and print."""
-        left = keep_whole(self.records, len(self.prompts))
-        self.results["provenance"]["task"]["prompts"] = left
+        kept = keep_whole(self.records, len(self.prompts))
+        self.results["provenance"]["task"]["prompts"] = kept
         self.results["graphs"] = graph_counters(self.pair)
-        self.results["unscored"] = score_all(self.records, self.prompts, self.pair, self.task)
+        self.results["unscored"] = evaluate_texts(self.records, self.prompts, self.pair, self.task)
         self.write()
         if complete:
             if self.cfg.roofline:
@@ -186,8 +186,8 @@ class Bench:
 
     def _roofline(self) -> dict[str, Any]:
         prompt, config = self.prompts[0].tokens, self.records[0].row.config
-        room = len(prompt) if self.pair.context is None else self.pair.context - config.max_new_tokens
-        return roofline(self.pair, prompt[:room], top=min(config.top_k or 1, self.pair.vocab_size))
+        longest = len(prompt) if self.pair.context is None else self.pair.context - config.max_new_tokens
+        return roofline(self.pair, prompt[:longest], top=min(config.top_k or 1, self.pair.vocab_size))
 
     def _profile(self) -> dict[str, Any]:
         row = row_to_profile([record.row for record in self.records], self.cfg.profile_row)
@@ -224,7 +224,7 @@ def row_to_profile(rows: Sequence[Row], wanted: str | int | None) -> Row:
         if wanted == row.name:
             return row
     names = "; ".join(row.name for row in rows)
-    raise UserError(f"profile_row is {wanted!r}; give a place, 0 to {len(rows) - 1}, or one of: {names}.")
+    raise UserError(f"profile_row is {wanted!r}; give the number of a row, 0 to {len(rows) - 1}, or one of: {names}.")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def _weight(joint: Distribution, parent: int, token: int) -> float | None:
     return float(joint.weights[found[0]]) if len(found) else None
 
 
-# -------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 
 def render(view: ForestView, text_of: TextOf, ascii_only: bool = False) -> RenderableType:

@@ -89,7 +89,7 @@ def run(cfg: DictConfig, text: str | None = None) -> DecodeResult:
     return result
 
 
-# ------------------------------------------------------------------------------------------------ input
+# -------------------------------------------------------------------------------------------- input
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -167,7 +167,7 @@ def forest_recorder(cfg: DictConfig) -> ForestRecorder | None:
     return ForestRecorder(wanted) if cfg.show_forest or wanted is not None else None
 
 
-# ----------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------- output
 
 
 def show(
@@ -198,17 +198,17 @@ def show(
     console.print(Text(f"\n{footer(result.stats)}", "dim"))
 
 
-def heading(place: int, result: DecodeResult, config: DecodingConfig) -> str:
+def heading(rank: int, result: DecodeResult, config: DecodingConfig) -> str:
     """A hypothesis in numbers."""
-    score, length = result.scores[place], len(result.sequences[place])
+    score, length = result.scores[rank], len(result.sequences[rank])
     per_token = score * length**config.length_penalty / length
-    if result.finished[place]:
+    if result.finished[rank]:
         end = f"finished after {length} tokens"
     elif length >= config.max_new_tokens:
         end = f"cut at max_new_tokens ({length})"
     else:
         end = f"unfinished after {length} tokens"
-    return f"[{place + 1}] score {score:.3f}, log-probability {per_token:.3f} a token, {end}"
+    return f"[{rank + 1}] score {score:.3f}, log-probability {per_token:.3f} a token, {end}"
 
 
 def footer(stats: DecodeStats) -> str:

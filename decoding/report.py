@@ -50,7 +50,7 @@ _FIELDS = {"complete", "failed", "unscored", "provenance"}
 _PROVENANCE = {"argv", "git_sha", "versions", "machine", "date", "pair", "task"}
 
 
-# ---------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def write_report(directory: Path, results: Node) -> dict[str, Path]:
@@ -98,7 +98,7 @@ def frontiers(runs: Runs) -> dict[str, str]:
     return {stem: speed for stem, speed in plots.items() if speed in shown}
 
 
-# ---------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 class Arguments(NamedTuple):
@@ -152,7 +152,9 @@ def read_runs(files: Sequence[str]) -> dict[str, Node]:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the folders' paths that differ; of the files' where two lie in one folder."""
+    """The shortest ends of the folders' paths that differ; of the files' where two lie in one
+    folder.
+    """
     folders = [path.parent.parts for path in paths]
     parts = folders if len(set(folders)) == len(paths) else [path.parts for path in paths]
     longest = max(map(len, parts))
@@ -234,9 +236,9 @@ def winner_lines(runs: Runs, quality: str | None = None, speed: str = "tokens_pe
 
 def _qualities(rows: Sequence[Node], quality: str | None) -> dict[str, float]:
     """The qualities that are asked for, by whose they are."""
-    known = [row for row in rows if "log_prob" in row["summary"]]
+    measured = [row for row in rows if "log_prob" in row["summary"]]
     if quality is None:
-        asked = [row for row in known if row["method"] in REFERENCES]
+        asked = [row for row in measured if row["method"] in REFERENCES]
     else:
         try:
             value = float(quality)
@@ -244,7 +246,7 @@ def _qualities(rows: Sequence[Node], quality: str | None) -> dict[str, float]:
             value = math.nan
         if math.isfinite(value):
             return {"": value}
-        asked = [row for row in known if row["name"] == quality]
+        asked = [row for row in measured if row["name"] == quality]
     return {f" of {row['name']}": row["summary"]["log_prob"]["value"] for row in asked}
 
 

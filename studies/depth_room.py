@@ -205,7 +205,7 @@ def compare(prompts: Sequence[Sequence[Iteration]], costs: Costs) -> list[Outcom
     tokens, seconds = earnings(iterations, costs)
     row, half = np.arange(len(iterations)), np.arange(len(prompts)) % 2
     outcomes = []
-    for knows, scores in rules(iterations).items():
+    for knows, scores in depth_rules(iterations).items():
         depths = np.concatenate([candidates(score) for score in scores])  # [C, N]
         found = np.stack([tokens[row, depths], seconds[row, depths], depths])  # [3, C, N]
         found = np.add.reduceat(found, starts, axis=2)  # [3, C, P]
@@ -234,7 +234,7 @@ def earnings(iterations: Sequence[Iteration], costs: Costs) -> tuple[FloatArray,
     return tokens, seconds
 
 
-def rules(iterations: Sequence[Iteration]) -> dict[str, list[FloatArray]]:
+def depth_rules(iterations: Sequence[Iteration]) -> dict[str, list[FloatArray]]:
     """Scores by which each rule goes on to a layer, one or two ways to be tried; [N, γ], 0 where no
     layer can be drafted.
     """

@@ -48,9 +48,9 @@ def record(controller: str | None) -> dict[str, Any]:
                 decoder = DSBDDecoder(pair, config, policy())
                 streams = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
                 results = decoder.generate(prompts, streams, batch_size=size)
-                found[f"{name} {policy_name} batch {size}"] = [told(result) for result in results]
+                found[f"{name} {policy_name} batch {size}"] = [content(result) for result in results]
         streams = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-        found[f"{name} target alone"] = [told(r) for r in beam_sample(pair.target, prompts, config, streams)]
+        found[f"{name} target alone"] = [content(r) for r in beam_sample(pair.target, prompts, config, streams)]
     found["traces"] = traces()
     return found
 
@@ -74,7 +74,7 @@ def policies(controller: str | None) -> dict[str, Any]:
     return made
 
 
-def told(result: Any) -> dict[str, Any]:
+def content(result: Any) -> dict[str, Any]:
     """All that a result says, but for its seconds."""
     stats = result.stats
     return {

@@ -45,5 +45,5 @@ class LayerStates:
     def read(self, row: int, slots: Sequence[int]) -> Tensor:
         """The states at some slots of a row that were written; [N, K, H]."""
         assert self._states is not None, "the row was opened"
-        places = torch.tensor([row * self._capacity + slot for slot in slots], dtype=torch.int64)
-        return self._states.index_select(0, places.to(self._states.device))
+        indices = torch.tensor([row * self._capacity + slot for slot in slots], dtype=torch.int64)
+        return self._states.index_select(0, indices.to(self._states.device))

@@ -79,13 +79,13 @@ _runners: weakref.WeakKeyDictionary[Any, dict[str, tuple[tuple[Any, ...], Runner
 
 def runner_of(model: Any, engine: str) -> Runner:
     """The model's runner, made at first, and again when the weights or hooks have changed."""
-    known = _runners.setdefault(model, {})
-    now = signature(model.parameters())
-    current = {name: runner for name, (made_for, runner) in known.items() if made_for == now}
+    kept = _runners.setdefault(model, {})
+    weights = signature(model.parameters())
+    current = {name: runner for name, (made_for, runner) in kept.items() if made_for == weights}
     if engine in current and not (current[engine].prompts.name == FusedForward.name and hooked(model)):
         return current[engine]
     fused = next((r.prompts for r in current.values() if isinstance(r.prompts, FusedForward)), None)
     with torch.inference_mode(False), torch.no_grad():  # weights that are moved stay trainable
         runner = Runner(model, engine, fused)
-    known[engine] = (signature(model.parameters()), runner)  # again: fusing may have moved weights
+    kept[engine] = (signature(model.parameters()), runner)  # again: fusing may have moved weights
     return runner

@@ -20,7 +20,7 @@ SLOT_BUCKET = 256
 QUERY_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class _Row:
+class _SlotTable:
     """The slot table of one prompt."""
 
     def __init__(self, prompt_length: int) -> None:
@@ -84,7 +84,7 @@ class ForestCache:
         self.rows, self.static = rows, static
         self._hidden = torch.finfo(dtype).min
         self._longest, self._device, self._dtype = longest_prompt, device, dtype
-        self._tables: list[_Row | None] = [None] * rows
+        self._tables: list[_SlotTable | None] = [None] * rows
         self.spare, self.capacity = spare, self._capacity(spare)
         self._masks = self._mask_table(spare, self.capacity)
         self._positions = self._position_table(self.capacity) if positions else None
@@ -132,7 +132,7 @@ class ForestCache:
 
     def open(self, row: int, prompt_length: int) -> None:
         """A prompt takes a row; whatever was in it is forgotten."""
-        self._tables[row] = _Row(prompt_length)
+        self._tables[row] = _SlotTable(prompt_length)
         mask = self._masks[row * (self.spare + 1)]
         mask.fill_(self._hidden)
         mask[:prompt_length] = 0
@@ -296,7 +296,7 @@ class ForestCache:
             bucket *= 2
         return min(bucket, self.capacity)
 
-    def _table(self, row: int) -> _Row:
+    def _table(self, row: int) -> _SlotTable:
         table = self._tables[row]
         assert table is not None, "the row was opened"
         return table

@@ -1,4 +1,4 @@
-"""ForestScorer: nodes in, log-probabilities out, for a batch. The only place that runs a model."""
+"""ForestScorer: nodes in, log-probabilities out, for a batch of prompts. The only place that runs a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PREFILL_CHUNK = 512  # prompt tokens in a pass: bounds the memory of its mask an
 
 @dataclass
 class _Scored:
-    """Scores that one pass gave; a node's share of them is row `i`."""
+    """What a pass gave; a node's share of it is row `i`."""
 
     tops: tuple[FloatArray, IntArray] | None  # [T, K] log-probabilities of the likeliest tokens, and these
     log_probs: Tensor | None  # [T, V] on the device
@@ -50,15 +50,15 @@ class ForestScorer:
         longest_prompt: tokens.
         spare_slots: KV slots of a row for new tokens; more are made when they run out.
         temperature: divides the logits.
-        top: log-probabilities of so many likeliest tokens per node are brought to the host; None:
-            all stay on the device, for `log_probs`.
+        top: log-probabilities of so many likeliest tokens per node are brought to the host; None: all stay on the
+            device, for `log_probs`.
         keep_hidden: also keep the last hidden state of scored nodes.
         process: (row, nodes, logits [N, V] float32) -> their log-probabilities; None: log-softmax.
         vocabulary: makes the model's token ids the forest's; None where they are the same.
-        layers: also keep these hidden states of all prompt tokens and living nodes, for
-            `layer_states`; numbered as transformers numbers them.
-        engine: "auto": fused where the model's family is known, as CUDA graphs on a GPU; "eager":
-            without graphs; "transformers": the model's own forward.
+        layers: also keep these hidden states of all prompt tokens and living nodes, for `layer_states`; numbered as
+            transformers numbers them.
+        engine: "auto": fused where the model's family is known, as CUDA graphs on a GPU; "eager": without graphs;
+            "transformers": the model's own forward.
     """
 
     def __init__(
@@ -112,8 +112,7 @@ class ForestScorer:
 
         Args:
             row: that the prompt takes.
-            shared: (row, count): the first `count` tokens are those of the prompt that was opened
-                in that row.
+            shared: (row, count): the first `count` tokens are those of the prompt that was opened in that row.
         """
         held = _Prompt(prompt, forest)
         self._prompts[row] = held
@@ -150,8 +149,7 @@ class ForestScorer:
         self.cache.close(row)
 
     def score(self, wanted: Mapping[int, Sequence[int]]) -> int:
-        """Make sure that all nodes of `wanted` (row -> nodes) are scored, in at most one pass;
-        unscored ancestors too.
+        """Make sure that all nodes of `wanted` (row -> nodes) are scored, in at most one pass; unscored ancestors too.
 
         Returns:
             The number of nodes scored.
@@ -179,9 +177,7 @@ class ForestScorer:
         return len(placement.order)
 
     def _inputs(self, placement: Placement) -> tuple[PassInputs, Sequence[int]]:
-        """The tensors of a pass, in one transfer; and where each node of `placement.order` stands
-        in its output.
-        """
+        """The tensors of a pass, in one transfer; and where each node of `placement.order` stands in its output."""
         rows, queries = placement.rows, placement.queries
         tokens, positions = [], []
         for row, node in placement.order:
@@ -219,7 +215,7 @@ class ForestScorer:
         return torch.split_with_sizes(flat.to(self.device, non_blocking=True), [len(values) for values in lists])
 
     def _run(self, inputs: PassInputs, order: list[tuple[int, int]], at: Sequence[int], forward: Forward) -> None:
-        """Run a pass and keep what it gives for the nodes of `order`, at rows `at` of its output."""
+        """One pass; keeps what it gave for the nodes of `order`, which stand at rows `at` of its output."""
         began = time.perf_counter()
         if self.cache.keeps_positions:
             self._look_back(inputs)
@@ -244,7 +240,7 @@ class ForestScorer:
         self.model_seconds += time.perf_counter() - began
 
     def _look_back(self, inputs: PassInputs) -> None:
-        """Add the distances along paths that a pass reads: a mask for sliding layers, or positions."""
+        """Add what a pass reads of distances along paths: the mask of sliding layers, or positions for ALiBi."""
         cache, runner, first, rows = self.cache, self.runner, inputs.first_row, inputs.rows
         cache.note(inputs.slots, inputs.positions)
         if runner.alibi:
@@ -275,9 +271,7 @@ class ForestScorer:
         return self._held(row).calls
 
     def proposes(self, row: int, nodes: Sequence[int]) -> bool:
-        """True if any token may follow any of some scored nodes; processors may forbid all that the
-        model knows.
-        """
+        """Whether any token may follow any of some scored nodes; processors may forbid all that the model knows."""
         if self._process is None:
             return True
         if self.top is None:
@@ -285,9 +279,7 @@ class ForestScorer:
         return bool((self.tops(row, nodes)[0] != -np.inf).any())
 
     def tops(self, row: int, nodes: Sequence[int]) -> tuple[FloatArray, IntArray]:
-        """Log-probabilities of the likeliest next tokens at scored nodes, best first, and the
-        tokens; [N, K] each.
-        """
+        """Log-probabilities of the likeliest next tokens at scored nodes, best first, and the tokens; [N, K] each."""
         found = [self._held(row).scored[node] for node in nodes]
         first = found[0][0]
         if all(scored is first for scored, _ in found):
@@ -298,7 +290,7 @@ class ForestScorer:
         return np.stack([values for values, _ in rows]), np.stack([tokens for _, tokens in rows])
 
     def log_probs(self, row: int, nodes: Sequence[int]) -> Tensor:
-        """Log-probabilities of the next token at scored nodes, [N, V] float32; only without `top`."""
+        """Log-probabilities of the next token at scored nodes, [N, V] float32; of a scorer without `top`."""
         found = [self._held(row).scored[node] for node in nodes]
         return _gather([(scored.log_probs, i) for scored, i in found if scored.log_probs is not None])
 
@@ -309,7 +301,7 @@ class ForestScorer:
         return _gather(found) if found else None
 
     def layer_states(self, row: int, nodes: Sequence[int]) -> Tensor:
-        """Hidden states of `layers`, in that order, at scored nodes that live; [N, K, H]."""
+        """Hidden states of `layers` at scored nodes that live, their layers in that order; [N, K, H]."""
         assert self._states is not None, "the scorer was made with `layers`"
         return self._states.read(row, [self.cache.slot(row, node) for node in nodes])
 

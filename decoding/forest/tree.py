@@ -23,9 +23,9 @@ class TokenForest:
 
     def child(self, parent: int, token: int) -> int:
         """The child of `parent` that carries `token`; made if there is none yet."""
-        known = self._children[parent].get(token)
-        if known is not None:
-            return known
+        child = self._children[parent].get(token)
+        if child is not None:
+            return child
         node = len(self.tokens)
         self.tokens.append(token)
         self.parents.append(parent)

@@ -76,7 +76,7 @@ def synthetic_prompt(pair: ModelPair, tokens: int) -> list[int]:
 
 def rising(costs: Sequence[float] | FloatArray) -> tuple[float, ...]:
     """The nearest costs, in squares, that never decrease: more nodes take no less."""
-    places = range(len(costs))
+    indices = range(len(costs))
     return tuple(
-        float(max(min(np.mean(costs[i : j + 1]) for j in places[k:]) for i in places[: k + 1])) for k in places
+        float(max(min(np.mean(costs[i : j + 1]) for j in indices[k:]) for i in indices[: k + 1])) for k in indices
     )

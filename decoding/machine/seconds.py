@@ -93,12 +93,12 @@ def _host_seconds(pair: ModelPair, prompt: list[int]) -> tuple[float, float]:
     """
     top_k = min(TOP, pair.vocab_size)
     width = min(4, top_k)
-    room = _HOST_TOKENS if pair.context is None else min(_HOST_TOKENS, pair.context - len(prompt))
+    new_tokens = _HOST_TOKENS if pair.context is None else min(_HOST_TOKENS, pair.context - len(prompt))
     config = DecodingConfig(
         target_width=width,
         draft_width=max(width, min(8, pair.vocab_size)),
         draft_depth=_HOST_DEPTH,
-        max_new_tokens=max(room, 1),
+        max_new_tokens=max(new_tokens, 1),
         top_k=top_k,
         eos_token_id=-1,
     )

@@ -146,6 +146,6 @@ def fastest_at(rows: Sequence[Mapping[str, Any]], quality: float, speed: str) ->
     """The fastest of results' rows whose log-probability per token is at least `quality`; None:
     none reaches it.
     """
-    known = [row for row in rows if {speed, "log_prob"} <= row["summary"].keys()]
-    able = [row for row in known if row["summary"]["log_prob"]["value"] >= quality]
+    measured = [row for row in rows if {speed, "log_prob"} <= row["summary"].keys()]
+    able = [row for row in measured if row["summary"]["log_prob"]["value"] >= quality]
     return max(able, key=lambda row: row["summary"][speed]["value"], default=None)

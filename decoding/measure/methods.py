@@ -96,7 +96,7 @@ class Method:
         return self.build(pair, self.configure(config, settings), settings)
 
 
-# ------------------------------------------------------------------------------------------- policies
+# ----------------------------------------------------------------------------------------- policies
 
 
 def policy_method(
@@ -125,25 +125,25 @@ def arguments_of(knobs: tuple[Knob, ...], settings: Settings) -> dict[str, Any]:
     return {named.get(name, name): value for name, value in settings.items() if name not in _OF_CONFIG}
 
 
-def find_method(name: Any, known: Mapping[str, Method], said: str = "policies holds") -> Method:
+def find_method(name: Any, methods: Mapping[str, Method], said: str = "policies holds") -> Method:
     """A method by its name, the name of a YAML in conf/policy, or the dotted name of a WidthPolicy.
 
     Args:
-        known: methods by name; they come first.
+        methods: by name; they come first.
         said: how a sentence about the name begins.
 
     Raises:
         UserError: none of the three.
     """
-    if name in known:
-        return known[name]
+    if name in methods:
+        return methods[name]
     if isinstance(name, str) and (CONF_DIR / "policy" / f"{name}.yaml").is_file():
         return _of_yaml(name)
     if isinstance(name, str) and is_dotted(name):
         return _of_class(name, name, f"{said} {name!r}, which")
-    others = sorted({path.stem for path in (CONF_DIR / "policy").glob("*.yaml")} - set(known))
+    others = sorted({path.stem for path in (CONF_DIR / "policy").glob("*.yaml")} - set(methods))
     raise UserError(
-        f"{said} {name!r}; choose among {', '.join([*known, *others])}, or give the dotted name of a WidthPolicy "
+        f"{said} {name!r}; choose among {', '.join([*methods, *others])}, or give the dotted name of a WidthPolicy "
         "of your own, such as mine.HalfWidth."
     )
 
@@ -152,22 +152,22 @@ def _of_yaml(name: str) -> Method:
     """The policy that conf/policy/<name>.yaml describes; what is in it may be set by a row."""
     path = CONF_DIR / "policy" / f"{name}.yaml"
     node: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    target = node.get("_target_") if isinstance(node, dict) else None
-    if not isinstance(target, str):
+    dotted = node.get("_target_") if isinstance(node, dict) else None
+    if not isinstance(dotted, str):
         raise UserError(f"{path} has no _target_; give the dotted name of a WidthPolicy there.")
-    return _of_class(name, target, str(path), node)
+    return _of_class(name, dotted, str(path), node)
 
 
-def _of_class(name: str, target: str, where: str, node: Any = None) -> Method:
+def _of_class(name: str, dotted: str, where: str, node: Any = None) -> Method:
     """A policy's class, or a method that makes one, by its dotted name; `node` has the arguments."""
     try:
-        make = locate(target)
+        make = locate(dotted)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{where} needs {target}, which cannot be imported: {error}.") from error
+        raise UserError(f"{where} needs {dotted}, which cannot be imported: {error}.") from error
     policy = make if inspect.isclass(make) else getattr(make, "__self__", None)
     if not (inspect.isclass(policy) and issubclass(policy, WidthPolicy)):
-        raise UserError(f"{where} needs {target}, which is no WidthPolicy; derive it from decoding.WidthPolicy.")
-    given = {"_target_": target, **(node or {})}
+        raise UserError(f"{where} needs {dotted}, which is no WidthPolicy; derive it from decoding.WidthPolicy.")
+    given = {"_target_": dotted, **(node or {})}
     further = [key for key in dict.fromkeys([*given, *inspect.signature(make).parameters]) if key[0] != "_"]
     return policy_method(policy, name, partial(_instantiated, given, where), arguments=tuple(further))
 
@@ -185,7 +185,7 @@ def _instantiated(node: Mapping[str, Any], where: str, **arguments: Any) -> Widt
     return policy
 
 
-# -------------------------------------------------------------------------------------------- methods
+# ------------------------------------------------------------------------------------------ methods
 
 
 def _engine_alone(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:

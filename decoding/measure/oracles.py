@@ -29,7 +29,7 @@ from decoding.results import DecodeResult, DecodeStats, LayerEvent
 from decoding.support.arrays import IntArray
 from decoding.support.checks import whole
 
-# --------------------------------------------------------------------------------- survivors, by looking ahead
+# ---------------------------------------------------------------------- survivors, by looking ahead
 
 
 class SurvivorOracle(WidthPolicy):
@@ -169,7 +169,7 @@ def _heaviest(weights: np.ndarray, count: int) -> IntArray:
     return found[np.argsort(-weights[found], kind="stable")]
 
 
-# ----------------------------------------------------------------------------------- seconds, with hindsight
+# -------------------------------------------------------------------------- seconds, with hindsight
 
 
 def modelled_seconds(stats: DecodeStats, costs: Costs) -> float:

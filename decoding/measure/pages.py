@@ -65,7 +65,7 @@ def joined_rows(runs: Runs) -> list[Node]:
     ]
 
 
-# --------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def console_table(rows: Sequence[Node], columns: Sequence[Column] | None = None, first: str = "row") -> Table:
@@ -148,7 +148,7 @@ def _run_lines(label: str, results: Node) -> list[str]:
 
 
 def remark_lines(results: Node) -> list[str]:
-    """What is missing from a run, and why."""
+    """Lines on what is missing from a run, and why."""
     lines = [f"{name} failed: {sentence}" for name, sentence in results["failed"].items()]
     return lines + ([f"Log-probabilities are missing: {results['unscored']}"] if results["unscored"] else [])
 

@@ -90,8 +90,8 @@ _CURVES_IN_A_ROW = 5
 def calibration_curves(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The reliability bins that a controller was saved with, by title; empty where it has none."""
     bins = provenance.get("reliability")
-    known = isinstance(bins, Mapping) and {"predicted", "observed", "rows"} <= set(bins)
-    if not known or bins is None:
+    complete = isinstance(bins, Mapping) and {"predicted", "observed", "rows"} <= set(bins)
+    if not complete or bins is None:
         return {}
     curves = bins.get("curves", {"count": bins})
     return {title: curves[name] for name, title in _CURVES.items() if name in curves}
@@ -104,10 +104,10 @@ def plot_calibration(calibration: Mapping[str, Any]) -> Figure:
     across = min(len(calibration), _CURVES_IN_A_ROW)
     down = -(-len(calibration) // across)
     figure = Figure(figsize=(4.2 * across, 4.4 * down), layout="constrained")
-    places = figure.subplots(down, across, squeeze=False).flatten()
-    for axes in places[len(calibration) :]:
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in panels[len(calibration) :]:
         axes.set_axis_off()
-    for axes, (name, curve) in zip(places, calibration.items(), strict=False):
+    for axes, (name, curve) in zip(panels, calibration.items(), strict=False):
         predicted = np.array(curve["predicted"], dtype=np.float64)
         observed = np.array(curve["observed"], dtype=np.float64)
         count = np.array(curve["rows"], dtype=np.float64)

@@ -44,7 +44,7 @@ class Estimate(NamedTuple):
         return bounds | ({"repeats": self.repeats} if len(self.repeats) > 1 else {})
 
 
-# ------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def _seconds(phase: str) -> Ratio:
@@ -112,7 +112,7 @@ def _modelled(costs: Costs, hindsight: bool = False) -> Ratio:
     return share
 
 
-# ------------------------------------------------------------------------------------------ summaries
+# ---------------------------------------------------------------------------------------- summaries
 
 
 def summarise(
@@ -254,7 +254,7 @@ def _histogram(lists: Iterable[Sequence[int]]) -> dict[str, int]:
     return {str(value): counts[value] for value in sorted(counts)}
 
 
-# ---------------------------------------------------------------------------------------- comparisons
+# -------------------------------------------------------------------------------------- comparisons
 
 
 def compare_records(

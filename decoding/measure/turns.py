@@ -95,7 +95,7 @@ def read_prompts(about: Any, task: Task, pair: ModelPair) -> tuple[list[Prompt],
         return prompts, prompts[: about.warmup]
 
 
-# ---------------------------------------------------------------------------------------------- turns
+# -------------------------------------------------------------------------------------------- turns
 
 
 def warm_up(
@@ -208,11 +208,11 @@ def keep_whole(records: Sequence[Record], count: int) -> int:
         whole; 0: none.
     """
     alive = [record for record in records if record.error is None]
-    left = min((len(record.repeats[0]) if record.repeats else 0 for record in alive), default=count)
+    kept = min((len(record.repeats[0]) if record.repeats else 0 for record in alive), default=count)
     for record in records:
-        enough = [repeat[:left] for repeat in record.repeats if len(repeat) >= max(left, 1)]
-        record.repeats = enough if left == count else enough[:1] if left else []
-    return left
+        enough = [repeat[:kept] for repeat in record.repeats if len(repeat) >= max(kept, 1)]
+        record.repeats = enough if kept == count else enough[:1] if kept else []
+    return kept
 
 
 def sentence(error: BaseException) -> str:
@@ -244,10 +244,10 @@ def _groups(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
     return [prompts[first : first + size] for first in range(0, len(prompts), size)]
 
 
-# -------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------ scoring
 
 
-def score_all(
+def evaluate_texts(
     records: Sequence[Record],
     prompts: Sequence[Prompt],
     pair: ModelPair,
@@ -264,14 +264,14 @@ def score_all(
         for record in records:
             for repeat in record.repeats:
                 for measurement, prompt in zip(repeat, prompts, strict=False):  # an interrupted run has fewer
-                    score(measurement, prompt, pair, task)
+                    evaluate_text(measurement, prompt, pair, task)
                     advance(1)
     except torch.OutOfMemoryError:
         return OUT_OF_MEMORY
     return None
 
 
-def score(measurement: Measurement, prompt: Prompt, pair: ModelPair, task: Task) -> None:
+def evaluate_text(measurement: Measurement, prompt: Prompt, pair: ModelPair, task: Task) -> None:
     """Fill in a measurement's log-probability under the target, text and metrics."""
     measurement.log_prob = log_probability(pair.target, prompt.tokens, measurement.tokens)
     if pair.tokenizer is not None:

@@ -68,8 +68,8 @@ def context_of(model: Any) -> int | None:
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         limits.append(rope.get("original_max_position_embeddings"))
-    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
-    return min(known) if known else None
+    lengths = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return min(lengths) if lengths else None
 
 
 def weight_sample(model: Any) -> bytes:

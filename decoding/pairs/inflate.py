@@ -143,7 +143,7 @@ def inflate(
         UserError: a model that is not such a Llama, or a shape that cannot hold it.
     """
     _check_model(model.config)
-    _check_room(model.config, shape)
+    _check_shape(model.config, shape)
     hidden, padded = model.config.hidden_size, shape.vocab_size > model.config.vocab_size
     narrow = hidden / shape.hidden_size
     floor = model.config.rms_norm_eps * hidden  # what eps adds to the sum of squares
@@ -178,7 +178,7 @@ def query_scale(head_dim: int, wide_head_dim: int) -> float:
     return math.sqrt(wide_head_dim / head_dim)
 
 
-def rotary_places(head_dim: int, wide_head_dim: int) -> Tensor:
+def rotary_indices(head_dim: int, wide_head_dim: int) -> Tensor:
     """Places of a head's dimensions in a wider head, so that each keeps its frequency; [D] int64.
 
     Pair i (dimensions i and i + D/2) turns by θ^(-2i/D) a position, and so does pair r·i of r·D
@@ -188,7 +188,7 @@ def rotary_places(head_dim: int, wide_head_dim: int) -> Tensor:
     return torch.cat([pairs, pairs + wide_head_dim // 2])
 
 
-def query_places(heads: int, kv_heads: int, wide_group: int) -> tuple[Tensor, int]:
+def query_indices(heads: int, kv_heads: int, wide_group: int) -> tuple[Tensor, int]:
     """Places of query heads, so that each finds its own key-value head.
 
     Args:
@@ -210,9 +210,9 @@ def _fill_attention(source: Any, wide: Any) -> None:
     """One layer's projections; `source` and `wide` are attention modules."""
     config = source.config
     hidden, d, wide_d = config.hidden_size, source.head_dim, wide.head_dim
-    heads, copies = query_places(config.num_attention_heads, config.num_key_value_heads, wide.num_key_value_groups)
+    heads, copies = query_indices(config.num_attention_heads, config.num_key_value_heads, wide.num_key_value_groups)
     kv_heads = torch.arange(config.num_key_value_heads * copies)
-    rotary, plain = rotary_places(d, wide_d), torch.arange(d)
+    rotary, plain = rotary_indices(d, wide_d), torch.arange(d)
 
     def rows(heads: Tensor, places: Tensor) -> Tensor:
         return (heads[:, None] * wide_d + places).flatten().to(wide.q_proj.weight.device)
@@ -255,9 +255,9 @@ def _fill_padding(wide: LlamaForCausalLM) -> None:
                 part.copy_(noise[: len(part)])
 
 
-def _put(place: Tensor, weight: Tensor) -> None:
+def _put(into: Tensor, weight: Tensor) -> None:
     """Copy into a part of a wide weight, in its dtype and on its device."""
-    place.copy_(weight)
+    into.copy_(weight)
 
 
 def _empty_llama(
@@ -298,7 +298,7 @@ def _check_model(config: Any) -> None:
         )
 
 
-def _check_room(config: Any, shape: Shape) -> None:
+def _check_shape(config: Any, shape: Shape) -> None:
     """Refuse a shape that cannot hold a model."""
     for name in (field.name for field in fields(Shape) if field.name not in ("tie_word_embeddings", "head_dim")):
         has, given = getattr(config, name), getattr(shape, name)
@@ -310,7 +310,7 @@ def _check_room(config: Any, shape: Shape) -> None:
             f"match. Give {config.head_dim}, {2 * config.head_dim} or another multiple."
         )
     group = shape.num_attention_heads // shape.num_key_value_heads
-    _, copies = query_places(config.num_attention_heads, config.num_key_value_heads, group)
+    _, copies = query_indices(config.num_attention_heads, config.num_key_value_heads, group)
     needed = config.num_key_value_heads * copies
     if shape.num_key_value_heads < needed:
         raise UserError(

@@ -196,8 +196,8 @@ class ModelPair:
     def context(self) -> int | None:
         """Longest sequence that both models take, in tokens; None where they do not say."""
         limits = [context_of(model) for model in self.models.values()]
-        known = [limit for limit in limits if limit is not None]
-        return min(known) if known else None
+        lengths = [limit for limit in limits if limit is not None]
+        return min(lengths) if lengths else None
 
     @property
     def fingerprint(self) -> str:

@@ -93,7 +93,7 @@ class BanditWidth(WidthPolicy):
         _check_arguments(target_width, exploration, memory, latency)
         self.asked_width, self.given_arms = target_width, _as_arms(arms)
         self.exploration, self.memory, self.latency, self.share = float(exploration), memory, latency, share
-        self._known: dict[tuple[Arm, ...], _Sums] = {}  # by arms: a policy may serve several configs
+        self._sums_by_arms: dict[tuple[Arm, ...], _Sums] = {}  # by arms: a policy may serve several configs
         self._sums: _Sums | None = None
         self._arm, self._counts = Arm(0, 0), False
         self._roots = 1  # of this iteration, as are the drafts of its layers
@@ -129,18 +129,20 @@ class BanditWidth(WidthPolicy):
         """A policy for one prompt, adding to the same sums unless `share` is off."""
         forked = copy.copy(self)
         if not self.share:
-            forked._known = {}
+            forked._sums_by_arms = {}
         return forked
 
     def reset(self, config: DecodingConfig) -> None:
         arms = self.arms(config)
         keep = 1.0 if self.memory is None else math.exp(-1.0 / self.memory)
-        self._sums = self._known.setdefault(arms, _Sums(arms, self.exploration, keep, spikes=self.latency is None))
+        self._sums = self._sums_by_arms.setdefault(
+            arms, _Sums(arms, self.exploration, keep, spikes=self.latency is None)
+        )
         self._counts = False
 
     def rates(self, config: DecodingConfig) -> dict[Arm, float]:
         """Tokens per second that each arm was seen to give; arms not tried yet are absent."""
-        sums = self._known.get(self.arms(config))
+        sums = self._sums_by_arms.get(self.arms(config))
         return {} if sums is None else sums.rates()
 
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:

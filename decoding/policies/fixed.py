@@ -65,11 +65,11 @@ class FixedWidth(WidthPolicy):
                 f"FixedWidth(target_width={self.fixed_target_width}) is less than min_width ({config.min_width}). "
                 "Raise it or lower decoding.min_width."
             )
-        target = self.fixed_target_width or config.target_width
-        draft = self.fixed_draft_width or config.draft_width
-        if config.draft_depth and self.fixed_draft_depth != 0 and draft < target:
+        asked = self.fixed_target_width or config.target_width
+        drafted = self.fixed_draft_width or config.draft_width
+        if config.draft_depth and self.fixed_draft_depth != 0 and drafted < asked:
             raise UserError(
-                f"FixedWidth: draft_width ({draft}) is less than target_width ({target}): a layer could never pass. "
+                f"FixedWidth: draft_width ({drafted}) is less than target_width ({asked}): a layer could never pass. "
                 "Raise draft_width or lower target_width."
             )
 

@@ -82,7 +82,7 @@ def build_all(nodes: DictConfig | None) -> list[Any]:
     return [hydra.utils.instantiate(node) for node in (nodes or {}).values() if node is not None]
 
 
-# --------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def _discard_empty_output() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------- Hydra
+# -------------------------------------------------------------------------------------------- Hydra
 
 
 def _chosen_groups() -> list[str]:

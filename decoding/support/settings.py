@@ -48,13 +48,13 @@ def check_settings(cfg: DictConfig, defaults: DictConfig | None = None, open_nod
     """
     for path in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{path} is not set: give it as {path}=...")
-    known = None if defaults is None else OmegaConf.to_container(defaults, resolve=False)
+    plain_defaults = None if defaults is None else OmegaConf.to_container(defaults, resolve=False)
     plain = OmegaConf.to_container(cfg, resolve=True)
     for name in open_nodes:
-        for node in (plain, known):
+        for node in (plain, plain_defaults):
             if isinstance(node, dict):
                 node.pop(name, None)
-    _check_node("", plain, known)
+    _check_node("", plain, plain_defaults)
 
 
 def check_counts(cfg: DictConfig, least: Mapping[str, int]) -> None:
@@ -145,12 +145,12 @@ def _check_kinds(path: str, node: dict[str, Any], default: dict[str, Any]) -> No
 def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
     """Parameters of a `_target_` with annotations, and whether it takes further ones (**options)."""
     try:
-        target = locate(name)
-        signature = inspect.signature(target)
+        called = locate(name)
+        signature = inspect.signature(called)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"{path}._target_ is {name!r}, which cannot be used: {error}.") from error
     try:
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        hints = get_type_hints(called.__init__ if inspect.isclass(called) else called)
     except (NameError, TypeError, AttributeError):  # annotations that only a type checker can see
         hints = {}
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -167,13 +167,13 @@ class JsonlTask(FileTask):
     name = "jsonl"
 
     def examples(self) -> Iterator[Example]:
-        for number, row in read_jsonl(self.path):
-            text = text_field(row, self.prompt_field, self.path, number)
+        for number, entry in read_jsonl(self.path):
+            text = text_field(entry, self.prompt_field, self.path, number)
             if not text:
                 raise UserError(f"{self.path}, line {number}: {self.prompt_field!r} is empty; a prompt needs a token.")
             references: tuple[str, ...] = ()
             if self.reference_field is not None:
-                references = (text_field(row, self.reference_field, self.path, number),)
+                references = (text_field(entry, self.reference_field, self.path, number),)
             yield Example(f"{Path(self.path).name}:{number}", text, references)
 
     def describe(self) -> dict[str, Any]:
@@ -205,12 +205,12 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: a {type(row).__name__}; each line must be a JSON object.")
-        yield number, row
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}, line {number}: a {type(entry).__name__}; each line must be a JSON object.")
+        yield number, entry
 
 
 def read_json(path: str | Path) -> Any:
@@ -221,13 +221,13 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is not JSON: {error}.") from None
 
 
-def text_field(row: Mapping[str, Any], name: str, path: str | Path, number: int) -> str:
+def text_field(entry: Mapping[str, Any], name: str, path: str | Path, number: int) -> str:
     """The text in a field of a row; UserError where it is missing or no text."""
-    if name not in row:
-        raise UserError(f"{path}, line {number}: no field {name!r}; it has {', '.join(sorted(row)) or 'none'}.")
-    if not isinstance(row[name], str):
-        raise UserError(f"{path}, line {number}: {name!r} is a {type(row[name]).__name__}; it must be text.")
-    return row[name]
+    if name not in entry:
+        raise UserError(f"{path}, line {number}: no field {name!r}; it has {', '.join(sorted(entry)) or 'none'}.")
+    if not isinstance(entry[name], str):
+        raise UserError(f"{path}, line {number}: {name!r} is a {type(entry[name]).__name__}; it must be text.")
+    return entry[name]
 
 
 def check_split(split: str) -> None:

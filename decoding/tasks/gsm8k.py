@@ -19,8 +19,8 @@ class Gsm8kTask(FileTask):
     name = "gsm8k"
 
     def examples(self) -> Iterator[Example]:
-        for number, row in read_jsonl(self.path):
-            question, answer = (text_field(row, key, self.path, number) for key in ("question", "answer"))
+        for number, entry in read_jsonl(self.path):
+            question, answer = (text_field(entry, key, self.path, number) for key in ("question", "answer"))
             yield Example(f"gsm8k:{number}", f"Question: {question}\nAnswer:", (answer,))
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:

@@ -17,8 +17,8 @@ class HumanEvalTask(FileTask):
     name = "humaneval"
 
     def examples(self) -> Iterator[Example]:
-        for number, row in read_jsonl(self.path):
+        for number, entry in read_jsonl(self.path):
             name, text, solution = (
-                text_field(row, key, self.path, number) for key in ("task_id", "prompt", "canonical_solution")
+                text_field(entry, key, self.path, number) for key in ("task_id", "prompt", "canonical_solution")
             )
             yield Example(name, text, (solution,))

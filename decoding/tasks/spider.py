@@ -27,9 +27,9 @@ class SpiderTask(FileTask):
     def examples(self) -> Iterator[Example]:
         try:
             schemas = {schema["db_id"]: _tables(schema) for schema in read_json(self._tables_path())}
-            for number, row in enumerate(read_json(self.path)):
-                text = f"{schemas[row['db_id']]}\n-- {row['question']}\n"
-                yield Example(f"spider:{row['db_id']}:{number}", text, (row["query"],))
+            for number, entry in enumerate(read_json(self.path)):
+                text = f"{schemas[entry['db_id']]}\n-- {entry['question']}\n"
+                yield Example(f"spider:{entry['db_id']}:{number}", text, (entry["query"],))
         except (KeyError, TypeError) as error:
             raise UserError(f"{self.path} and its tables.json are not in Spider's format ({error!r}).") from None
 

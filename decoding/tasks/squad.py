@@ -31,10 +31,10 @@ class SquadTask(FileTask):
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
         """`exact_match` and `f1`, the best over the references."""
-        return score(first_line(prediction)[0], prompt.references)
+        return answer_metrics(first_line(prediction)[0], prompt.references)
 
 
-def score(answer: str, references: tuple[str, ...]) -> dict[str, float]:
+def answer_metrics(answer: str, references: tuple[str, ...]) -> dict[str, float]:
     """Exact match and F1 of an answer, each the best over the references; empty without any."""
     if not references:
         return {}

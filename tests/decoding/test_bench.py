@@ -191,7 +191,7 @@ def test_rows_that_cannot_be_are_refused(tmp_path: Path, row: str, sentence: str
 def test_settings_that_cannot_be_are_refused(tmp_path: Path, override: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         bench.main(config(tmp_path, override))
-    with pytest.raises(UserError, match=r"profile_row is 'fixd'; give a place, 0 to 3, or one of: hf_beam_sample M=2"):
+    with pytest.raises(UserError, match=r"profile_row is 'fixd'; give the number of a row, 0 to 3, or one of: hf_beam"):
         bench.main(config(tmp_path, "profile=true", "profile_row=fixd"))
 
 

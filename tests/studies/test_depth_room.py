@@ -20,7 +20,7 @@ from decoding.measure.oracles import modelled_seconds
 from decoding.policies.base import IterationRecord, LayerRecord
 from decoding.support.entry import CONF_DIR
 from studies import depth_room
-from studies.depth_room import DeepWidth, Iteration, candidates, compare, earnings, room_table, rules
+from studies.depth_room import DeepWidth, Iteration, candidates, compare, depth_rules, earnings, room_table
 from tests.controller.synthetic import draft_context, target_context
 from tests.controller.test_learned_decoding import config_of
 from tests.controller.test_policy import network, provenance
@@ -55,7 +55,7 @@ def test_earnings_by_depth() -> None:
 
 
 def test_what_each_rule_goes_by() -> None:
-    found = rules([FAILED, SHORT])
+    found = depth_rules([FAILED, SHORT])
     assert list(found) == [NOTHING, NETWORK, CLOSED, TOLD, EVERYTHING]
     expected: dict[str, list[list[list[float]]]] = {
         NOTHING: [[[1, 1, 1], [1, 0, 0]]],
@@ -70,7 +70,7 @@ def test_what_each_rule_goes_by() -> None:
 
 def test_beyond_the_first_failure_the_promise_stands_for_p() -> None:
     deep = Iteration(1, (2,) * 4, (0.5, 0.5, 0.5, 0.5), (0.9, 0.8), passed=1, tokens=2)
-    assert rules([deep])[CLOSED][0][0] == pytest.approx([1, 0.9, 0.72, 0.36])
+    assert depth_rules([deep])[CLOSED][0][0] == pytest.approx([1, 0.9, 0.72, 0.36])
 
 
 def test_candidates_stop_at_the_first_layer_below_the_threshold() -> None:
