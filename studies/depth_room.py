@@ -22,6 +22,7 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from controller.features import ContextFeatures
 from controller.host import foresee
 from controller.network import WidthNet
 from controller.plan import least_bearable, passing_chances, settles_alone
@@ -75,7 +76,7 @@ class DeepWidth(LearnedWidth):
     known of each layer.
 
     Args:
-        net, provenance: as for `LearnedWidth`.
+        net, provenance, features: as for `LearnedWidth`.
         bearable: what a pass may lose, L(k). A layer that nothing was drafted for is as wide as one
             that failed: target_width.
 
@@ -85,10 +86,12 @@ class DeepWidth(LearnedWidth):
 
     name = "deep"
 
-    def __init__(self, net: WidthNet, provenance: dict[str, Any], bearable: float = 1.2) -> None:
+    def __init__(
+        self, net: WidthNet, provenance: dict[str, Any], bearable: float = 1.2, features: ContextFeatures | None = None
+    ) -> None:
         number("bearable", bearable, above=0, hint="0.5 to 3 are worth trying")
         # A token a nat: what a pass brings is what it can bear.
-        super().__init__(net, provenance, width_value=1.0)
+        super().__init__(net, provenance, width_value=1.0, features=features)
         self.bearable = bearable
         self.prompts: list[list[Iteration]] = []  # of all forks
         self._iterations: list[Iteration] = []  # of this one
