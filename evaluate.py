@@ -1,4 +1,5 @@
-"""Evaluate methods side by side on the same prompts: results.json, results.md, frontier.png, calibration.png.
+"""Evaluate methods side by side on the same prompts: results.json, results.md, frontier.png,
+calibration.png.
 
     python evaluate.py controller=<directory> policies=[fixed,threshold,learned] pair=...
     python evaluate.py policies=[fixed,mine.HalfWidth] grid.fraction=[0.25,0.5]
@@ -112,7 +113,7 @@ def summary_of(cfg: DictConfig, records: Sequence[Record], tables: Tables) -> di
 
 
 def provenance_of(cfg: DictConfig, tables: Tables) -> dict[str, Any]:
-    """Which controller and which tables of cost an evaluation was of."""
+    """The controller and the tables of cost that an evaluation was of."""
     path = cfg.controller_path
     return {
         "controller": path,
@@ -138,7 +139,8 @@ def read_rows(cfg: DictConfig, methods: Mapping[str, Method]) -> tuple[list[Row]
 
 
 def learned_methods(cfg: DictConfig, tables: Tables) -> dict[str, Method]:
-    """DSBDDecoder with the config's controller, planning for the device of `latency` and for that of `latency@also`.
+    """DSBDDecoder with the config's controller, planning for the device of `latency` and for that
+    of `latency@also`.
 
     Args:
         tables: of cost; a row is built when they are there.
@@ -207,11 +209,12 @@ def tuning_rows(cfg: DictConfig, methods: Mapping[str, Method], config: Decoding
     return rows
 
 
-# ------------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> Tables:
-    """What passes cost here ("modelled") and, where the config names a second device, there ("also").
+    """Tables of cost for this device ("modelled") and, where the config names a second one, for
+    that ("also").
 
     None where nobody asks: no learned rows, nothing to tune, and no other device than this one.
     """
@@ -228,7 +231,7 @@ def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> Tables:
 def tune(
     cfg: DictConfig, rows: Sequence[Row], pair: ModelPair, task: Task, tables: Tables
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Hand-set settings worth measuring: those that are undominated on other prompts, on any device.
+    """Hand-set settings worth measuring: undominated on other prompts, on any device.
 
     Returns:
         The kept rows; and split, prompts, grid (name, speeds by the table of each device, log_prob, kept).

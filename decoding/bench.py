@@ -1,4 +1,5 @@
-"""Speed, time by phase, memory and energy of methods side by side: `python -m decoding.bench`, conf/bench.yaml.
+"""Speed, time by phase, memory and energy of methods side by side: `python -m decoding.bench`,
+conf/bench.yaml.
 
 Writes bench.json (docs/formats.md) and prints it as tables, and each number that one asks for in a line. Rows take
 turns over the same prompts; what is timed is scored afterwards. A row that fails loses no other row, an interrupted run
@@ -86,7 +87,9 @@ def check_batches(rows: Sequence[Row], prompts: Sequence[Prompt]) -> None:
 
 
 def lengthened(prompts: Sequence[Prompt], length: int) -> list[Prompt]:
-    """Prompts of exactly `length` tokens: those before a prompt stand in front of it, the excess is cut off there."""
+    """Prompts of exactly `length` tokens: those before a prompt stand in front of it, the excess is
+    cut off there.
+    """
     longer = []
     for i, prompt in enumerate(prompts):
         tokens, before = list(prompt.tokens), i
@@ -97,7 +100,7 @@ def lengthened(prompts: Sequence[Prompt], length: int) -> list[Prompt]:
     return longer
 
 
-# -------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 class Bench:
@@ -123,8 +126,8 @@ class Bench:
 
     def finish(self, complete: bool) -> None:
         """Score what was decoded; after a complete run also roofline and profile; write and print."""
-        left = keep_whole(self.records, len(self.prompts))
-        self.results["provenance"]["task"]["prompts"] = left
+        kept = keep_whole(self.records, len(self.prompts))
+        self.results["provenance"]["task"]["prompts"] = kept
         self.results["graphs"] = graph_counters(self.pair)
         self.results["unscored"] = score_all(self.records, self.prompts, self.pair, self.task)
         self.write()
@@ -140,7 +143,7 @@ class Bench:
         show({"": self.results}, {BENCH: self.write()})
 
     def write(self) -> Path:
-        """bench.json as it stands."""
+        """Write bench.json as far as the run has come."""
         self.results["failed"] = {record.row.name: record.error for record in self.records if record.error is not None}
         self.results["rows"] = summarise(
             self.records,
@@ -153,8 +156,8 @@ class Bench:
 
     def _roofline(self) -> dict[str, Any]:
         prompt, config = self.prompts[0].tokens, self.records[0].row.config
-        room = len(prompt) if self.pair.context is None else self.pair.context - config.max_new_tokens
-        return roofline(self.pair, prompt[:room], top=min(config.top_k or 1, self.pair.vocab_size))
+        longest = len(prompt) if self.pair.context is None else self.pair.context - config.max_new_tokens
+        return roofline(self.pair, prompt[:longest], top=min(config.top_k or 1, self.pair.vocab_size))
 
     def _profile(self) -> dict[str, Any]:
         row = row_to_profile([record.row for record in self.records], self.cfg.profile_row)
@@ -181,7 +184,7 @@ class Bench:
 
 
 def row_to_profile(rows: Sequence[Row], wanted: str | int | None) -> Row:
-    """The row that profile_row names; by default the last that drafts, of batch_size 1 where there is one."""
+    """The row that profile_row names; by default the last that drafts, one of batch_size 1 first."""
     if wanted is None:
         alone = [row for row in rows if row.batch_size == 1] or rows
         return next((row for row in reversed(alone) if "draft_depth" in row.settings), alone[-1])
@@ -191,7 +194,7 @@ def row_to_profile(rows: Sequence[Row], wanted: str | int | None) -> Row:
         if wanted == row.name:
             return row
     names = "; ".join(row.name for row in rows)
-    raise UserError(f"profile_row is {wanted!r}; give a place, 0 to {len(rows) - 1}, or one of: {names}.")
+    raise UserError(f"profile_row is {wanted!r}; give the number of a row, 0 to {len(rows) - 1}, or one of: {names}.")
 
 
 if __name__ == "__main__":

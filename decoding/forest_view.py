@@ -1,4 +1,6 @@
-"""One iteration's forest as a tree for the terminal: what was drafted, and what verification made of every node."""
+"""One iteration's forest as a tree for the terminal: what was drafted, and what verification made
+of every node.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ class NodeView:
 
 @dataclass
 class LayerView:
-    """A layer as numbers: drafted w, asked M, accepted K; M is None where the layer was not reached."""
+    """A layer as numbers: drafted w, asked M, accepted K; M is None where it was not reached."""
 
     draft_width: int
     target_width: int | None = None
@@ -74,7 +76,8 @@ class ForestRecorder(Recorder):
     """A decoder's recorder that keeps one iteration's forest.
 
     Args:
-        iteration: which one, counted from 1; None: the first that drafted something, or the first of all.
+        iteration: which one, counted from 1; None: the first that drafted something, or the first
+            of all.
     """
 
     def __init__(self, iteration: int | None = None) -> None:
@@ -130,7 +133,8 @@ class ForestRecorder(Recorder):
     def _judge(self, event: LayerEvent, drafts: list[int], kept: dict[int, float]) -> dict[int, None]:
         """Set the states of a layer's drafts; returns the accepted ones."""
         assert self.view is not None
-        # In draw order, of the drafts that were judged; beam search keeps what it proposed, or does not.
+        # In draw order, of the drafts that were judged; beam search keeps what it proposed, or does
+        # not.
         bits = [node in kept for node in drafts] if event.verdict is None else event.verdict.bits
         accepted: dict[int, None] = {}
         slots = 0
@@ -151,7 +155,7 @@ def _weight(joint: Distribution, parent: int, token: int) -> float | None:
     return float(joint.weights[found[0]]) if len(found) else None
 
 
-# -------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 
 def render(view: ForestView, text_of: TextOf, ascii_only: bool = False) -> RenderableType:
@@ -208,7 +212,7 @@ class _Drawing:
         return self.quoted(text) if len(text) <= _TAIL else "..." + self.quoted(text[-_TAIL:])
 
     def legend(self) -> Iterator[Text]:
-        """What the marks in use mean, and the numbers."""
+        """Lines on the meaning of the marks in use, and of the numbers."""
         used = {seen.state for seen in self.view.nodes.values()}
         for state, style in _STYLES.items():
             if state in used:
@@ -219,7 +223,7 @@ class _Drawing:
         return _STYLES[state].ascii_mark if self.ascii_only else _STYLES[state].mark
 
     def quoted(self, text: str) -> str:
-        """As Python would write it: no control character, no escape sequence reaches the terminal."""
+        """The text as Python writes it: no control character reaches the terminal."""
         return ascii(text) if self.ascii_only else repr(text)
 
 

@@ -2,9 +2,9 @@
 
     python -m decoding.tiny [--out DIR] [--steps N] [--compile]
 
-is the whole recipe: it reads the standard library of the running interpreter (`tasks/stdlib.py`, split
-"model"), trains a byte-level BPE tokenizer and two Llama-architecture models on it, measures both on the
-held-out modules and writes what `ModelPair.tiny()` loads.
+is the whole recipe: it reads the standard library of the running interpreter (`tasks/stdlib.py`,
+split "model"), trains a byte-level BPE tokenizer and two Llama-architecture models on it, measures
+both on the held-out modules and writes what `ModelPair.tiny()` loads.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ CONTEXT = 512  # tokens, also the length of the training sequences
 TARGET_SHAPE = dict(hidden_size=256, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2)
 DRAFT_SHAPE = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
-# Line ends and indentation are words of their own, so that a prefix cut at a line end is tokenised as it
-# would be inside the file.
+# Line ends and indentation are words of their own, so that a prefix cut at a line end is tokenised
+# as it would be inside the file.
 _WORDS = Regex(r"\n+| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+")
 
 
@@ -128,7 +128,7 @@ def fit_model(
     title: str,
     compiled: bool = False,
 ) -> None:
-    """Train `model` in place: Muon for matrices, AdamW for the rest, linear warm-up and decay to zero.
+    """Train `model` in place: Muon for matrices, AdamW for the rest, linear warm-up and decay.
 
     Args:
         loss_of: (the model's forward, a batch, share of the run done) -> scalar loss.
@@ -174,7 +174,9 @@ def next_token_loss(logits_of: Logits, batch: Tensor, done: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Lessons:
-    """What the target says after every token of some sequences: its TEACHER_TOP likeliest tokens."""
+    """The target's TEACHER_TOP likeliest tokens after every token of some sequences, with their
+    probabilities.
+    """
 
     rows: Tensor  # [N, CONTEXT] int64
     likely: Tensor  # [N, CONTEXT, TEACHER_TOP] int16
@@ -195,10 +197,12 @@ class Lessons:
         return cls(rows, torch.cat(likely), torch.cat(probs))
 
     def loss(self, logits_of: Logits, batch: Tensor, done: float) -> Tensor:
-        """KL(p || q), then, from the middle of the run, mostly the total variation distance; batch [B] of rows.
+        """KL(p || q), then, from the middle of the run, mostly the total variation distance; batch
+        [B] of rows.
 
-        The accept probability of a draft is Σ min(p, q) = 1 - TV(p, q) (2211.17192, theorem 3.5), so the total
-        variation is what the draft is for; it gives no useful gradient far from the target, hence the KL first.
+        The accept probability of a draft is Σ min(p, q) = 1 - TV(p, q) (2211.17192, theorem 3.5),
+        so the total variation is what the draft is for; it gives no useful gradient far from the
+        target, hence the KL first.
         """
         likely, p = self.likely[batch].long(), self.probs[batch].float()  # [B, T, K]
         log_q = logits_of(self.rows[batch]).log_softmax(-1).gather(-1, likely)
@@ -224,7 +228,7 @@ def bits_per_byte(model: LlamaForCausalLM, tokens: Tensor, num_bytes: int) -> fl
 
 @torch.no_grad()
 def mean_overlap(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokens: Tensor, top_k: int = 10) -> float:
-    """Mean of Σ min(P, Q) over held-out positions, both cut to their `top_k` tokens and re-normalised."""
+    """Mean of Σ min(P, Q) over held-out positions, both cut to `top_k` tokens and re-normalised."""
     shares = []
     rows = cut_rows(tokens)
     for window in track(rows[:: max(1, len(rows) // 200)], "overlap"):
@@ -291,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_pair(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, save and measure the pair in a new folder; the old one is untouched until this is done.
+    """Train, save and measure the pair in a new folder; the old one stays until this is done.
 
     Returns:
         The held-out numbers and the settings, for recipe.json.

@@ -1,4 +1,4 @@
-"""Where the time of a decoding goes, by operator: torch's profiler around a few iterations."""
+"""The time of a decoding by operator: torch's profiler around a few iterations."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def profile_decoding(
 ) -> dict[str, Any]:
     """Decode prompts under torch's profiler and write its trace.
 
-    The decoding runs three times: to warm up, for the share of time in neither model (which the profiler would
-    inflate), and under the profiler.
+    The decoding runs three times: to warm up, for the share of time in neither model (which the
+    profiler would inflate), and under the profiler.
 
     Args:
         trace: file to write, in Chrome's trace format.
@@ -58,7 +58,9 @@ def profile_decoding(
 
 
 def _longest(events: Iterable[Any], device: DeviceType, field: str) -> list[dict[str, Any]]:
-    """The events of a device that took longest, in seconds without what they call, and as shares of all of them."""
+    """The events of a device that took longest, in seconds without what they call, and as shares of
+    all of them.
+    """
     taken = [(getattr(event, field) / 1e6, event) for event in events if event.device_type == device]
     total = sum(seconds for seconds, _ in taken) or 1.0
     longest = sorted(taken, key=lambda item: -item[0])[:TOP]

@@ -1,4 +1,5 @@
-"""What measurements come to: ratios of sums over the prompts, with paired bootstrap intervals, in JSON-able dicts.
+"""Summaries of measurements: ratios of sums over the prompts, with paired bootstrap intervals, in
+JSON-able dicts.
 
 docs/formats.md lists the metrics. The same resamples of the prompts serve all rows, so that two rows' ratio is paired.
 """
@@ -35,13 +36,15 @@ class Estimate(NamedTuple):
     repeats: list[float]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: value, the central 95% of the resamples and, where there are several, the repeats' values."""
+        """JSON-able: value, the central 95% of the resamples and, where there are several, the
+        repeats' values.
+        """
         low, high = np.nanpercentile(self.draws, [2.5, 97.5])
         bounds = {"value": self.value, "low": float(low), "high": float(high)}
         return bounds | ({"repeats": self.repeats} if len(self.repeats) > 1 else {})
 
 
-# ------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def _seconds(phase: str) -> Ratio:
@@ -90,9 +93,11 @@ RATIOS: dict[str, Ratio] = {
 
 
 def _modelled(costs: Costs, hindsight: bool = False) -> Ratio:
-    """Tokens against modelled seconds, the policy's own measured ones included; or against those in hindsight.
+    """Tokens against modelled seconds, the policy's own measured ones included; or against those in
+    hindsight.
 
-    By a table of joules the policy costs nothing: what it draws is not known. An oracle takes no time either.
+    By a table of joules the policy costs nothing: what it draws is not known. An oracle takes no
+    time either.
     """
     in_seconds = getattr(costs, "unit", "seconds") == "seconds"
 
@@ -107,7 +112,7 @@ def _modelled(costs: Costs, hindsight: bool = False) -> Ratio:
     return share
 
 
-# ------------------------------------------------------------------------------------------ summaries
+# ---------------------------------------------------------------------------------------- summaries
 
 
 def summarise(
@@ -118,13 +123,17 @@ def summarise(
     reference: tuple[str, int] | None = None,
     kv_bytes_per_slot: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One JSON-able dict per row that measured something: name, settings, summary, histograms, measurements.
+    """One JSON-able dict per row that measured something: name, settings, summary, histograms,
+    measurements.
 
     Args:
-        records: measured and scored, with the same prompts in the same order in every row and repeat.
+        records: measured and scored, with the same prompts in the same order in every row and
+            repeat.
         resamples: of the bootstrap over prompts.
-        costs: tables by name; each adds `<name>_tokens_per_second` and `<name>_hindsight`, modelled.
-        reference: method and target width of a row; adds `speedup_over_reference` and `log_prob_over_reference`.
+        costs: tables by name; each adds `<name>_tokens_per_second` and `<name>_hindsight`,
+            modelled.
+        reference: method and target width of a row; adds `speedup_over_reference` and
+            `log_prob_over_reference`.
         kv_bytes_per_slot: of the target; adds `kv_megabytes`, of the longest prompt at its peak.
 
     Returns:
@@ -204,7 +213,9 @@ def _estimates(
 
 
 def _over(record: Record, base: Record, name: str, how: Callable[..., Any], draws: NDArray[np.int64]) -> Estimate:
-    """A metric against another row's, prompt by prompt and repeat by repeat, in the repeats that both have."""
+    """A metric against another row's, prompt by prompt and repeat by repeat, in the repeats that
+    both have.
+    """
     common = min(len(record.repeats), len(base.repeats))
     ours, theirs = (estimate(some.repeats[:common], RATIOS[name], draws) for some in (record, base))
     each = [float(how(a, b)) for a, b in zip(ours.repeats, theirs.repeats, strict=True)]
@@ -212,7 +223,8 @@ def _over(record: Record, base: Record, name: str, how: Callable[..., Any], draw
 
 
 def estimate(repeats: Sequence[Sequence[Measurement]], ratio: Ratio, draws: NDArray[np.int64]) -> Estimate:
-    """Ratio of sums over prompts and repeats, and over each resample of the prompts; NaN where the denominator is 0.
+    """Ratio of sums over prompts and repeats, and over each resample of the prompts; NaN where the
+    denominator is 0.
 
     Args:
         draws: [B, N] prompts of each resample.
@@ -238,13 +250,14 @@ def _histogram(lists: Iterable[Sequence[int]]) -> dict[str, int]:
     return {str(value): count for value, count in sorted(Counter(chain.from_iterable(lists)).items())}
 
 
-# ---------------------------------------------------------------------------------------- comparisons
+# -------------------------------------------------------------------------------------- comparisons
 
 
 def compare_records(
     records: Sequence[Record], resamples: int, seed: int, costs: Costs | None, ours: str = OURS
 ) -> list[dict[str, Any]]:
-    """`decoding.measure.compare.comparisons` of the learned rows at the qualities of this engine's beam sampling.
+    """`decoding.measure.compare.comparisons` of the learned rows at the qualities of this engine's
+    beam sampling.
 
     Args:
         records, resamples, seed: as for `summarise`.

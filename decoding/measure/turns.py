@@ -1,4 +1,5 @@
-"""Rows that take turns over the same prompts and seeds, by the clock; then what the target says of their texts.
+"""Rows that take turns over the same prompts and seeds, by the clock; then what the target says of
+their texts.
 
 Nothing is averaged here: a `Measurement` is one prompt decoded by one row, once.
 """
@@ -48,7 +49,7 @@ class Measurement:
     text: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, as in results.json."""
+        """The measurement as results.json holds it, JSON-able."""
         return vars(self) | {"stats": self.stats.to_dict()}
 
 
@@ -82,7 +83,8 @@ def make_records(rows: Sequence[Row], pair: ModelPair, batch_size: int = 1) -> l
 
 
 def read_prompts(about: Any, task: Task, pair: ModelPair) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to measure, and others to warm up with: of split val, or the same where there are no others.
+    """Prompts to measure, and others to warm up with: of split val, or the same where there are no
+    others.
 
     Args:
         about: split, limit and warmup, as in the `prompts` of a config.
@@ -96,7 +98,7 @@ def read_prompts(about: Any, task: Task, pair: ModelPair) -> tuple[list[Prompt],
         return prompts, prompts[: about.warmup]
 
 
-# ---------------------------------------------------------------------------------------------- turns
+# -------------------------------------------------------------------------------------------- turns
 
 
 def decode_all(
@@ -137,7 +139,9 @@ def warm_up(
     seed: int,
     advance: Callable[[int], None] = lambda prompts: None,
 ) -> None:
-    """Decode prompts by every row without measuring; a row with a batch size fills a batch, with some of them twice."""
+    """Decode prompts by every row without measuring; a row with a batch size fills a batch, with
+    some of them twice.
+    """
     for record in records if prompts else ():
         count = max(len(prompts), record.row.batch_size or 1)
         group = [prompts[i % len(prompts)] for i in range(count)]
@@ -153,12 +157,15 @@ def take_turns(
     repeats: int = 1,
     advance: Callable[[int], None] = lambda prompts: None,
 ) -> Iterator[int]:
-    """Every row decodes all prompts, a batch of the largest row in a turn: machine drift hits all rows alike.
+    """Every row decodes all prompts, a batch of the largest row in a turn: machine drift hits all
+    rows alike.
 
-    The order of the rows rotates from turn to turn. A prompt has the same seed in all rows, another in each repeat.
+    The order of the rows rotates from turn to turn. A prompt has the same seed in all rows, another
+    in each repeat.
 
     Args:
-        records: get the measurements, not yet scored. One that fails takes no further turns, and says why.
+        records: get the measurements, not yet scored. One that fails takes no further turns, and
+            says why.
         advance: called with the number of prompts after each turn.
 
     Yields:
@@ -225,24 +232,26 @@ def prompt_stream(seed: int, prompt: Prompt) -> torch.Generator:
 
 
 def keep_whole(records: Sequence[Record], count: int) -> int:
-    """Forget the unfinished repeat of an interrupted run; of the first one keep the prompts that all rows decoded.
+    """Forget the unfinished repeat of an interrupted run; of the first one keep the prompts that
+    all rows decoded.
 
     Args:
         count: prompts of a repeat.
 
     Returns:
-        Prompts that are left of each repeat: `count`, or fewer where not even the first repeat is whole; 0: none.
+        Prompts that are left of each repeat: `count`, or fewer where not even the first repeat is
+        whole; 0: none.
     """
     alive = [record for record in records if record.error is None]
-    left = min((len(record.repeats[0]) if record.repeats else 0 for record in alive), default=count)
+    kept = min((len(record.repeats[0]) if record.repeats else 0 for record in alive), default=count)
     for record in records:
-        enough = [repeat[:left] for repeat in record.repeats if len(repeat) >= max(left, 1)]
-        record.repeats = enough if left == count else enough[:1] if left else []
-    return left
+        enough = [repeat[:kept] for repeat in record.repeats if len(repeat) >= max(kept, 1)]
+        record.repeats = enough if kept == count else enough[:1] if kept else []
+    return kept
 
 
 def sentence(error: BaseException) -> str:
-    """What to tell the user of a failure."""
+    """The sentence that tells the user of a failure."""
     return str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
 
 
@@ -270,7 +279,7 @@ def _groups(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
     return [prompts[first : first + size] for first in range(0, len(prompts), size)]
 
 
-# -------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------ scoring
 
 
 def score_all(records: Sequence[Record], prompts: Sequence[Prompt], pair: ModelPair, task: Task) -> str | None:
@@ -285,14 +294,14 @@ def score_all(records: Sequence[Record], prompts: Sequence[Prompt], pair: ModelP
         try:
             for repeat in repeats:
                 for measurement, prompt in zip(repeat, prompts, strict=False):  # an interrupted run has fewer
-                    score(measurement, prompt, pair, task)
+                    evaluate_text(measurement, prompt, pair, task)
                     progress.advance(bar)
         except torch.OutOfMemoryError:
             return OUT_OF_MEMORY
     return None
 
 
-def score(measurement: Measurement, prompt: Prompt, pair: ModelPair, task: Task) -> None:
+def evaluate_text(measurement: Measurement, prompt: Prompt, pair: ModelPair, task: Task) -> None:
     """Fill in a measurement's log-probability under the target, text and metrics."""
     measurement.log_prob = log_probability(pair.target, prompt.tokens, measurement.tokens)
     if pair.tokenizer is not None:

@@ -1,4 +1,5 @@
-"""Width rules by hand, each on one signal that the learned widths go by as well: P's mass, its weights, Q's entropy.
+"""Width rules by hand, each on one signal that the learned widths go by as well: P's mass, its
+weights, Q's entropy.
 
 They are what to try before training anything, and what learned widths are compared with.
 """
@@ -25,7 +26,6 @@ from decoding.policies.base import (
     TargetContext,
     WidthPolicy,
     check_final_width,
-    check_share,
 )
 from decoding.support.checks import number
 
@@ -41,10 +41,10 @@ class HandSetWidth(WidthPolicy, ABC):
     """M by a rule of `asked`; the draft as wide as it may be, and as deep, or until it is unsure.
 
     Args:
-        final_width: M of the layer that ends an iteration, where nothing can be rejected: more beams there cost what
-            they cost to carry, and no pass. None: by the rule, too.
-        stop_entropy: nats. A layer whose draft had more entropy than this is the last to be drafted; the first one
-            always is drafted. None: as deep as the config allows.
+        final_width: M of the layer that ends an iteration, where nothing can be rejected: more
+            beams there cost what they cost to carry, and no pass. None: by the rule, too.
+        stop_entropy: nats. A layer whose draft had more entropy than this is the last to be
+            drafted; the first one always is drafted. None: as deep as the config allows.
 
     Raises:
         UserError: stop_entropy is no number of at least 0.
@@ -84,10 +84,11 @@ class HandSetWidth(WidthPolicy, ABC):
 
 @dataclass
 class MassWidth(HandSetWidth):
-    """Asks for beams where the target is undecided: the smallest M whose likeliest continuations hold a share of P.
+    """Asks for beams where the target is undecided: the smallest M whose likeliest continuations
+    hold a share of P.
 
-    P alone decides, so that M may follow it (design 5.4), at the layer that ends an iteration too. With
-    `surplus="keep"` it is the strongest of the hand-set rules.
+    P alone decides, so that M may follow it (design 5.4), at the layer that ends an iteration too.
+    With `surplus="keep"` it is the strongest of the hand-set rules.
 
     Args:
         share: of P's mass, in (0, 1]; higher asks for more beams.
@@ -101,7 +102,7 @@ class MassWidth(HandSetWidth):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("share", self.share, hint="0.6 to 0.95 are worth trying")
+        number("share", self.share, above=0, most=1, hint="0.6 to 0.95 are worth trying")
 
     def asked(self, context: TargetContext) -> int:
         held = np.sort(context.target.probs)[::-1][: context.draft.root.config.target_width].cumsum()
@@ -112,7 +113,8 @@ class MassWidth(HandSetWidth):
 class GapWidth(HandSetWidth):
     """Asks for as many beams as there are continuations within a gap of the best one's weight.
 
-    Relative threshold pruning (1702.01806) as a width: a clear winner is followed alone. P alone decides.
+    Relative threshold pruning (1702.01806) as a width: a clear winner is followed alone. P alone
+    decides.
 
     Args:
         gap: nats, 0 or more; higher asks for more beams.
@@ -135,10 +137,10 @@ class GapWidth(HandSetWidth):
 
 @dataclass
 class EntropyWidth(HandSetWidth):
-    """Asks for beams where the draft is undecided: M is a multiple of exp(entropy of Q), rounded up.
+    """Asks for beams where the draft is undecided: a multiple of exp(entropy of Q), rounded up.
 
-    exp(entropy) is how many equally likely continuations would be as undecided. Known before the layer is drawn; at the
-    layer that ends an iteration the target's P takes Q's place.
+    exp(entropy) is how many equally likely continuations would be as undecided. Known before the
+    layer is drawn; at the layer that ends an iteration the target's P takes Q's place.
 
     Args:
         scale: beams for each of these continuations, above 0; higher asks for more beams.
@@ -159,6 +161,6 @@ class EntropyWidth(HandSetWidth):
 
 
 def entropy(joint: Distribution) -> float:
-    """In nats; 0 where one entry holds everything."""
+    """Entropy of a joint distribution in nats; 0 where one entry holds everything."""
     probs = joint.probs[joint.probs > 0]  # shares of a beam search may be too small for a float
     return float(-(probs * np.log(probs)).sum())
