@@ -18,10 +18,9 @@ from rich.console import Console
 
 from controller import LearnedWidth
 from controller.compare import family_of, undominated
-from controller.knob import warn_of_other_controller, warn_of_shared_prompts
-from controller.network import load_controller
+from controller.knob import warn_of_shared_prompts
+from controller.network import load_controller, weights_sha256
 from controller.report import (
-    SCHEMA_VERSION,
     calibration_curves,
     compare_rows,
     comparison_lines,
@@ -30,7 +29,7 @@ from controller.report import (
     tuning_lines,
     write_report,
 )
-from controller.tracking import check_logger, log_evaluation, tracked
+from controller.tracking import log_evaluation, tracked
 from decoding import DecodingConfig, ModelPair, UserError, WidthPolicy
 from decoding.baselines import METHODS, Generate, Method, Settings, policy_method
 from decoding.costs import cost_table
@@ -40,6 +39,7 @@ from decoding.measure import Measurement, Row, make_rows, run_rows, score
 from decoding.oracles import modelled_seconds
 from decoding.progress import RunProgress
 from decoding.provenance import provenance, to_plain
+from decoding.results_file import SCHEMA_VERSION
 from decoding.tasks.base import Prompt, Task
 
 _MEASURES_SECONDS = "decoding.latency.LatencyTable.measure"
@@ -60,18 +60,17 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     methods = dict(METHODS)
     # Before anything is loaded: settings that cannot be are refused.
     check_counts(cfg)
-    check_logger(cfg)
     chosen, config = chosen_policies(cfg), instantiate(cfg.decoding)
     rows = make_rows(chosen, methods | LEARNED_AXES, config, grid_of(cfg, config), cfg.references)
     candidates = tuning_rows(cfg, methods, config)
     trained = load_controller(cfg.controller_path)[1] if cfg.controller_path is not None else {}
+    weights = weights_sha256(cfg.controller_path) if cfg.controller_path is not None else None
     task: Task = instantiate(cfg.data)
-    with tracked(cfg) as run:
+    with tracked(cfg) as logger:
         pair: ModelPair = instantiate(cfg.pair)
         prompts, warmup = read_prompts(cfg, task, pair)
         if cfg.learned.results is not None and cfg.controller_path is not None:
             warn_of_shared_prompts(cfg.learned.results, task.describe(), [prompt.id for prompt in prompts])
-            warn_of_other_controller(cfg.learned.results, cfg.controller_path, trained, cfg.learned.quality)
         costs = cost_tables(cfg, pair, any(row.method in LEARNED_AXES for row in rows))
         for name, table in zip(LEARNED_AXES, costs.values(), strict=False):
             methods[name] = learned_method(cfg.controller_path, cfg.learned, table)
@@ -92,6 +91,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
                 "pair": pair.describe(),
                 "task": {**task.describe(), "split": cfg.prompts.split, "prompts": len(measured[0])},
                 "controller": cfg.controller_path,
+                "controller_sha256": weights,
                 "latency": costs["modelled"].to_dict() if "modelled" in costs else None,
                 "also": costs["also"].to_dict() if "also" in costs else None,
                 "config": to_plain(cfg),
@@ -106,7 +106,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
             "rows": summarise(rows, measured, cfg.bootstrap, cfg.seed, costs),
         }
         files = write_report(Path(cfg.output_dir), results, calibration_curves(trained))
-        log_evaluation(run, results, files)
+        log_evaluation(logger, results, files)
     show(results, files)
     if not complete:
         raise KeyboardInterrupt

@@ -3,14 +3,11 @@
 python train.py
 python train.py pair=llama3_8b trainer=gpu logger=wandb controller.hidden=256 seed=1
 python train.py -m controller.lr=1e-3,3e-4
-python train.py rounds=2
 python train.py ckpt_path=outputs/train/.../checkpoints/last.ckpt
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import pickle
 import signal
 import sys
@@ -26,15 +23,14 @@ from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 from controller.calibration import BINS, Curve, Reliability, calibrate, reliability_curves, reliability_from_sums
 from controller.data import TraceDataModule
 from controller.module import ControllerModule
 from controller.network import save_controller
-from controller.tracking import check_logger, tracked, trainer_options
+from controller.tracking import is_wandb, tracked
 from decoding.collect import ensure_traces
-from decoding.config import DecodingConfig
 from decoding.entry import build_all, entry_point
 from decoding.errors import UserError
 from decoding.provenance import provenance, to_plain
@@ -45,79 +41,50 @@ _AGAIN = "Give a checkpoint that train.py wrote with these settings, or leave ck
 @entry_point(config_name="train")
 def main(cfg: DictConfig) -> float:
     """Train the controller that the config describes; returns the best `val/loss`, for sweeps."""
-    check_rounds(cfg)
-    check_logger(cfg, trains=True)  # before traces are collected for hours
+    check_hidden(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = read_checkpoint(cfg.ckpt_path)
-    directories = [ensure_traces(cfg)]
-    for number in range(1, cfg.rounds):
-        part = copy.deepcopy(cfg)
-        part.output_dir = f"{cfg.output_dir}/round-{number}"
-        fit(part, directories, checkpoint)
-        directories.append(ensure_traces(under_learned(cfg, Path(part.output_dir) / "controller")))
-        seed_everything(cfg.seed, workers=True, verbose=False)
-    return fit(cfg, directories, checkpoint)
+    with tracked(cfg) as wandb_logger:  # before traces are collected for hours; a crash closes its run too
+        return fit(cfg, ensure_traces(cfg), checkpoint, wandb_logger)
 
 
-def fit(cfg: DictConfig, directories: list[Path], checkpoint: dict[str, Any] | None) -> float:
-    """Train on the traces of some directories, calibrate, save to `output_dir`; returns the best `val/loss`."""
+def fit(
+    cfg: DictConfig, traces: Path, checkpoint: dict[str, Any] | None, wandb_logger: WandbLogger | None = None
+) -> float:
+    """Train on the traces of a directory, calibrate, save to `output_dir`; returns the best `val/loss`."""
     features = instantiate(cfg.features)
     names = [*features.names, *features.target_names]
     sizes = cfg.controller.get("batch_size", 512), cfg.controller.get("use_hidden", False), cfg.max_train_rows
-    data = TraceDataModule(directories, names, *sizes)
+    data = TraceDataModule(traces, names, *sizes)
     module: ControllerModule = instantiate(cfg.controller, **data.sizes)
     check_checkpoint(checkpoint, module, cfg)
-    with tracked(cfg, trains=True) as run:  # a crash closes it too
-        loggers = build_loggers(cfg, run)
-        callbacks = [*build_all(cfg.callbacks), GoOn()]
-        trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
-        started = time.perf_counter()
-        with interruptible(trainer, cfg):
-            trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
-        seconds = time.perf_counter() - started
-        load_best(trainer, module)
-        loss = module.evaluate(data.rows["val"].columns)["val/loss"]
-        calibrate(module.net, data.rows["val"].columns, module.soft_labels)
-        held_out = "test" if len(data.rows["test"]) else "val"
-        curves = reliability_curves(module.net, data.rows[held_out].columns)
-        metrics = final_metrics(module, data) | curve_metrics(curves, held_out)
-        about = describe(cfg, data, features, metrics, seconds) | {"reliability": describe_curves(curves, held_out)}
-        saved = save_controller(module.net, Path(cfg.output_dir) / "controller", about)
-        log_results(loggers, run, data, metrics, curves)
-        print_results(saved, metrics)
+    loggers = build_loggers(cfg, wandb_logger)
+    callbacks = [*build_all(cfg.callbacks), GoOn()]
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
+    started = time.perf_counter()
+    with interruptible(trainer):
+        trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    seconds = time.perf_counter() - started
+    load_best(trainer, module)
+    loss = module.evaluate(data.rows["val"].columns)["val/loss"]
+    calibrate(module.net, data.rows["val"].columns, module.soft_labels)
+    held_out = "test" if len(data.rows["test"]) else "val"
+    curves = reliability_curves(module.net, data.rows[held_out].columns)
+    metrics = final_metrics(module, data) | curve_metrics(curves, held_out)
+    about = describe(cfg, data, features, metrics, seconds) | {"reliability": describe_curves(curves, held_out)}
+    saved = save_controller(module.net, Path(cfg.output_dir) / "controller", about)
+    log_results(loggers, wandb_logger, data, metrics, curves)
+    print_results(saved, metrics)
     return loss
 
 
-def check_rounds(cfg: DictConfig) -> None:
-    """Refuse rounds that cannot be."""
-    if not isinstance(cfg.rounds, int) or isinstance(cfg.rounds, bool) or cfg.rounds < 1:
+def check_hidden(cfg: DictConfig) -> None:
+    """Refuse to learn from hidden states that are not logged."""
+    if cfg.controller.get("use_hidden", False) and not cfg.collect.get("hidden", False):
         raise UserError(
-            f"rounds is {cfg.rounds}; give a whole number of at least 1: 1 trains on the traces that the config "
-            "describes, 2 again with those of the controller it gave."
+            "controller.use_hidden is true, but collect.hidden is false: traces would be logged without hidden states. "
+            "Set collect.hidden=true, or leave controller.use_hidden=false."
         )
-    if cfg.rounds > 1 and cfg.ckpt_path is not None:
-        raise UserError(
-            f"ckpt_path resumes one fit, and rounds is {cfg.rounds}. Give rounds=1, or leave ckpt_path out: traces "
-            "that are there already are used again."
-        )
-
-
-def under_learned(cfg: DictConfig, controller: Path) -> DictConfig:
-    """The config that logs traces of the train and validation prompts under a controller.
-
-    Prompts do not learn from each other, so that the rows depend neither on their order nor on an interruption.
-    """
-    policy = {
-        "_target_": "controller.LearnedWidth.load",
-        "path": str(controller),
-        "width_value": float(cfg.round_width_value),
-        "share": False,
-    }
-    changed: DictConfig = copy.deepcopy(cfg)
-    with open_dict(changed):
-        changed.policy = policy
-        changed.collect.test_prompts = 0
-    return changed
 
 
 def read_checkpoint(path: str | None) -> dict[str, Any] | None:
@@ -175,7 +142,7 @@ class GoOn(Callback):
 
 
 @contextmanager
-def interruptible(trainer: Trainer, cfg: DictConfig) -> Iterator[None]:
+def interruptible(trainer: Trainer) -> Iterator[None]:
     """Let Ctrl-C out of a fit as KeyboardInterrupt, and say what is kept.
 
     Lightning would exit with code 1, and ignore every further Ctrl-C.
@@ -187,27 +154,25 @@ def interruptible(trainer: Trainer, cfg: DictConfig) -> Iterator[None]:
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         signal.signal(signal.SIGINT, handler)
-        print(what_is_kept(trainer, cfg), file=sys.stderr)
+        print(what_is_kept(trainer), file=sys.stderr)
         raise KeyboardInterrupt from None
 
 
-def what_is_kept(trainer: Trainer, cfg: DictConfig) -> str:
+def what_is_kept(trainer: Trainer) -> str:
     """How to go on after an interrupted fit."""
     last = getattr(trainer.checkpoint_callback, "last_model_path", "")
     if not last or not Path(last).is_file():
         return "No epoch of this fit is kept; the same command starts it again, with the traces that are there."
-    if cfg.rounds > 1:
-        return "A fit of several rounds is not resumed; the same command starts again, with the traces that are there."
     return f"The best epoch so far is kept; the same command with ckpt_path={last} goes on from there."
 
 
-def build_loggers(cfg: DictConfig, run: Any | None) -> list[Logger]:
-    """The config's loggers with the config in them; Weights & Biases writes into the run that is open."""
-    nodes = [node for node in cfg.logger.values() if node and not str(node.get("_target_")).endswith("WandbLogger")]
+def build_loggers(cfg: DictConfig, wandb_logger: WandbLogger | None) -> list[Logger]:
+    """The config's loggers with the config in them; that of Weights & Biases is there already."""
+    nodes = [node for node in cfg.logger.values() if node and not is_wandb(node)]
     loggers: list[Logger] = [instantiate(node) for node in nodes]
     for logger in loggers:
         logger.log_hyperparams({**to_plain(cfg), "provenance": provenance()})
-    return [*loggers, WandbLogger(experiment=run, **trainer_options(cfg))] if run is not None else loggers
+    return [*loggers, wandb_logger] if wandb_logger is not None else loggers
 
 
 def load_best(trainer: Trainer, module: ControllerModule) -> None:
@@ -248,20 +213,17 @@ def describe(
     cfg: DictConfig, data: TraceDataModule, features: Any, metrics: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     """Where a controller came from and how good it is; JSON-able, saved in its config.json."""
-    known = {field.name for field in dataclasses.fields(DecodingConfig)}
-    decoding = DecodingConfig(**{name: value for name, value in data.manifest["decoding"].items() if name in known})
     return {
         **provenance(),
         "pair": data.manifest["pair"],
-        "decoding": dataclasses.asdict(decoding),
+        "decoding": data.manifest["decoding"],
         "features": {
             "version": features.version,
             "names": list(features.names),
             "target_names": list(features.target_names),
         },
         "traces": [
-            {name: manifest.get(name) for name in ("trace_key", "rows", "prompts", "policy", "task", "seed")}
-            for manifest in data.manifests
+            {name: data.manifest.get(name) for name in ("trace_key", "rows", "prompts", "policy", "task", "seed")}
         ],
         "training": {
             "controller": to_plain(cfg.controller),
@@ -274,13 +236,17 @@ def describe(
 
 
 def log_results(
-    loggers: list[Logger], run: Any | None, data: TraceDataModule, metrics: dict[str, float], curves: dict[str, Curve]
+    loggers: list[Logger],
+    wandb_logger: WandbLogger | None,
+    data: TraceDataModule,
+    metrics: dict[str, float],
+    curves: dict[str, Curve],
 ) -> None:
     """Final metrics to every logger; histograms of the traces and the calibration tables to Weights & Biases."""
     for logger in loggers:
         logger.log_metrics({f"calibrated/{name}": value for name, value in metrics.items()})
         logger.save()
-    if run is None:
+    if wandb_logger is None:
         return
     import wandb
 
@@ -298,7 +264,7 @@ def log_results(
         )
         for name, curve in curves.items()
     }
-    run.log(histograms | tables)
+    wandb_logger.experiment.log(histograms | tables)
 
 
 def print_results(directory: Path, metrics: dict[str, float]) -> None:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     evaluated = {path.parts[-2]: _read(path) for path in sorted(folder.glob("*/results.json"))}
     if not trained and not evaluated:
         raise UserError(
-            f"{folder} has neither */controller nor */results.json. Run python train.py experiment=ablation/... first."
+            f"{folder} has neither */controller nor */results.json. Run the commands of docs/ablations.md first."
         )
     for lines in (training_table(trained), decision_table(evaluated)):
         print("\n".join([*lines, ""]))

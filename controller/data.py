@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ class TraceRows(Dataset[Batch]):
 
     Columns: features [N, F], draft_hidden [N, H_q], target_hidden [N, H_p] float32; bits [N, W] bool;
     target_features [N, G], accept_probs [N, W], slot_deficits [N, R] float32; layer, draft_width, target_width,
-    kept_width, accepted, survivor_slot [N] int64. W pads to the widest draft width, R to the widest target width.
+    kept_width, survivor_slot [N] int64. W pads to the widest draft width, R to the widest target width.
     """
 
     def __init__(self, columns: Batch) -> None:
@@ -42,23 +41,22 @@ class TraceRows(Dataset[Batch]):
 
 
 class TraceDataModule(LightningDataModule):
-    """The traces of one directory, or of several together.
+    """The traces of a directory.
 
     Args:
-        directories: each with Parquet shards and manifest.json; all of one pair, with the same decoding and features.
+        directory: with Parquet shards and manifest.json.
         feature_names: what the network will be given when it decides; traces with others are refused. None: no check.
         batch_size: rows per batch.
-        use_hidden: load the hidden vectors; without them their sizes are 0.
+        use_hidden: load the hidden vectors, which must have been logged; without them their sizes are 0.
         max_train_rows: train on the first prompts only, as many as have at most so many rows together. None: on all.
 
     Raises:
-        UserError: no rows, other features, directories that differ, values that are not finite, or a prompt in two
-            splits.
+        UserError: no rows, other features, no hidden vectors, values that are not finite, or a prompt in two splits.
     """
 
     def __init__(
         self,
-        directories: str | Path | Sequence[str | Path],
+        directory: str | Path,
         feature_names: list[str] | None = None,
         batch_size: int = 512,
         use_hidden: bool = False,
@@ -69,19 +67,19 @@ class TraceDataModule(LightningDataModule):
             raise UserError(
                 f"max_train_rows is {max_train_rows}; give a whole number of at least 1, or null to train on all."
             )
-        paths = [Path(directories)] if isinstance(directories, str | Path) else [Path(path) for path in directories]
-        where = ", ".join(map(str, paths))  # in messages
-        loaded = [load_traces(path) for path in paths]
-        self.batch_size, self.manifests = batch_size, [manifest for _, manifest in loaded]
-        self.manifest = self.manifests[0]  # what they have in common
-        for path, manifest in zip(paths, self.manifests, strict=True):
-            if feature_names is not None:
-                features, what = manifest["features"], f"The traces in {path} have"
-                check_features([*features["names"], *features.get("target_names", [])], feature_names, what)
-            _check_alike(paths[0], self.manifest, path, manifest)
-        table: pa.Table = pa.concat_tables(
-            [rows.with_format("arrow")[:].replace_schema_metadata(None) for rows, _ in loaded]
-        )
+        where = str(directory)  # in messages
+        rows, self.manifest = load_traces(Path(directory))
+        self.batch_size = batch_size
+        if feature_names is not None:
+            features = self.manifest["features"]
+            found = [*features["names"], *features.get("target_names", [])]
+            check_features(found, feature_names, f"The traces in {where} have")
+        if use_hidden and not self.manifest.get("hidden"):
+            raise UserError(
+                f"The traces in {where} hold no hidden states, and use_hidden is true. Collect traces with "
+                "collect.hidden=true, or leave use_hidden=false."
+            )
+        table: pa.Table = rows.with_format("arrow")[:]
         prompts, split = table["prompt_id"].to_pylist(), np.asarray(table["split"].to_pylist())
         _check_splits(prompts, split, where)
         if max_train_rows is not None:
@@ -127,21 +125,6 @@ class TraceDataModule(LightningDataModule):
         return DataLoader(rows, sampler=batches, batch_size=None)  # no collating: an index list is a batch
 
 
-def _check_alike(first: Path, manifest: dict[str, Any], other: Path, others: dict[str, Any]) -> None:
-    """Refuse to train on traces of two directories that mean different things."""
-    pairs, features = ([about[key] for about in (manifest, others)] for key in ("pair", "features"))
-    decoding = [about.get("decoding", {}) for about in (manifest, others)]
-    names = {name for name in decoding[0].keys() | decoding[1].keys() if decoding[0].get(name) != decoding[1].get(name)}
-    differs = [f"decoding.{name}" for name in sorted(names)]
-    differs += ["the pair"] * (pairs[0].get("fingerprint") != pairs[1].get("fingerprint"))
-    differs += ["the features"] * (features[0] != features[1])
-    if differs:
-        raise UserError(
-            f"The traces in {first} and {other} differ in {', '.join(differs)}; one controller learns from traces of "
-            "one pair, with the same decoding and features. Train on one of them, or collect the other again."
-        )
-
-
 def _beyond(prompts: list[str], train: np.ndarray, limit: int) -> np.ndarray:
     """Train rows [N] of the prompts after the first ones that have at most `limit` rows; the first is kept."""
     rows = Counter(prompt for prompt, used in zip(prompts, train.tolist(), strict=True) if used)  # in order
@@ -167,7 +150,7 @@ def _columns(table: pa.Table, manifest: dict[str, Any], use_hidden: bool, direct
     decoding = manifest.get("decoding", {})
     counts = {
         name: torch.from_numpy(table[name].to_numpy().astype(np.int64))
-        for name in ("layer", "draft_width", "target_width", "kept_width", "accepted", "survivor_slot")
+        for name in ("layer", "draft_width", "target_width", "kept_width", "survivor_slot")
     }
     widest = max(int(decoding.get("target_width", 1)), int(counts["kept_width"].max()))  # R
     width = max(int(decoding.get("draft_width", 1)), int(counts["draft_width"].max()))  # W

@@ -31,6 +31,7 @@ TOP = 10  # likeliest continuations of P that are looked at once it is known
 GAP_LIMIT = 20.0  # nats that gaps between weights are cut at, and what they are with one beam
 LEAST_LOG = -12.0  # log-probability of a continuation that is not there, and the least of those that are
 LIMIT = 5.0  # standardised inputs are clipped here, as in WidthNet
+NATS = 0.5  # share of the loss that is in nats; the rest is in the chance that the best hypothesis is lost
 
 
 def compiled(function: Function) -> Function:
@@ -241,30 +242,25 @@ def late(features: FloatVector, weights: LateWeights) -> FloatVector:
 
 
 @compiled
-def expected_loss(quality: FloatVector, target_width: int, regret: float) -> FloatArray:
+def expected_loss(quality: FloatVector, target_width: int) -> FloatArray:
     """L(0) = L(1), ..., L(target_width) = 0 from a quality head; [2 R - 1] -> [R + 1].
 
-    Nothing is lost at target_width: what more slots would have held was never to be had.
+    L(k) is the mean of the nats that are lost without the slots from k + 1 on and of the probability that the survivor
+    is among these. Nothing is lost at target_width: what more slots would have held was never to be had.
 
     Args:
         quality: survivor logits [R], then log regret steps [R - 1].
         target_width: of the config, at most R.
-        regret: share of the loss that is in nats; of the rest, it is the probability that the survivor is beyond the
-            first k slots.
     """
     ranks = (len(quality) + 1) // 2
     loss = np.zeros(ranks + 1)
+    odds = np.exp(quality[:ranks].astype(np.float64) - quality[:ranks].max())
+    total = odds.sum()
     nats = beyond = 0.0
-    if regret > 0.0:
-        for k in range(ranks - 1, 0, -1):
-            nats += math.exp(np.float64(quality[ranks + k - 1]))
-            loss[k] = regret * nats
-    if regret < 1.0:
-        odds = np.exp(quality[:ranks].astype(np.float64) - quality[:ranks].max())
-        total = odds.sum()
-        for k in range(ranks - 1, 0, -1):
-            beyond += odds[k] / total
-            loss[k] += (1.0 - regret) * beyond
+    for k in range(ranks - 1, 0, -1):
+        nats += math.exp(np.float64(quality[ranks + k - 1]))
+        beyond += odds[k] / total
+        loss[k] = NATS * nats + (1.0 - NATS) * beyond
     loss[0] = loss[1]
     return np.maximum(loss - loss[target_width], 0.0)
 
@@ -286,22 +282,17 @@ def foreseen_counts(accept_logits: FloatVector) -> FloatArray:
 
 @compiled
 def foresee(
-    context: Packed,
-    draft_hidden: FloatVector,
-    target_hidden: FloatVector,
-    weights: Packed,
-    target_width: int,
-    regret: float,
+    context: Packed, draft_hidden: FloatVector, target_hidden: FloatVector, weights: Packed, target_width: int
 ) -> tuple[FloatArray, FloatArray]:
     """P(K_w >= M) and L(k) of a `Context` by `EarlyWeights`; [W + 1, W + 1], [R + 1]. See `expected_loss`."""
     said = early(describe_context(context), draft_hidden, target_hidden, EarlyWeights(*weights))
-    return foreseen_counts(said[0]), expected_loss(said[1], target_width, regret)
+    return foreseen_counts(said[0]), expected_loss(said[1], target_width)
 
 
 @compiled
-def late_loss(features: FloatVector, weights: LateWeights, target_width: int, regret: float) -> FloatArray:
+def late_loss(features: FloatVector, weights: LateWeights, target_width: int) -> FloatArray:
     """[G] -> [R + 1] L(k); see `expected_loss`."""
-    return expected_loss(late(features, weights), target_width, regret)
+    return expected_loss(late(features, weights), target_width)
 
 
 # ------------------------------------------------------------------------------------------ closed form
@@ -513,18 +504,16 @@ def plan_context(
     deepest: int,
     nodes: int,
     widest: int,
-    regret: float,
-) -> tuple[Decision, FloatArray, FloatArray]:
-    """`plan_widths` of a `Context`, in one call, with what `foresee` says of it.
+) -> Decision:
+    """`plan_widths` of a `Context` by what `foresee` says of it, in one call.
 
     Of `EarlyWeights`, a `Prospect`, a `CostTable` and `Rules`.
     """
     choice = Rules(*rules)
-    at_least, loss = foresee(context, draft_hidden, target_hidden, weights, choice.most, regret)
+    at_least, loss = foresee(context, draft_hidden, target_hidden, weights, choice.most)
     known = Prospect(*prospect), CostTable(*costs), choice
     layer = context[1]
-    decision = plan_widths(at_least, loss, *known, width_value, rate, reach, layer, deepest, nodes, widest)
-    return decision, at_least, loss
+    return plan_widths(at_least, loss, *known, width_value, rate, reach, layer, deepest, nodes, widest)
 
 
 @compiled
@@ -574,10 +563,10 @@ def cheapest_width(
 
 @compiled
 def judge_bearable(
-    target: Packed, weights: Packed, width_value: float, brought: float, least: int, most: int, regret: float
+    target: Packed, weights: Packed, width_value: float, brought: float, least: int, most: int
 ) -> tuple[int, FloatArray]:
     """M where each count speaks for itself; see `least_bearable`."""
-    loss = late_loss(describe_target(target), LateWeights(*weights), most, regret)
+    loss = late_loss(describe_target(target), LateWeights(*weights), most)
     return least_bearable(loss, width_value, brought, least, most), loss
 
 
@@ -587,21 +576,14 @@ def judge_counted(
     target_joint: Packed,
     draft_joint: Packed,
     draft_width: int,
-    foreseen: FloatArray,
     weights: Packed,
     width_value: float,
     brought: float,
     rules: Packed,
-    regret: float,
 ) -> tuple[int, FloatArray]:
-    """M where P(K_w >= M) matters, which is that of P and Q in closed form; see `best_width`, `matched` and `Rules`.
-
-    foreseen: [W + 1, W + 1] of the network, to take the mean with; empty: the closed form alone.
-    """
-    loss = late_loss(describe_target(target), LateWeights(*weights), rules[1], regret)
+    """M where P(K_w >= M) matters, which is that of P and Q in closed form; see `best_width`, `matched` and `Rules`."""
+    loss = late_loss(describe_target(target), LateWeights(*weights), rules[1])
     at_least = renewed_counts(accept_chances(target_joint[2], matched(target_joint, draft_joint), draft_width))
-    if len(foreseen) > 0:
-        at_least = 0.5 * (at_least + foreseen[draft_width, : draft_width + 1])
     return best_width(loss, at_least, width_value, brought, rules), loss
 
 
@@ -615,8 +597,7 @@ def judge_final(
     drafts: bool,
     least: int,
     most: int,
-    regret: float,
 ) -> tuple[int, FloatArray]:
     """M of the layer that the target draws; see `cheapest_width`."""
-    loss = late_loss(describe_target(target), LateWeights(*weights), most, regret)
+    loss = late_loss(describe_target(target), LateWeights(*weights), most)
     return cheapest_width(loss, width_value, rate, costs, drafts, least, most), loss

@@ -7,29 +7,28 @@ two rows both are linear in the logarithm of width_value, in the value itself wh
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from decoding.errors import UserError
+from decoding.results_file import Results, name_of, read_results
 from decoding.sampling import FloatArray
 
-_SCHEMA_VERSION = 1  # of results.json; controller.report, which writes it, needs matplotlib
 _REFERENCE = "beam_sample"
 _ROUNDING = 1e-9  # nats
 
 
 def choose_width_value(
-    results: str | Path | Mapping[str, Any],
+    results: Results,
     *,
     min_logprob_drop: float | None = None,
     target_tokens_per_second: float | None = None,
     speed: str = "tokens_per_second",
+    weights: str | None = None,
 ) -> float:
     """The `width_value` that reaches a speed with the best quality, or keeps a quality at the highest speed.
 
@@ -43,20 +42,30 @@ def choose_width_value(
         target_tokens_per_second: that must be reached, above 0. The value of the best quality that does is chosen, the
             smaller one of equals.
         speed: the summary metric that is meant by speed.
+        weights: `weights_sha256` of the controller that the value is for; results of another are refused. None: of
+            whichever controller the results are.
 
     Returns:
         A value within those of the table.
 
     Raises:
-        UserError: both targets or none, no such results, no rows to read the answer from, or out of the table's reach.
+        UserError: both targets or none, no such results, results of another controller, no rows to read the answer
+            from, or out of the table's reach.
     """
     _check_targets(min_logprob_drop, target_tokens_per_second)
-    rows = _read(results)["rows"]
+    found = read_results(results)
+    rows = found["rows"]
     learned = [row for row in rows if row["method"] == "learned" and "width_value" in row["settings"]]
     if not learned:
         raise UserError(
             "The results hold no learned row with a width_value; run evaluate.py with controller=<directory> "
             "policies=[learned] grid.width_values=[0,1,3,10,30]."
+        )
+    measured = found.get("provenance", {}).get("controller_sha256")
+    if weights is not None and measured != weights:
+        raise UserError(
+            f"{name_of(results)} are of a controller whose weights have the sha256 {measured or '(not recorded)'}; "
+            f"this one's have {weights}. Evaluate this controller with several grid.width_values, or give width_value."
         )
     if target_tokens_per_second is not None:
         return _fast_enough(_curve(learned, speed), target_tokens_per_second)
@@ -64,93 +73,27 @@ def choose_width_value(
     return _good_enough(_curve(learned, None), _reference(rows, learned), min_logprob_drop)
 
 
-class MeasuredOn(NamedTuple):
-    """The prompts that results were measured on."""
-
-    task: Mapping[str, Any]  # as `Task.describe()` gave it
-    split: str
-    prompt_ids: frozenset[str]
-
-
-def measured_on(results: str | Path | Mapping[str, Any]) -> MeasuredOn:
-    """Which prompts the results of an evaluation were measured on.
-
-    Args:
-        results: as for `choose_width_value`.
-
-    Raises:
-        UserError: no such results, or none that say it.
-    """
-    found = _read(results)
-    task = found.get("provenance", {}).get("task")
-    prompts = [row.get("prompts") for row in found["rows"]]
-    if not isinstance(task, Mapping) or "split" not in task or not all(isinstance(ids, list) for ids in prompts):
-        raise UserError(
-            f"{_name_of(results)} do not say which prompts they were measured on; give what evaluate.py wrote, "
-            "unchanged."
-        )
-    ids = frozenset(prompt["prompt_id"] for row in found["rows"] for prompt in row["prompts"])
-    return MeasuredOn({k: v for k, v in task.items() if k not in ("split", "prompts")}, task["split"], ids)
-
-
-def warn_of_shared_prompts(
-    results: str | Path | Mapping[str, Any], task: Mapping[str, Any], prompt_ids: Iterable[str]
-) -> None:
+def warn_of_shared_prompts(results: Results, task: Mapping[str, Any], prompt_ids: Sequence[str]) -> None:
     """Warn where a width_value chosen from results is to be measured on prompts of theirs: it was fitted to them.
 
-    A task's prompts are told by their ids, those of a file only where its content is the same.
-
     Args:
         results: that `choose_width_value` reads.
-        task: `Task.describe()` of the prompts to come.
+        task: `Task.describe()` of the prompts to come; ids mean the same prompts in one task only, or in one file.
         prompt_ids: of the prompts to come.
-
-    Raises:
-        UserError: as for `measured_on`.
-    """
-    before, ids = measured_on(results), list(prompt_ids)
-    if any(before.task.get(key) != task.get(key) for key in ("name", "sha256")):
-        return
-    shared = sum(name in before.prompt_ids for name in ids)
-    if shared:
-        warnings.warn(
-            f"{_name_of(results)} were measured on {shared} of the {len(ids)} prompts that are measured now (split "
-            f"{before.split} of {task.get('name')}), and width_value is chosen by them: the speed and quality of the "
-            "learned row are fitted to these prompts. Choose it by an evaluation of others, such as prompts.split=val.",
-            stacklevel=2,
-        )
-
-
-def warn_of_other_controller(
-    results: str | Path | Mapping[str, Any], controller: str | Path, trained: Mapping[str, Any], quality: str
-) -> None:
-    """Warn where results seem to be of another controller, or of another `quality`, than the width_value is for.
-
-    They hold the controller's path, not its weights: one that was trained again in the same place is told by its date.
-
-    Args:
-        results: that `choose_width_value` reads.
-        controller: directory or hub id that is loaded now.
-        trained: what `load_controller` returned with it.
-        quality: of `LearnedWidth`, now.
 
     Raises:
         UserError: no such results.
     """
-    source = _read(results).get("provenance", {})
-    then, date = source.get("controller"), trained.get("date")
-    learned = source.get("config", {}).get("learned", {})
-    differs = []
-    if then is not None and Path(then).expanduser().resolve() != Path(controller).expanduser().resolve():
-        differs.append(f"of the controller {str(then)!r}, not {str(controller)!r}")
-    elif date is not None and source.get("date") is not None and date > source["date"]:
-        differs.append(f"of {source['date']}, before the controller {str(controller)!r} was trained ({date})")
-    if learned.get("quality") not in (None, quality):
-        differs.append(f"of quality={learned['quality']}, not {quality}")
-    if differs:
+    found = read_results(results)
+    then = found.get("provenance", {}).get("task", {})
+    measured = {prompt["prompt_id"] for row in found["rows"] for prompt in row.get("prompts", [])}
+    shared = sum(name in measured for name in prompt_ids)
+    if shared and all(then.get(key) == task.get(key) for key in ("name", "sha256")):
         warnings.warn(
-            f"{_name_of(results)} are {' and '.join(differs)}, and width_value is chosen by them: it may give another "
-            "speed and quality here. Evaluate this controller with several grid.width_values.",
+            f"{name_of(results)} were measured on {shared} of the {len(prompt_ids)} prompts that are measured now "
+            f"(split {then.get('split')} of {task.get('name')}), and width_value is chosen by them: the speed and "
+            "quality of the learned row are fitted to these prompts. Choose it by an evaluation of others, such as "
+            "prompts.split=val.",
             stacklevel=2,
         )
 
@@ -249,35 +192,3 @@ def _check_targets(drop: Any, speed: Any) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _name_of(results: str | Path | Mapping[str, Any]) -> str:
-    return f"The results {str(results)!r}" if isinstance(results, str | Path) else "The results"
-
-
-def _read(results: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a results.json holds, with rows as far as they are needed here."""
-    where = _name_of(results)
-    if isinstance(results, str | Path):
-        try:
-            results = json.loads(Path(results).expanduser().read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{where} cannot be read ({error}); give the results.json of an evaluation.") from error
-    version = results.get("schema_version") if isinstance(results, Mapping) else None
-    if version != _SCHEMA_VERSION:
-        raise UserError(
-            f"{where} have the schema version {version!r}; this code reads {_SCHEMA_VERSION}. Give the results.json of "
-            "an evaluation, and evaluate again where it is of another version."
-        )
-    assert isinstance(results, Mapping)
-    rows = results.get("rows")
-    parts = ("settings", "config", "summary")
-    whole = isinstance(rows, list) and all(
-        isinstance(row, Mapping) and "method" in row and all(isinstance(row.get(part), Mapping) for part in parts)
-        for row in rows
-    )
-    if not whole:
-        raise UserError(
-            f"{where} hold no rows with method, settings, config and summary; give what evaluate.py wrote, unchanged."
-        )
-    return results

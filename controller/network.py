@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -147,6 +148,14 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
             self.late_regret_head(late) + self.late_regret_shift,
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the sizes, the weights and the calibration; equal for equal networks, wherever they were loaded."""
+        digest = hashlib.sha256(json.dumps(self.arguments, sort_keys=True).encode())
+        for name, values in sorted(self.state_dict().items()):
+            digest.update(name.encode() + values.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     @torch.no_grad()
     def start_from(
         self,
@@ -257,10 +266,7 @@ def load_controller(path: str | Path, revision: str | None = None) -> tuple[Widt
     directory = _locate(path, revision)
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            raise UserError(
-                f"{path} has no {name}: it is not a controller. Give the directory that train.py wrote "
-                f"({CONFIG} and {WEIGHTS} in it)."
-            )
+            raise _no_controller(path, name)
     try:
         config = json.loads((directory / CONFIG).read_text())
     except ValueError as error:
@@ -284,6 +290,28 @@ def load_controller(path: str | Path, revision: str | None = None) -> tuple[Widt
             f"{directory / WEIGHTS} is damaged or of another network ({reason}); train it again."
         ) from error
     return net.eval().requires_grad_(False), provenance
+
+
+def weights_sha256(path: str | Path, revision: str | None = None) -> str:
+    """SHA-256, in hex, of a saved controller's weights file: equal for equal networks, wherever they lie.
+
+    Args:
+        path, revision: as for `load_controller`.
+
+    Raises:
+        UserError: no controller there.
+    """
+    weights = _locate(path, revision) / WEIGHTS
+    if not weights.is_file():
+        raise _no_controller(path, WEIGHTS)
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def _no_controller(path: str | Path, lacking: str) -> UserError:
+    return UserError(
+        f"{path} has no {lacking}: it is not a controller. Give the directory that train.py wrote ({CONFIG} and "
+        f"{WEIGHTS} in it)."
+    )
 
 
 def _of_another_version(path: str | Path, found: str) -> UserError:

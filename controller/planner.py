@@ -1,10 +1,10 @@
 """Planner: predictions and a latency table -> w, M and depth. Design section 8.
 
 The reward of a committed layer is `1 - width_value * L(k)`: a token, less the price of what is lost by keeping only its
-first k slots; L is in nats of the final best hypothesis, so that `width_value` is what a nat is worth in tokens. A
-layer that is reached is committed whether it passes or not; passing lets the next one be committed as well, and those
-below it be reached. What is maximised is the long-run reward per second, so time costs ρ, that very rate, tracked on
-line.
+first k slots; L is the mean of nats of the final best hypothesis and of the chance that it is lost, so that
+`width_value` is what a nat is worth in tokens, and what the whole of it is. A layer that is reached is committed
+whether it passes or not; passing lets the next one be committed as well, and those below it be reached. What is
+maximised is the long-run reward per second, so time costs ρ, that very rate, tracked on line.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -30,7 +29,6 @@ _HOPE = 0.05  # least weight of a layer that was not drafted, as if it had passe
 _SPIKE = 2.0  # times what an iteration should take, beyond which the clock saw something else
 _STRANGEST = 5.0  # times the table's, as far as its seconds can be from the clock's
 _TABLE = 512  # node counts whose seconds are looked up; larger forests count as this
-_NOTHING = np.zeros((0, 0))
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,6 @@ class UnitCosts:
     def host_seconds(self, layers: int) -> float:
         """None."""
         return 0.0
-
-
-class Prediction(NamedTuple):
-    """What a network says of one layer before its drafts are drawn."""
-
-    at_least: FloatArray  # [W + 1, W + 1] P(K_w >= M) at [w, M]
-    loss: FloatArray  # [R + 1] L(k), expected loss of keeping the first k slots; never increasing, 0 at target_width
 
 
 class Throughput:
@@ -231,8 +222,7 @@ class Planner:
         reach: float,
         deepest: int,
         nodes: int,
-        regret: float,
-    ) -> tuple[Decision, Prediction]:
+    ) -> Decision:
         """The best (w, M) of a layer, by what is known before its drafts are drawn.
 
         Args:
@@ -243,9 +233,8 @@ class Planner:
             reach: probability that the layer is reached.
             deepest: the last layer that may be drafted.
             nodes: nodes that the target will score without this layer.
-            regret: what loss is in; see `kernels.expected_loss`.
         """
-        plan, at_least, loss = kernels.plan_context(
+        return kernels.plan_context(
             context,
             *hidden,
             host.early,
@@ -258,9 +247,7 @@ class Planner:
             deepest,
             nodes,
             _widest(context, config),
-            regret,
         )
-        return plan, Prediction(at_least, loss)
 
     def seconds(self, widths: Sequence[int], roots: int) -> float:
         """`pricing.iteration_seconds` from this planner's own tables."""
@@ -271,28 +258,21 @@ class Planner:
             above = width
         return float(spent + target[min(roots + sum(widths), last)])
 
-    def target_width(
-        self, loss: FloatArray, at_least: FloatArray | None, config: DecodingConfig, further: float = 1.0
-    ) -> int:
-        """The best M of a layer that is reached and whose draft width is settled.
+    def bearable_width(
+        self, host: HostNet, target: Packed, config: DecodingConfig, further: float
+    ) -> tuple[int, FloatArray]:
+        """The best M of a layer that is reached, where it `settles_alone`, with the late loss that it is set by.
 
         More than w is a choice too: the layer cannot pass, and is filled as the config says.
 
         Args:
-            loss: [R + 1] L(k).
-            at_least: [w + 1] P(K_w >= M); None where `settles_alone` says that it does not matter.
+            host: its late heads are asked.
+            target: the layer with its P.
             further: of its plan. Which layers were drafted below since then may not count (design 5.4).
         """
-        if at_least is None:  # a pass with k beams is welcome where what comes further outweighs what is lost
-            return kernels.least_bearable(loss, self.width_value, further, config.min_width, config.target_width)
-        return kernels.best_width(loss, at_least, self.width_value, further, rules_of(config))
-
-    def bearable_width(
-        self, host: HostNet, target: Packed, config: DecodingConfig, further: float, regret: float
-    ) -> tuple[int, FloatArray]:
-        """`target_width` where it settles alone, with the late loss that it is set by."""
-        ends = config.min_width, config.target_width
-        return kernels.judge_bearable(target, host.late, self.width_value, further, *ends, regret)
+        return kernels.judge_bearable(
+            target, host.late, self.width_value, further, config.min_width, config.target_width
+        )
 
     def counted_width(
         self,
@@ -300,47 +280,28 @@ class Planner:
         target: Packed,
         joints: tuple[Packed, Packed],
         draft_width: int,
-        foreseen: FloatArray | None,
         config: DecodingConfig,
         further: float,
-        regret: float,
     ) -> tuple[int, FloatArray]:
-        """`target_width` where P(K_w >= M) matters, in closed form, with the late loss that it is set by.
+        """The best M of a layer that is reached, where P(K_w >= M) matters, with the late loss that it is set by.
 
         Args:
-            joints: P and Q, each its parents, tokens and probabilities.
+            host, target, further: as for `bearable_width`.
+            joints: P and Q, whose P(K_w >= M) has a closed form; each its parents, tokens and probabilities.
             draft_width: w.
-            foreseen: [W + 1, W + 1] of a `Prediction`, to take the mean with; None: the closed form alone.
         """
         return kernels.judge_counted(
-            target,
-            *joints,
-            draft_width,
-            _NOTHING if foreseen is None else foreseen,
-            host.late,
-            self.width_value,
-            further,
-            rules_of(config),
-            regret,
+            target, *joints, draft_width, host.late, self.width_value, further, rules_of(config)
         )
 
-    def final_width(
-        self, host: HostNet, target: Packed, config: DecodingConfig, rate: float, regret: float
-    ) -> tuple[int, FloatArray]:
+    def final_width(self, host: HostNet, target: Packed, config: DecodingConfig, rate: float) -> tuple[int, FloatArray]:
         """M of the layer that the target draws, with the late loss that it is set by.
 
         What is lost counts against carrying M beams into the next iteration.
         """
         ends, rate = (config.min_width, config.target_width), _carried(rate, config)
         place = self.width_value, rate, self._packed, config.draft_depth > 0, *ends
-        return kernels.judge_final(target, host.late, *place, regret)
-
-    def cheapest_width(self, loss: FloatArray, config: DecodingConfig, rate: float) -> int:
-        """`final_width` by a loss that is known."""
-        ends = config.min_width, config.target_width
-        return kernels.cheapest_width(
-            loss, self.width_value, _carried(rate, config), self._packed, config.draft_depth > 0, *ends
-        )
+        return kernels.judge_final(target, host.late, *place)
 
     def worth_drafting(
         self,

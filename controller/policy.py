@@ -15,12 +15,11 @@ from controller import kernels
 from controller.features import ContextFeatures, FloatVector, check_features, hidden_vectors, known
 from controller.kernels import Decision, Packed
 from controller.knob import choose_width_value
-from controller.network import HostNet, WidthNet, load_controller
+from controller.network import HostNet, WidthNet, load_controller, weights_sha256
 from controller.planner import (
     Outlook,
     Pace,
     Planner,
-    Prediction,
     Throughput,
     UnitCosts,
     kept_width,
@@ -29,13 +28,11 @@ from controller.planner import (
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.latency import LatencyTable
-from decoding.pricing import Costs
+from decoding.pricing import Costs, costs_digest
 from decoding.sampling import Distribution, FloatArray
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
 
-MODES = ("before", "after", "both")
 CLOCKS = ("wall", "table")
-QUALITIES = {"regret": 1.0, "survivors": 0.0, "mixed": 0.5}  # share of the loss that is in nats
 _NO_HIDDEN = np.zeros(0, np.float32), np.zeros(0, np.float32)
 # Settings that shape P and Q: a controller trained under others is used out of its element.
 _TRAINED_UNDER = (
@@ -44,34 +41,29 @@ _TRAINED_UNDER = (
 
 
 class _Seen(NamedTuple):
-    """The prediction and the plan of a layer, kept between `draft_width` and `target_width`."""
+    """The plan of a layer, kept between `draft_width` and `target_width`."""
 
     context: DraftContext
     plan: Decision
-    prediction: Prediction
 
 
 class LearnedWidth(WidthPolicy):
     """Widths and depth from a trained controller; the decoder forks it for each prompt.
 
-    M is fixed from what is known before the layer's drafts are drawn ("before"), or from the layer's P and Q too
-    ("after" and "both"); never from the drafts or the coins (design 5.4). What is learned on line, how long iterations
+    M is fixed once the layer's P is there, by what the network says of P and, where P(K_w >= M) matters, by its closed
+    form (design 5.3); never from the drafts or the coins (design 5.4). What is learned on line, how long iterations
     take and what they earn, outlives a prompt, so that widths depend on the prompts before.
 
     Args:
         net: in eval mode, on the CPU.
         provenance: what `load_controller` returned with it.
-        width_value: what a nat of the best hypothesis is worth, in tokens; 0 or more. Larger: wider, better, slower.
-        mode: what M is set by: "before", what the network says before the draw; "after", what it says with P in hand,
-            and P(K_w >= M) in its closed form (design 5.3); "both", the same with the mean of that and the network's.
+        width_value: what a nat of the best hypothesis is worth, in tokens, and what the whole of it is: a loss is the
+            mean of its nats and of the chance that it is lost. 0 or more; larger: wider, better, slower.
         latency: seconds, or joules, of the passes on this device: a `LatencyTable`, its dict, or the path of its JSON.
             None: unit costs (a target pass 1, a draft pass a quarter), until `use_latency`.
         clock: what an iteration took: "wall", by which the table is corrected for what nodes and layers add; or
             "table", as modelled, so that equal prompts, seeds and tables give equal widths. None: "wall" with a latency
             table in seconds, else "table".
-        quality: what a beam is worth: "regret", the nats that are lost without it; "survivors", the probability that
-            the best hypothesis is lost with it, in which case width_value is what losing it costs in tokens; "mixed",
-            the mean of both, a nat counted as much as the best hypothesis.
         share: whether prompts learn together; False: each starts anew, and does not depend on others.
 
     Raises:
@@ -85,13 +77,11 @@ class LearnedWidth(WidthPolicy):
         net: WidthNet,
         provenance: dict[str, Any],
         width_value: float = 2.0,
-        mode: str = "after",
         latency: Costs | dict[str, Any] | str | Path | None = None,
         clock: str | None = None,
-        quality: str = "mixed",
         share: bool = True,
     ) -> None:
-        _check_arguments(width_value, mode, clock, quality)
+        _check_arguments(width_value, clock)
         self.features = ContextFeatures()
         trained = provenance.get("features", {})
         found = [*trained.get("names", []), *trained.get("target_names", [])]
@@ -103,9 +93,7 @@ class LearnedWidth(WidthPolicy):
             )
         self.net, self.provenance = net.eval(), provenance
         self._host = HostNet(net)
-        self.width_value, self.mode, self.clock = float(width_value), mode, clock
-        self.quality, self.share = quality, share
-        self._regret = QUALITIES[quality]
+        self.width_value, self.clock, self.share = float(width_value), clock, share
         self.needs_hidden = bool(net.sizes["draft_hidden"] or net.sizes["target_hidden"])
         self.use_latency(latency)
         self._checked: DecodingConfig | None = None
@@ -133,7 +121,7 @@ class LearnedWidth(WidthPolicy):
             results: a results.json of evaluate.py with this controller, or what it holds, to read `width_value` from.
             min_logprob_drop, target_tokens_per_second: what `width_value` should give; one of them where there are
                 results. See `choose_width_value`.
-            options: `width_value`, `mode`, `latency`, `clock`, `quality`, `share`.
+            options: `width_value`, `latency`, `clock`, `share`.
 
         Raises:
             UserError: missing, not a controller, damaged, or trained for another pair or other features; a
@@ -155,7 +143,7 @@ class LearnedWidth(WidthPolicy):
                 "controller."
             )
         if results is not None:
-            options["width_value"] = choose_width_value(results, **targets)
+            options["width_value"] = choose_width_value(results, **targets, weights=weights_sha256(path, revision))
         net, provenance = load_controller(path, revision)
         policy = cls(net, provenance, **options)
         if pair is not None:
@@ -241,9 +229,7 @@ class LearnedWidth(WidthPolicy):
         config, layer, width = context.draft.root.config, context.draft.layer, context.draft_width
         if width == 0:
             self._roots = len(context.draft.root.weights)
-            asked, loss = self._final_width(context, config)
-        elif self.mode == "before":
-            asked, loss = self._planned_width(context, config)
+            asked, loss = self.planner.final_width(self._host, known(context), config, self._rate(config))
         else:
             asked, loss = self._judged_width(context, config)
         self._seen_loss[layer] = loss
@@ -278,21 +264,13 @@ class LearnedWidth(WidthPolicy):
         return {
             "name": self.name,
             "width_value": self.width_value,
-            "mode": self.mode,
             "clock": "wall" if self._wall else "table",
-            "quality": self.quality,
             "share": self.share,
-            "trained_for": self.provenance.get("pair", {}).get("fingerprint"),
-            "git_sha": self.provenance.get("git_sha"),
+            "latency": costs_digest(self.planner.costs),
+            "network": self.net.fingerprint,
         }
 
     # What it knows.
-
-    def predict(self, context: DraftContext) -> Prediction:
-        """Ask the network about one layer, before its drafts are drawn."""
-        scene, hidden = self.features.of_context(context), self._hidden(context)
-        width = context.root.config.target_width
-        return Prediction(*kernels.foresee(scene, *hidden, self._host.early, width, self._regret))
 
     def _hidden(self, context: DraftContext) -> tuple[FloatVector, FloatVector]:
         """The draft's and the target's hidden vectors, empty where the network does without."""
@@ -308,53 +286,31 @@ class LearnedWidth(WidthPolicy):
                 )
         return hidden
 
-    # M, and the L(k) that it was set by.
-
-    def _final_width(self, context: TargetContext, config: DecodingConfig) -> tuple[int, FloatArray]:
-        """Of the layer that the target draws."""
-        rate = self._rate(config)
-        if self.mode == "before":
-            loss = self.predict(context.draft).loss
-            return self.planner.cheapest_width(loss, config, rate), loss
-        return self.planner.final_width(self._host, known(context), config, rate, self._regret)
-
-    def _planned_width(self, context: TargetContext, config: DecodingConfig) -> tuple[int, FloatArray]:
-        """By what was known before the draw."""
-        seen, width = self._see(context.draft), context.draft_width
-        at_least, loss = seen.prediction
-        if width == seen.plan.draft_width:
-            return seen.plan.target_width, loss
-        # Less was drawn than planned where Q has no more support.
-        row = None if settles_alone(config) else at_least[width, : width + 1]
-        return self.planner.target_width(loss, row, config, seen.plan.further), loss
-
-    def _judged_width(self, context: TargetContext, config: DecodingConfig) -> tuple[int, FloatArray]:
-        """By P and Q."""
-        seen = self._see(context.draft)
-        place = config, seen.plan.further, self._regret
-        if settles_alone(config):
-            return self.planner.bearable_width(self._host, known(context), *place)
-        foreseen = seen.prediction.at_least if self.mode == "both" else None
-        joints = _entries(context.target), _entries(context.draft.joint)
-        return self.planner.counted_width(self._host, known(context), joints, context.draft_width, foreseen, *place)
-
     # What it plans.
 
+    def _judged_width(self, context: TargetContext, config: DecodingConfig) -> tuple[int, FloatArray]:
+        """M by P and Q, and the L(k) that it was set by."""
+        place = config, self._see(context.draft).plan.further
+        if settles_alone(config):
+            return self.planner.bearable_width(self._host, known(context), *place)
+        joints = _entries(context.target), _entries(context.draft.joint)
+        return self.planner.counted_width(self._host, known(context), joints, context.draft_width, *place)
+
     def _see(self, context: DraftContext) -> _Seen:
-        """The prediction and plan of a layer, made once."""
+        """The plan of a layer, made once."""
         seen = self._seen.get(context.layer)
         if seen is None or seen.context is not context:
-            seen = self._seen[context.layer] = _Seen(context, *self._plan(context))
+            seen = self._seen[context.layer] = _Seen(context, self._plan(context))
         return seen
 
-    def _plan(self, context: DraftContext) -> tuple[Decision, Prediction]:
+    def _plan(self, context: DraftContext) -> Decision:
         config, root = context.root.config, context.root
         above = self._seen.get(context.layer - 1)
         reach = above.plan.onward if above is not None else 1.0  # probability that all layers above pass
         scene, hidden = self.features.of_context(context), self._hidden(context)
         nodes = len(root.weights) + sum(context.widths)
         place = self._rate(config), reach, _deepest(root), nodes
-        return self.planner.widths(self._host, scene, hidden, config, self.outlook, *place, self._regret)
+        return self.planner.widths(self._host, scene, hidden, config, self.outlook, *place)
 
     def _rate(self, config: DecodingConfig) -> float:
         """The price of a second of the table that nodes or layers add: all that is ever weighed against a reward."""
@@ -375,15 +331,10 @@ class LearnedWidth(WidthPolicy):
         joints = (first, first, shown), (first, first, shown)
         planner, scene = self.planner, (*target, 0, 0, 0, 0.0, False)
         planner.worth_drafting(outlook, 1.0, 1.0, 1, 1, parents=1, nodes=1, width=1)
-        place = config, outlook, 1.0, 1.0, 1, 1, self._regret
-        _, (at_least, loss) = planner.widths(self._host, scene, vectors, *place)
-        kernels.foresee(scene, *vectors, self._host.early, 1, self._regret)
-        planner.counted_width(self._host, target, joints, 1, None, config, 1.0, self._regret)
-        planner.bearable_width(self._host, target, config, 1.0, self._regret)
-        planner.final_width(self._host, target, config, 1.0, self._regret)
-        planner.cheapest_width(loss, config, 1.0)
-        planner.target_width(loss, None, config)
-        planner.target_width(loss, at_least[1, :2], config)
+        planner.widths(self._host, scene, vectors, config, outlook, 1.0, 1.0, 1, 1)
+        planner.counted_width(self._host, target, joints, 1, config, 1.0)
+        planner.bearable_width(self._host, target, config, 1.0)
+        planner.final_width(self._host, target, config, 1.0)
 
     def _new_prompt(self) -> None:
         self._seen: dict[int, _Seen] = {}  # of this iteration's drafted layers
@@ -420,11 +371,9 @@ def _costs(latency: Costs | dict[str, Any] | str | Path | None) -> Costs:
     return costs
 
 
-def _check_arguments(width_value: Any, mode: str, clock: str | None, quality: str) -> None:
+def _check_arguments(width_value: Any, clock: str | None) -> None:
     number = isinstance(width_value, int | float) and not isinstance(width_value, bool)
     if not number or not 0 <= width_value < math.inf:
         raise UserError(f"width_value is {width_value!r}; give a number of 0 or more (0: speed alone).")
-    choices = (("mode", mode, MODES), ("clock", clock, (None, *CLOCKS)), ("quality", quality, QUALITIES))
-    for name, value, allowed in choices:
-        if value not in tuple(allowed):
-            raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
+    if clock not in (None, *CLOCKS):
+        raise UserError(f"clock is {clock!r}; choose one of {', '.join(map(repr, (None, *CLOCKS)))}.")

@@ -21,19 +21,18 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from controller.compare import LAST, OURS, STOP, comparisons, family_of, undominated
-from decoding.config import DecodingConfig
-from decoding.files import json_bytes, write_whole
+from decoding.files import write_whole
 from decoding.measure import REFERENCE_METHODS, Measurement, Row
 from decoding.oracles import hindsight_seconds, modelled_seconds
 from decoding.pricing import Costs
+from decoding.results import PHASES
+from decoding.results_file import RESULTS, write_results
+from decoding.sampling import FloatArray
 
-SCHEMA_VERSION = 1
-PHASES = ("prompt", "draft", "target", "verify", "policy", "other")
-FRONTIER, CALIBRATION, TABLE, RESULTS = "frontier.png", "calibration.png", "results.md", "results.json"
+FRONTIER, CALIBRATION, TABLE = "frontier.png", "calibration.png", "results.md"
 FRONTIER_ALSO = "frontier_also.png"
 _LABELLED = 12  # rows of a plot that can all have labels
 
-FloatArray = NDArray[np.float64]
 Share = tuple[float, float]  # numerator and denominator of a prompt; a summary is the ratio of their sums
 
 
@@ -65,18 +64,18 @@ _RATIOS: dict[str, Callable[[Measurement], Share]] = {
 }
 
 
-def _modelled(costs: Costs, config: DecodingConfig | None) -> Callable[[Measurement], Share]:
-    """Tokens against modelled seconds, the policy's own measured ones included; with a config, in hindsight.
+def _modelled(costs: Costs, hindsight: bool = False) -> Callable[[Measurement], Share]:
+    """Tokens against modelled seconds, the policy's own measured ones included; or against those in hindsight.
 
     By a table of joules the policy costs nothing: what it draws is not known. An oracle takes no time either.
     """
     in_seconds = getattr(costs, "unit", "seconds") == "seconds"
 
     def share(m: Measurement) -> Share:
-        if not m.stats.forests:
+        if not m.stats.records:
             return 0.0, 0.0  # not of this engine
-        if config is not None:
-            return m.stats.new_tokens, hindsight_seconds(m.stats, config, costs)
+        if hindsight:
+            return m.stats.new_tokens, hindsight_seconds(m.stats, costs)
         policy = m.stats.seconds["policy"] if in_seconds else 0.0
         return m.stats.new_tokens, modelled_seconds(m.stats, costs) + policy
 
@@ -127,16 +126,16 @@ def compare_rows(
     """
     count = len(measured[0])
     draws = np.random.default_rng(seed).integers(count, size=(resamples, count))  # [B, N]
-    ours_alone = [i for i, row in enumerate(rows) if costs is None or measured[i][0].stats.forests]
+    ours_alone = [i for i, row in enumerate(rows) if costs is None or measured[i][0].stats.records]
     rows, measured = [rows[i] for i in ours_alone], [measured[i] for i in ours_alone]
 
     def values(ratio: Callable[[Row], Callable[[Measurement], Share]]) -> tuple[FloatArray, FloatArray]:
         found = [_ratio(m, ratio(row), draws) for row, m in zip(rows, measured, strict=True)]
         return np.array([value for value, _ in found]), np.array([drawn for _, drawn in found])
 
-    speed = _RATIOS["tokens_per_second"] if costs is None else _modelled(costs, None)
+    speed = _RATIOS["tokens_per_second"] if costs is None else _modelled(costs)
     references = {row.name: i for i, row in enumerate(rows) if row.method == "beam_sample"}
-    hindsight = None if costs is None else values(lambda row: _modelled(costs, row.config))[0]
+    hindsight = None if costs is None else values(lambda row: _modelled(costs, hindsight=True))[0]
     return comparisons(
         [family_of(row.method, row.settings) for row in rows],
         references,
@@ -156,8 +155,8 @@ def _summary(
 ) -> dict[str, Any]:
     ratios = dict(_RATIOS)
     for name, table in costs.items():
-        ratios[f"{name}_tokens_per_second"] = _modelled(table, None)
-        ratios[f"{name}_hindsight"] = _modelled(table, row.config)
+        ratios[f"{name}_tokens_per_second"] = _modelled(table)
+        ratios[f"{name}_hindsight"] = _modelled(table, hindsight=True)
     for name in sorted({name for m in prompts for name in m.metrics}):
         ratios[name] = _task_metric(name)
     values = {name: _ratio(prompts, ratio, draws) for name, ratio in ratios.items()}
@@ -222,8 +221,8 @@ def write_report(
     Returns:
         Path of each file by its name.
     """
+    written = {RESULTS: write_results(directory, results)}
     files: dict[str, Callable[[], bytes]] = {
-        RESULTS: lambda: json_bytes(results),
         TABLE: lambda: results_page(results, with_calibration=bool(calibration)).encode(),
         **{
             name: functools.partial(_frontier_png, results["rows"], speed) for name, speed in frontiers(results).items()
@@ -231,7 +230,7 @@ def write_report(
     }
     if calibration:
         files[CALIBRATION] = lambda: _png(plot_calibration(calibration))
-    return {name: write_whole(directory / name, content()) for name, content in files.items()}
+    return written | {name: write_whole(directory / name, content()) for name, content in files.items()}
 
 
 _CURVES = {

@@ -73,7 +73,8 @@ class DeepWidth(LearnedWidth):
 
     Args:
         net, provenance: as for `LearnedWidth`.
-        bearable: nats. A layer that nothing was drafted for is as wide as one that failed: target_width.
+        bearable: what a pass may lose, L(k). A layer that nothing was drafted for is as wide as one that failed:
+            target_width.
 
     Raises:
         UserError: as for `LearnedWidth`, or bearable is no positive number.
@@ -84,9 +85,9 @@ class DeepWidth(LearnedWidth):
     def __init__(self, net: WidthNet, provenance: dict[str, Any], bearable: float = 1.2) -> None:
         number = isinstance(bearable, int | float) and not isinstance(bearable, bool)
         if not number or not 0 < bearable < math.inf:
-            raise UserError(f"bearable is {bearable!r}; give a number of nats above 0 (0.5 to 3 are worth trying).")
+            raise UserError(f"bearable is {bearable!r}; give a number above 0 (0.5 to 3 are worth trying).")
         # A token a nat: what a pass brings is what it can bear.
-        super().__init__(net, provenance, width_value=1.0, quality="regret")
+        super().__init__(net, provenance, width_value=1.0)
         self.bearable = bearable
         self.prompts: list[list[Iteration]] = []  # of all forks
         self._iterations: list[Iteration] = []  # of this one
@@ -113,8 +114,9 @@ class DeepWidth(LearnedWidth):
     def draft_width(self, context: DraftContext) -> int:
         config = context.root.config
         width = config.draft_width if config.replacement else min(config.draft_width, len(context.joint))
-        at_least, loss = self.predict(context)
-        asked = self.planner.target_width(loss, None, config, self.bearable)
+        scene, hidden = self.features.of_context(context), self._hidden(context)
+        at_least, loss = kernels.foresee(scene, *hidden, self._host.early, config.target_width)
+        asked = kernels.least_bearable(loss, self.width_value, self.bearable, config.min_width, config.target_width)
         self._widths = (*self._widths, width)
         self._promised.append(float(at_least[width, asked]) if asked <= width else 0.0)
         return width
@@ -124,7 +126,7 @@ class DeepWidth(LearnedWidth):
         self._roots = len(context.draft.root.weights)
         if context.draft_width == 0:
             return config.target_width
-        asked, _ = self.planner.bearable_width(self._host, known(context), config, self.bearable, self._regret)
+        asked, _ = self.planner.bearable_width(self._host, known(context), config, self.bearable)
         at_least = closed_form(context)  # [w + 1]
         self._closed.append(float(at_least[asked]) if asked < len(at_least) else 0.0)
         return asked

@@ -23,7 +23,7 @@ import numpy as np
 
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
-from decoding.pricing import Costs, iteration_seconds
+from decoding.pricing import Costs, costs_digest, iteration_seconds
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
 
 _DEPTHS = 4  # that the default arms have at most, besides 0
@@ -159,6 +159,7 @@ class BanditWidth(WidthPolicy):
             "exploration": self.exploration,
             "memory": self.memory,
             "clock": "wall" if self.latency is None else "table",
+            "latency": None if self.latency is None else costs_digest(self.latency),
             "share": self.share,
         }
 

@@ -156,7 +156,6 @@ def _hf_one(
         target_calls=target[0] - 1,
         draft_calls=draft[0],
     )
-    stats.target_widths = [beams] * stats.new_tokens
     stats.seconds["other"] = seconds
     stats.kv_slots_peak = stats.kv_slots_end = beams * (len(row) + stats.new_tokens - 1)
     return DecodeResult(sequences, [float("nan")] * len(sequences), [finished for _, finished in ended], stats)

@@ -60,7 +60,7 @@ class Batch:
             top = entries_needed(config, pair.vocab_size)
             # Where the target's rows stay on the device, so do the draft's: proposals are made of both.
             draft_top = top and entries_needed(draft_config(config), pair.vocab_size)
-        hidden = policy.needs_hidden or any(recorder is not None for recorder in recorders)
+        hidden = policy.needs_hidden or any(recorder.needs_hidden for recorder in recorders if recorder is not None)
         spare = config.max_new_tokens + config.draft_width * config.draft_depth + 2 * config.target_width
 
         options: dict[str, Any] = {

@@ -43,7 +43,8 @@ _FLAGS: dict[str, tuple[type, ...]] = {  # DecodingConfig fields that this engin
     "warp": (str,),
     "one_beam_cache": (bool,),
 }
-_KINDS: dict[str, tuple[type, ...]] = {**_FLAGS, "threshold": (int, float), "share": (int, float), "draft": (str,)}
+_FRACTIONS = ("threshold", "share", "gap", "scale", "stop_entropy")  # axes of METHODS that are no whole numbers
+_KINDS: dict[str, tuple[type, ...]] = {**_FLAGS, "draft": (str,), **dict.fromkeys(_FRACTIONS, (int, float))}
 
 
 @entry_point("bench")

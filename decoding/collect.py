@@ -2,7 +2,7 @@
 
 Prompts are decoded under a randomised width policy; a trace directory is named after everything that
 decides its content, so the same settings find it again, and an interrupted run goes on where it stopped.
-Files count by what is in them, not by their paths.
+What decides is what the built objects say of themselves: paths of files and of modules do not count.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from hydra.utils import instantiate
@@ -25,12 +26,19 @@ from decoding.entry import entry_point
 from decoding.errors import UserError
 from decoding.pair import ModelPair
 from decoding.progress import RunProgress
-from decoding.provenance import git_sha, library_versions, to_plain
-from decoding.tasks.base import FileTask, Prompt, content_hash
-from decoding.traces import SCHEMA_VERSION, TraceRecorder, read_manifest, write_manifest, write_shard
+from decoding.provenance import git_sha, library_versions
+from decoding.tasks.base import Prompt, Task
+from decoding.traces import (
+    SCHEMA_VERSION,
+    ContextFeatures,
+    TraceRecorder,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
+from decoding.widths import WidthPolicy
 
 SHARD_PROMPTS = 25
-_FILES = ("path", "results", "latency")  # settings of policies that name what is read
 
 
 @entry_point(config_name="collect")
@@ -39,6 +47,59 @@ def main(cfg: DictConfig) -> None:
     directory = ensure_traces(cfg)
     manifest = read_manifest(directory) or {}
     print(f"{manifest.get('rows', 0)} trace rows of {manifest.get('prompts', 0)} prompts are in {directory}")
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Everything that decides the content of traces, built from a config."""
+
+    cfg: DictConfig
+    pair: ModelPair
+    config: DecodingConfig
+    policy: WidthPolicy
+    task: Task
+    features: ContextFeatures
+
+    @classmethod
+    def of(cls, cfg: DictConfig, pair: ModelPair | None = None) -> Self:
+        """Build what the config names; `pair` where the models are loaded already.
+
+        Raises:
+            UserError: settings that cannot work.
+        """
+        config: DecodingConfig = instantiate(cfg.decoding)
+        if config.mode != "beam_sample":
+            raise UserError(
+                f"decoding.mode is {config.mode!r}, but traces are logged of sampling: controllers learn from accept "
+                "bits, which beam search does not have. Leave decoding.mode=beam_sample; a policy can be used in both."
+            )
+        policy, task, features = (instantiate(node) for node in (cfg.policy, cfg.data, cfg.features))
+        return cls(cfg, pair or instantiate(cfg.pair), config, policy, task, features)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether hidden states are logged."""
+        return bool(self.cfg.collect.get("hidden", False))
+
+    def describe(self) -> dict[str, Any]:
+        """What the parts say of themselves, JSON-able: neither where files lie nor which modules hold the classes."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "pair": self.pair.fingerprint,
+            "decoding": asdict(self.config),
+            "policy": _said_by(self.policy, inherited=False),
+            "task": _said_by(self.task, inherited=True),
+            "features": {
+                "version": self.features.version,
+                "names": list(self.features.names),
+                "target_names": list(self.features.target_names),
+            },
+            "hidden": self.hidden,
+            "train_prompts": self.cfg.collect.train_prompts,
+            "val_prompts": self.cfg.collect.val_prompts,
+            "test_prompts": self.cfg.collect.get("test_prompts", 0),
+            "seed": self.cfg.seed,
+        }
 
 
 def ensure_traces(cfg: DictConfig, pair: ModelPair | None = None) -> Path:
@@ -51,64 +112,33 @@ def ensure_traces(cfg: DictConfig, pair: ModelPair | None = None) -> Path:
     Raises:
         UserError: settings that cannot work, or a directory with foreign traces.
     """
-    mode = instantiate(cfg.decoding).mode
-    if mode != "beam_sample":
-        raise UserError(
-            f"decoding.mode is {mode!r}, but traces are logged of sampling: controllers learn from accept "
-            "bits, which beam search does not have. Leave decoding.mode=beam_sample; a policy can be used in both."
-        )
-    pair = pair or instantiate(cfg.pair)
-    features = instantiate(cfg.features)
-    about = _describe(cfg, pair, features)
-    key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
-    directory = Path(cfg.collect.traces_dir) / f"{pair.name}-{key[:12]}"
+    collection = Collection.of(cfg, pair)
+    about = collection.describe()
+    key = trace_key(about)
+    directory = Path(cfg.collect.traces_dir) / f"{collection.pair.name}-{key[:12]}"
     manifest = read_manifest(directory)
     if manifest is not None and manifest["trace_key"] != key:
         raise UserError(f"{directory} holds traces of another collection; move it away or change collect.traces_dir.")
     if manifest is None or not manifest["complete"]:
-        manifest = manifest or _new_manifest(about, key, pair)
-        _collect(cfg, pair, features, directory, manifest)
+        manifest = manifest or _new_manifest(about, key, collection.pair)
+        _collect(collection, directory, manifest)
     return directory
 
 
-def _describe(cfg: DictConfig, pair: ModelPair, features: Any) -> dict[str, Any]:
-    """Everything that decides the content of the traces."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "pair": pair.fingerprint,
-        "decoding": to_plain(cfg.decoding),
-        "policy": _by_content(to_plain(cfg.policy)),
-        "task": _describe_task(cfg.data),
-        "features": {
-            "version": features.version,
-            "names": list(features.names),
-            "target_names": list(features.target_names),
-        },
-        "train_prompts": cfg.collect.train_prompts,
-        "val_prompts": cfg.collect.val_prompts,
-        "test_prompts": cfg.collect.get("test_prompts", 0),
-        "seed": cfg.seed,
-    }
+def trace_key(about: dict[str, Any]) -> str:
+    """Hash of a collection's description, by which its traces are found again."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _describe_task(node: DictConfig) -> dict[str, Any]:
-    """The settings of a task; of one that reads a file, what it says of its prompts."""
-    task = instantiate(node)
-    return {"_target_": node._target_, **task.describe()} if isinstance(task, FileTask) else to_plain(node)
-
-
-def _by_content(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a policy with a hash in place of the path of every file, and of every folder with weights."""
-    found = dict(settings)
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found[key] = _by_content(value)
-        elif key in _FILES and isinstance(value, str):
-            path = Path(value).expanduser()
-            files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
-            if files:  # none: an id on the hub, or nothing, which the policy refuses
-                found[key] = "sha256:" + "+".join(map(content_hash, files))
-    return found
+def _said_by(part: Any, inherited: bool) -> dict[str, Any]:
+    """What an object says of itself; UserError where its class, or with `inherited` no base of it, says anything."""
+    classes = type(part).__mro__ if inherited else (type(part),)
+    if not any("describe" in vars(one) for one in classes):
+        raise UserError(
+            f"{type(part).__name__} does not describe itself, so that its traces could not be told from others. Give "
+            "the class a describe() that returns its name and all settings, JSON-able."
+        )
+    return dict(part.describe())
 
 
 def _new_manifest(about: dict[str, Any], key: str, pair: ModelPair) -> dict[str, Any]:
@@ -125,17 +155,17 @@ def _new_manifest(about: dict[str, Any], key: str, pair: ModelPair) -> dict[str,
     }
 
 
-def _collect(cfg: DictConfig, pair: ModelPair, features: Any, directory: Path, manifest: dict[str, Any]) -> None:
+def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) -> None:
     """Decode what is not done yet, a shard at a time."""
-    config: DecodingConfig = instantiate(cfg.decoding)
-    decoder = DSBDDecoder(pair, config, instantiate(cfg.policy))
+    cfg, pair, features = collection.cfg, collection.pair, collection.features
+    decoder = DSBDDecoder(pair, collection.config, collection.policy)
     size = int(cfg.collect.batch_size)
     if size < 1:
         raise UserError(f"collect.batch_size is {size}; give a whole number of at least 1.")
     if pair.draft is None:
         raise UserError("Traces are logged of a target with a draft: give the pair one, such as pair.draft=ngram.")
-    sizes = hidden_size(pair.target), hidden_size(pair.models.get("draft"))
-    prompts = _prompts(cfg, pair)
+    sizes = (hidden_size(pair.target), hidden_size(pair.models.get("draft"))) if collection.hidden else None
+    prompts = _prompts(cfg, collection.task, pair)
     directory.mkdir(parents=True, exist_ok=True)
     todo = [p for p in prompts if p[1].id not in set(manifest["done"])]
     with RunProgress() as progress, _kept(directory, manifest):
@@ -187,14 +217,13 @@ def _add_shard(directory: Path, manifest: dict[str, Any], rows: list[dict[str, A
     write_manifest(directory, manifest)
 
 
-def _prompts(cfg: DictConfig, pair: ModelPair) -> list[tuple[str, Prompt]]:
+def _prompts(cfg: DictConfig, task: Task, pair: ModelPair) -> list[tuple[str, Prompt]]:
     for name in ("train_prompts", "val_prompts"):
         if cfg.collect[name] is not None and cfg.collect[name] < 1:
             raise UserError(f"collect.{name} is {cfg.collect[name]}; give a whole number of at least 1.")
     held_out = cfg.collect.get("test_prompts", 0)
     if held_out is not None and held_out < 0:
         raise UserError(f"collect.test_prompts is {held_out}; give a whole number of at least 0.")
-    task = instantiate(cfg.data)
     chosen = [
         (split, prompt)
         for split, limit in (("train", cfg.collect.train_prompts), ("val", cfg.collect.val_prompts), ("test", held_out))

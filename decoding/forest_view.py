@@ -78,6 +78,7 @@ class ForestRecorder:
     """
 
     shadow: Dice | None = None
+    needs_hidden = False
 
     def __init__(self, iteration: int | None = None) -> None:
         self.wanted, self.iterations = iteration, 0
@@ -145,10 +146,6 @@ class ForestRecorder:
             elif node not in accepted and self.view.forest.parents[node] in self._weights:
                 self.view.nodes[node].state = REJECTED
         return accepted
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        """The view, if this was its iteration, is whole."""
-        self._listening = False
 
     def end(self, best_path: list[int]) -> None:
         """Nothing to add."""

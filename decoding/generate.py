@@ -1,20 +1,22 @@
 """Continue a text: `python -m decoding.generate "text"`, conf/generate.yaml. Prints, and writes nothing.
 
-The text is the first argument that is neither a setting (name=value without a space in the name) nor an option; what
-follows `--` is text whatever it looks like, and so is the value of text=... Hydra never sees it.
+The text stands first, or last behind `--` where Hydra would read it as a setting; all else is Hydra's. It may also come
+as file=... or through a pipe.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
@@ -29,35 +31,22 @@ from decoding.pair import ModelPair
 from decoding.results import DecodeResult, DecodeStats
 from decoding.tasks.base import read_bytes
 
-_SETTING = re.compile(r"(\+\+?|~)?[A-Za-z_][\w-]*([./@:][\w-]+)*=(?!=)|~[A-Za-z_][\w./@-]*$")
-_OPTION = re.compile(r"--?[A-Za-z][\w-]*(=.*)?$", re.DOTALL)
-_WITH_VALUE = re.compile("-c|--cfg|-p|--package|-cp|--config-path|-cn|--config-name|-cd|--config-dir|-i|--info")
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )  # what moves a terminal's cursor, sets its colours or turns its lines around
 _PROMPT_SHOWN = 1500  # characters of a long prompt
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """A command line, split into what Hydra reads and what is taken as it is written."""
-
-    settings: tuple[str, ...] = ()
-    texts: tuple[str, ...] = ()
-    file: str | None = None
-
-
-def command_line() -> Any:
+def main() -> DecodeResult:
     """Run on `sys.argv`; whoever reads the output may stop early, as `| head` does."""
-    given = read_arguments(sys.argv[1:])
-    sys.argv[1:] = given.settings
+    text, sys.argv[1:] = read_arguments(sys.argv[1:])
 
     @entry_point("generate")
     def generate(cfg: DictConfig) -> DecodeResult:
-        return run(cfg, given)
+        return run(cfg, text)
 
     try:
-        result = generate()
+        result: DecodeResult = generate()
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
@@ -65,19 +54,20 @@ def command_line() -> Any:
     return result
 
 
-def main(cfg: DictConfig) -> DecodeResult:
-    """Continue the text of a config, print, and return what was decoded."""
-    return run(cfg, Arguments())
-
-
-def run(cfg: DictConfig, given: Arguments) -> DecodeResult:
+def run(cfg: DictConfig, text: str | None = None) -> DecodeResult:
     """Decode one text and print the outcome.
+
+    Args:
+        cfg: the config; it may name the text too.
+        text: what to continue; None: what `text` or `file` of the config say, or else what is piped in.
+
+    Returns:
+        What was decoded.
 
     Raises:
         UserError: no text, or one that the pair cannot take; settings that cannot work.
     """
-    texts = given.texts or (() if cfg.text is None else (str(cfg.text),))
-    text = read_text(texts, given.file or cfg.file)
+    text = read_text({"the argument": text, "text": cfg.text, "file": cfg.file})
     recorder = forest_recorder(cfg)
     config: DecodingConfig = instantiate(cfg.decoding)
     policy = instantiate(cfg.policy)  # before the models are loaded
@@ -99,52 +89,47 @@ def run(cfg: DictConfig, given: Arguments) -> DecodeResult:
 # ------------------------------------------------------------------------------------------------ input
 
 
-def read_arguments(arguments: Sequence[str]) -> Arguments:
-    """Split a command line (without the program's name); see the module's first lines for the rule."""
-    settings, texts, file = [], [], None
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if argument == "--":
-            texts += rest
-            break
-        if argument == "--show-forest":
-            settings.append("show_forest=true")
-        elif argument.startswith("text="):
-            texts.append(argument.removeprefix("text="))
-        elif argument.startswith("file="):
-            file = argument.removeprefix("file=")
-        elif _SETTING.match(argument) or _OPTION.match(argument):
-            settings.append(argument)
-            if _WITH_VALUE.fullmatch(argument) and rest:
-                settings.append(rest.pop(0))
-        else:
-            texts.append(argument)
-    return Arguments(tuple(settings), tuple(texts), file)
+def read_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The text that a command line (without the program's name) holds, None without one, and what is left for Hydra."""
+    if "--" in arguments:
+        place = arguments.index("--")
+        settings, words = arguments[:place], arguments[place + 1 :]
+    else:
+        words = list(itertools.takewhile(_is_text, arguments))
+        settings = arguments[len(words) :]
+    text = " ".join(words) if words else None
+    return text, ["show_forest=true" if setting == "--show-forest" else setting for setting in settings]
 
 
-def read_text(texts: Sequence[str], file: str | None) -> str:
-    """The one text that was given, from a file or a pipe where it is not among `texts`.
+def _is_text(word: str) -> bool:
+    """Whether a word is neither an option nor what Hydra can read as a setting."""
+    if word.startswith("-"):
+        return False
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return True
+    return False
+
+
+def read_text(given: Mapping[str, str | None]) -> str:
+    """The one text that was given; from a pipe where none was.
+
+    Args:
+        given: texts by where they stand, None where there is none; that of "file" is a path.
 
     Raises:
         UserError: none, several, an empty one, or one that is not UTF-8.
     """
-    if len(texts) + (file is not None) > 1:
-        given = [repr(text if len(text) <= 30 else text[:30] + "...") for text in texts]
-        given += [] if file is None else [f"file={file}"]
-        raise UserError(
-            f"{' and '.join(given)} are {len(given)} texts; give one, in quotes. Settings are name=value, in front of "
-            "any --."
-        )
-    if file is not None:
-        return _decoded(read_bytes(file), str(file))
-    if texts and texts[0] != "-":
-        if not texts[0]:
-            raise UserError("The text is empty; give at least one character.")
-        return _decoded(texts[0].encode(errors="surrogateescape"), "The text", whole=True)
-    piped = b""
-    if sys.stdin is not None and (texts or not sys.stdin.isatty()):
-        piped = sys.stdin.buffer.read()
+    found = {name: str(text) for name, text in given.items() if text is not None}
+    if len(found) > 1:
+        raise UserError(f"There are {len(found)} texts, by {' and by '.join(found)}; give one.")
+    if "file" in found:
+        return _decoded(read_bytes(found["file"]), found["file"])
+    if found:
+        (text,) = found.values()
+        return _decoded(text.encode(errors="surrogateescape"), "The text", whole=True)
+    piped = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
     if not piped:
         raise UserError('No text: give it as python -m decoding.generate "text", as file=..., or through a pipe.')
     return _decoded(piped, "What was piped in")
@@ -252,4 +237,4 @@ def fit(text: str, console: Console) -> str:
 
 
 if __name__ == "__main__":
-    command_line()
+    main()

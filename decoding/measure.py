@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, as in results.json."""
-        return asdict(self)
+        return vars(self) | {"stats": self.stats.to_dict()}
 
 
 def make_rows(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -150,9 +149,6 @@ class SurvivorOracle(WidthPolicy):
     def layer(self, event: LayerEvent) -> None:
         """Nothing to learn from."""
 
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        """Nothing to learn from."""
-
     def end(self, best_path: list[int]) -> None:
         """Nothing to learn from."""
 
@@ -170,109 +166,24 @@ def modelled_seconds(stats: DecodeStats, costs: Costs) -> float:
     """Seconds that a table gives a decoding: what each iteration drafted, scored and did beside; the prompt is free.
 
     Raises:
-        UserError: stats that do not hold forests, such as those of transformers' own methods.
+        UserError: stats without records, such as those of transformers' own methods.
     """
-    _check_forests(stats)
-    return sum(
-        iteration_seconds(costs, widths, roots) for roots, widths in zip(stats.roots, stats.forests, strict=True)
-    )
+    _check_records(stats)
+    return sum(iteration_seconds(costs, record.drafts, record.roots) for record in stats.records)
 
 
-def hindsight_seconds(stats: DecodeStats, config: DecodingConfig, costs: Costs) -> float:
+def hindsight_seconds(stats: DecodeStats, costs: Costs) -> float:
     """NOT ACHIEVABLE: `modelled_seconds` of a decoding if no layer that failed had been drafted, nor any below it.
 
     The text would be as good: what a failed layer is refilled with is distributed as a layer that the target draws.
 
-    Args:
-        stats: of a decoding.
-        config: that it ran with.
-        costs: seconds of the passes.
-
     Raises:
-        UserError: stats that do not hold forests, or that are not of one decoding under this config.
+        UserError: as for `modelled_seconds`.
     """
-    passed = passed_layers(stats, config)
-    return sum(
-        iteration_seconds(costs, widths[:count], roots)
-        for roots, widths, count in zip(stats.roots, stats.forests, passed, strict=True)
-    )
+    _check_records(stats)
+    return sum(iteration_seconds(costs, record.passed_drafts, record.roots) for record in stats.records)
 
 
-def passed_layers(stats: DecodeStats, config: DecodingConfig) -> list[int]:
-    """How many drafted layers passed in each iteration, from the lists of the layers that were committed.
-
-    A drafted layer passed if it accepted M drafts, or as many as P allowed: a cut P can leave fewer than M to accept,
-    which the lists do not say. They are read so that the iterations use them up exactly, and so that as few layers as
-    possible passed with less than M.
-
-    Raises:
-        UserError: as for `hindsight_seconds`.
-    """
-    _check_forests(stats)
-    layers = list(zip(stats.draft_widths, stats.target_widths, stats.accepted, strict=True))
-    last = len(stats.forests) - 1
-    ways: dict[int, _Reading] = {0: _Reading(0, ())}  # by layers read: the likeliest reading of the iterations so far
-    for i, widths in enumerate(stats.forests):
-        further: dict[int, _Reading] = {}
-        for start, way in ways.items():
-            for used, count, short in _readings(layers[start:], widths, config, is_last=i == last):
-                best = further.get(start + used)
-                if best is None or way.short + short < best.short:
-                    further[start + used] = _Reading(way.short + short, (count, way.passed))
-        ways = further
-    if len(layers) not in ways:
-        raise UserError(
-            f"The stats hold {len(layers)} layers, which {len(stats.forests)} iterations cannot have committed under "
-            "this config; give the stats and the config of one decoding."
-        )
-    counts, chain = [], ways[len(layers)].passed
-    while chain:
-        count, chain = chain
-        counts.append(count)
-    return counts[::-1]
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """One way to read the first layers of the stats' lists."""
-
-    short: int  # layers that passed with less than M
-    passed: tuple[Any, ...]  # layers passed: (of the last iteration, the same of those before)
-
-
-def _readings(
-    layers: Sequence[tuple[int, int, int]], widths: Sequence[int], config: DecodingConfig, is_last: bool
-) -> list[tuple[int, int, int]]:
-    """Ways in which one iteration can have committed the first of `layers`, which are (w, M, accepted).
-
-    Args:
-        widths: drafts of the layers that it drafted.
-        is_last: whether the prompt may have ended in it.
-
-    Returns:
-        (layers committed, drafted layers that passed, those of them that accepted less than M), failure first.
-    """
-    found: list[tuple[int, int, int]] = []
-    short = 0
-    for passed, width in enumerate(widths):
-        if passed >= len(layers) or layers[passed][0] != width:
-            return found
-        _, asked, accepted = layers[passed]
-        if accepted < asked:
-            found.append((passed + 1, passed, short))
-            if config.replacement and config.mode == "beam_sample":
-                return found  # every slot can be filled
-            short += 1
-        if is_last:
-            found.append((passed + 1, passed + 1, short))
-    if len(widths) < len(layers) and layers[len(widths)][0] == 0:
-        found.append((len(widths) + 1, len(widths), short))
-    return found
-
-
-def _check_forests(stats: DecodeStats) -> None:
-    if not stats.iterations or len(stats.forests) != stats.iterations or len(stats.roots) != stats.iterations:
-        raise UserError(
-            f"The stats hold the forests of {len(stats.forests)} of {stats.iterations} iterations; give those of "
-            "DSBDDecoder or beam_sample."
-        )
+def _check_records(stats: DecodeStats) -> None:
+    if not stats.records:
+        raise UserError("The stats hold no record of an iteration; give those of DSBDDecoder or beam_sample.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -20,6 +22,13 @@ class Costs(Protocol):
     def host_seconds(self, layers: int) -> float:
         """Of all else in an iteration that drafts so many layers."""
         ...
+
+
+def costs_digest(costs: Costs) -> str:
+    """Hash of what a table says, in hex; equal for tables that give equal costs, whoever measured them and when."""
+    nodes = [*range(1, 257), 512, 1024, 4096]
+    said = [[costs.draft_seconds(n), costs.target_seconds(n)] for n in nodes], [costs.host_seconds(n) for n in (0, 1)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def iteration_seconds(costs: Costs, widths: Sequence[int], roots: int) -> float:

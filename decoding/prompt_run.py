@@ -20,7 +20,7 @@ from decoding.config import DecodingConfig
 from decoding.dense import DenseJoint, dense_joint
 from decoding.drafts import DraftScorer
 from decoding.forest import TokenForest
-from decoding.results import PHASES, DecodeResult, DecodeStats, LayerEvent, Recorder
+from decoding.results import DecodeResult, DecodeStats, LayerEvent, Recorder
 from decoding.rules import Rules
 from decoding.sampling import IntArray, Joint, compact_joint
 from decoding.scorer import ForestScorer
@@ -171,44 +171,38 @@ class PromptRun(ABC):
     # One iteration: draft, verify, commit.
 
     def _iterate(self) -> Generator[Request]:
-        before = dict(self.stats.seconds)
+        seconds_before = self.stats.total_seconds
         committed_before = self.stats.new_tokens
         root = self._root_context()
         layers = (yield from self._draft_forest(root)) if self.draft is not None else []
         drafted = [node for layer in layers for node in layer.nodes]
-        fresh = {node for node in drafted if not self.target.cache.holds(self.row, node)}
         if self.recorder is not None:
             drafts = [list(zip(layer.nodes, layer.weights, strict=True)) for layer in layers]
             self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], drafts)
         wanted = dict.fromkeys([beam.node for beam in self.beams] + [n for n in drafted if not self._ended(n)])
         yield Request("target", list(wanted))
-        self.stats.roots.append(len(self.beams))
-        self.stats.forests.append([len(layer.nodes) for layer in layers])
+        roots, drafts = len(self.beams), tuple(len(layer.nodes) for layer in layers)
         self.touched += [beam.node for beam in self.beams] + drafted
         self.history = tuple(self._verify_forest(root, layers))
         self._prune()
         self._tell()
         self.stats.iterations += 1
-        spent = {name: self.stats.seconds[name] - before[name] for name in PHASES}
-        record = IterationRecord(self.history, self.stats.new_tokens - committed_before, sum(spent.values()))
+        tokens, seconds = self.stats.new_tokens - committed_before, self.stats.total_seconds - seconds_before
+        record = IterationRecord(self.history, tokens, seconds, roots, drafts)
+        self.stats.records.append(record)
         with self.clock.phase("policy"):
             self.policy.observe(record)
-        if self.recorder is not None:
-            self.recorder.iteration(spent | {"iteration": record.seconds}, len(fresh))
 
     def _root_context(self) -> RootContext:
-        hidden = None
-        if self.policy.needs_hidden or self.recorder is not None:
-            best = self.beams[0].node
-            scored = best if self.target.cache.holds(self.row, best) else self.forest.parents[best]
-            hidden = self.target.hidden(self.row, [scored])
+        best = self.beams[0].node
+        scored = best if self.target.cache.holds(self.row, best) else self.forest.parents[best]
         return RootContext(
             config=self.config,
             iteration=self.stats.iterations,
             remaining=self.config.max_new_tokens - self.stats.new_tokens,
             weights=np.array([beam.weight for beam in self.beams]),
             history=self.history,
-            target_hidden=hidden,
+            target_hidden=self.target.hidden(self.row, [scored]),
         )
 
     def _draft_forest(self, root: RootContext) -> Generator[Request, None, list[DraftedLayer]]:
@@ -317,9 +311,6 @@ class PromptRun(ABC):
         """Take a layer from the target itself."""
 
     def _log(self, event: LayerEvent) -> None:
-        self.stats.target_widths.append(event.record.target_width)
-        self.stats.draft_widths.append(event.record.draft_width)
-        self.stats.accepted.append(event.record.accepted)
         if self.recorder is not None:
             self.recorder.layer(event)
 

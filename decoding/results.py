@@ -3,33 +3,68 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from decoding.acceptance import LayerVerdict
 from decoding.forest import TokenForest
 from decoding.sampling import Dice
-from decoding.widths import LayerRecord, TargetContext
+from decoding.widths import IterationRecord, LayerRecord, TargetContext
 
 PHASES = ("prompt", "draft", "target", "verify", "policy", "other")  # prompt: both models' passes over it
 
 
 @dataclass
 class DecodeStats:
-    """What decoding one prompt took. Lists have one entry per committed layer."""
+    """What decoding one prompt took: counts, seconds, and a record of every iteration.
+
+    `records` is empty where another library decoded: of its layers nothing is known but how many there were. All lists
+    below are read from it.
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0  # layers committed: the length of the longest hypothesis
     iterations: int = 0
     target_calls: int = 0  # the prompt's own pass not counted
     draft_calls: int = 0
-    target_widths: list[int] = field(default_factory=list)
-    draft_widths: list[int] = field(default_factory=list)  # 0 at a layer drawn from the target
-    accepted: list[int] = field(default_factory=list)
-    roots: list[int] = field(default_factory=list)  # input beams of each iteration
-    forests: list[list[int]] = field(default_factory=list)  # drafts of every layer that an iteration drafted
+    records: list[IterationRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     kv_slots_peak: int = 0  # of the target's cache
     kv_slots_end: int = 0
+
+    @property
+    def layers(self) -> list[LayerRecord]:
+        """Every committed layer, in order."""
+        return [layer for record in self.records for layer in record.layers]
+
+    @property
+    def target_widths(self) -> list[int]:
+        """M of every committed layer."""
+        return [layer.target_width for layer in self.layers]
+
+    @property
+    def draft_widths(self) -> list[int]:
+        """Drafts of every committed layer; 0 at a layer drawn from the target."""
+        return [layer.draft_width for layer in self.layers]
+
+    @property
+    def accepted(self) -> list[int]:
+        """Accepted drafts of every committed layer."""
+        return [layer.accepted for layer in self.layers]
+
+    @property
+    def passed(self) -> list[bool]:
+        """Whether every committed layer passed; a layer drawn from the target does."""
+        return [layer.passed for layer in self.layers]
+
+    @property
+    def roots(self) -> list[int]:
+        """Input beams of every iteration."""
+        return [record.roots for record in self.records]
+
+    @property
+    def forests(self) -> list[list[int]]:
+        """Drafts of every layer that an iteration drafted, by iteration."""
+        return [list(record.drafts) for record in self.records]
 
     @property
     def total_seconds(self) -> float:
@@ -40,6 +75,12 @@ class DecodeStats:
     def block_efficiency(self) -> float:
         """Tokens committed per iteration, that is per target call."""
         return self.new_tokens / max(self.iterations, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, as in results.json: the records as lists of numbers, a tenth of their size as objects."""
+        lists = ("target_widths", "draft_widths", "accepted", "passed", "roots", "forests")
+        counts = {name: value for name, value in vars(self).items() if name != "records"}
+        return counts | {name: getattr(self, name) for name in lists}
 
 
 @dataclass
@@ -56,6 +97,7 @@ class Recorder(Protocol):
     """Listens to a decoding run, for traces."""
 
     shadow: Dice | None
+    needs_hidden: bool  # ask the decoder for hidden states in the contexts
 
     def drafted(
         self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
@@ -70,9 +112,6 @@ class Recorder(Protocol):
 
     def layer(self, event: LayerEvent) -> None:
         """A layer was committed."""
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        """An iteration ended."""
 
     def end(self, best_path: list[int]) -> None:
         """The prompt is done; `best_path` are the nodes of the best hypothesis, by depth from 1."""

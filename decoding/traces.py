@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, List, Value
 
-from decoding.acceptance import accept_probabilities, accepted_count_table, align
 from decoding.errors import UserError
 from decoding.files import write_whole
 from decoding.forest import TokenForest
@@ -23,38 +22,25 @@ from decoding.results import LayerEvent
 from decoding.sampling import Dice
 from decoding.widths import DraftContext, TargetContext
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 
 TRACE_FEATURES = Features(
     {
         "prompt_id": Value("string"),
         "split": Value("string"),  # of the task: train / val / test
-        "iteration": Value("int32"),
-        "layer": Value("int32"),  # from 1
-        "drafted": Value("bool"),  # False at the layer drawn from the target
-        "remaining": Value("int32"),  # tokens left when the iteration began
+        "layer": Value("int32"),  # of its iteration, from 1
         "target_width": Value("int32"),  # M
-        "draft_width": Value("int32"),  # w
+        "draft_width": Value("int32"),  # w; 0 at the layer drawn from the target
         "kept_width": Value("int32"),  # beams committed, finished ones included
-        "accepted": Value("int32"),
-        "passed": Value("bool"),
         "features": List(Value("float32")),  # [F], named in the manifest
         "target_features": List(Value("float32")),  # [G], named in the manifest: what is known once P is
-        "draft_hidden": List(Value("float32")),  # [H_q], mean over the layer's parents
-        "target_hidden": List(Value("float32")),  # [H_p], at the root
+        "draft_hidden": List(Value("float32")),  # [H_q], mean over the layer's parents; empty unless asked for
+        "target_hidden": List(Value("float32")),  # [H_p], at the root; empty unless asked for
         "accept_bits": List(Value("bool")),  # [w], continued in shadow past M
         "accept_probs": List(Value("float32")),  # [w], Σ min(R, Q_i) given the layer's history before draft i
-        "count_probs": List(Value("float32")),  # [w + 1], P(K_w = k) with replacement, from P and Q
-        "survivor_rank": Value("int32"),  # 1..kept_width; 0 where the best hypothesis had ended before
-        "survivor_slot": Value("int32"),  # the same beam's place in the order of draws, from 1; 0 as above
+        "survivor_slot": Value("int32"),  # place of the best hypothesis's beam among the draws, from 1; 0: none
         "slot_deficits": List(Value("float32")),  # [kept_width], in the order of draws; see `deficits`
-        "iteration_seconds": Value("float32"),
-        "draft_seconds": Value("float32"),  # these four: of the whole iteration
-        "target_seconds": Value("float32"),
-        "verify_seconds": Value("float32"),
-        "policy_seconds": Value("float32"),
-        "forest_nodes": Value("int32"),  # drafted in the iteration
     }
 )
 
@@ -80,25 +66,25 @@ class TraceRecorder:
 
     Args:
         features: computes the feature columns.
-        hidden_sizes: (H_p, H_q), for zeros where a state is unknown.
+        hidden_sizes: (H_p, H_q), for zeros where a state is unknown; None: hidden states are not logged.
         shadow_seed: seed of the coins that judge the drafts a decoder no longer needs.
     """
 
-    def __init__(self, features: ContextFeatures, hidden_sizes: tuple[int, int], shadow_seed: int) -> None:
+    def __init__(self, features: ContextFeatures, hidden_sizes: tuple[int, int] | None, shadow_seed: int) -> None:
         self.shadow: Dice | None = Dice(torch.Generator().manual_seed(shadow_seed))
         self._features = features
-        self._hidden_sizes = hidden_sizes
+        self.needs_hidden = hidden_sizes is not None
+        self._hidden_sizes = hidden_sizes or (0, 0)
         self.rows: list[dict[str, Any]] = []
         # This prompt's rows, with the kept beams and their slots: no more, since events hold whole distributions.
         self._open: list[tuple[dict[str, Any], list[tuple[int, float]], list[int]]] = []
         self._forest = TokenForest()
-        self._iteration_start = 0
         self._prompt_id, self._split = "", ""
 
     def start(self, prompt_id: str, split: str) -> None:
         """A prompt begins."""
         self._prompt_id, self._split = prompt_id, split
-        self._open, self._iteration_start = [], 0
+        self._open = []
 
     def drafted(
         self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
@@ -107,52 +93,33 @@ class TraceRecorder:
         self._forest = forest
 
     def layer(self, event: LayerEvent) -> None:
-        """Add a row; its seconds and survivor rank come later."""
+        """Add a row; what became of its beams comes later."""
         context, record = event.context.draft, event.record
         target_size, draft_size = self._hidden_sizes
         row = {
             "prompt_id": self._prompt_id,
             "split": self._split,
-            "iteration": context.root.iteration,
             "layer": context.layer,
-            "drafted": context.drafted,
-            "remaining": context.root.remaining,
             "target_width": record.target_width,
             "draft_width": record.draft_width,
             "kept_width": len(event.kept),
-            "accepted": record.accepted,
-            "passed": record.passed,
             "features": self._features(context),
             "target_features": self._features.of_target(event.context),
-            "draft_hidden": _or_zeros(context.draft_hidden, draft_size),
-            "target_hidden": _or_zeros(context.root.target_hidden, target_size),
+            "draft_hidden": _sized(context.draft_hidden, draft_size),
+            "target_hidden": _sized(context.root.target_hidden, target_size),
             "accept_bits": [],
             "accept_probs": [],
-            "count_probs": [],
         }
         if event.verdict is not None:
-            both = align(event.context.target, context.joint)
-            accept = accept_probabilities(both.p, both.q, record.draft_width)
             row["accept_bits"] = event.verdict.bits
             row["accept_probs"] = event.verdict.probabilities
-            row["count_probs"] = accepted_count_table(accept)[-1]
         self._open.append((row, event.kept, event.slots))
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        """Fill in what is known when an iteration ends."""
-        for row, *_ in self._open[self._iteration_start :]:
-            for phase in ("iteration", "draft", "target", "verify", "policy"):
-                row[f"{phase}_seconds"] = seconds[phase]
-            row["forest_nodes"] = forest_nodes
-        self._iteration_start = len(self._open)
 
     def end(self, best_path: list[int]) -> None:
         """Fill in what became of the beams: row d committed the tokens at depth d."""
         behind = deficits([kept for _, kept, _ in self._open], self._forest.parents, best_path)
-        for depth, (row, kept, slots) in enumerate(self._open):
+        for depth, (row, _, slots) in enumerate(self._open):
             node = best_path[depth] if depth < len(best_path) else None
-            ranked = [beam for beam, _ in kept]
-            row["survivor_rank"] = ranked.index(node) + 1 if node in ranked else 0
             row["survivor_slot"] = slots.index(node) + 1 if node in slots else 0
             row["slot_deficits"] = [behind[depth][slot] for slot in slots]
             self.rows.append(row)
@@ -297,5 +264,6 @@ def _read_shard(path: Path, entry: dict[str, Any], trace_key: str) -> pa.Table:
     return table
 
 
-def _or_zeros(hidden: np.ndarray | None, size: int) -> np.ndarray:
-    return np.zeros(size, dtype=np.float32) if hidden is None else hidden
+def _sized(hidden: np.ndarray | None, size: int) -> np.ndarray:
+    """The state, zeros where it is unknown; nothing where none is logged."""
+    return np.zeros(size, dtype=np.float32) if hidden is None or not size else hidden

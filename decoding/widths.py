@@ -80,11 +80,18 @@ class TargetContext:
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """What an iteration gave, for policies that learn on line."""
+    """What an iteration drafted and gave: for policies that learn on line, and for `DecodeStats`."""
 
-    layers: tuple[LayerRecord, ...]
-    tokens: int  # layers committed
+    layers: tuple[LayerRecord, ...]  # that were committed
+    tokens: int  # their number
     seconds: float
+    roots: int = 1  # input beams
+    drafts: tuple[int, ...] = ()  # of every layer that was drafted, those below a failed layer too
+
+    @property
+    def passed_drafts(self) -> tuple[int, ...]:
+        """Drafts of the drafted layers that passed: all above the first one that failed."""
+        return self.drafts[: sum(layer.passed for layer in self.layers[: len(self.drafts)])]
 
 
 class WidthPolicy:
@@ -136,7 +143,10 @@ class WidthPolicy:
         """An iteration ended."""
 
     def describe(self) -> dict[str, Any]:
-        """Name and settings, for results and traces."""
+        """Name and all that the widths depend on, JSON-able: for results, and to find traces again.
+
+        Files are described by what is in them, not by their paths.
+        """
         return {"name": self.name}
 
 

@@ -38,7 +38,7 @@ def commands() -> list[str]:
 def test_commands_compose(command: str) -> None:
     words = [word for word in shlex.split(command)[1:] if word != "-m"]
     if words[0] == "decoding.generate":
-        words[1:] = read_arguments(words[1:]).settings
+        _, words[1:] = read_arguments(words[1:])
     overrides = []
     for word in words[1:]:
         key, _, value = word.partition("=")

@@ -57,7 +57,10 @@ class Task(Protocol):
         """
 
     def describe(self) -> dict[str, Any]:
-        """Name and settings, JSON-able; equal for two tasks that give the same prompts."""
+        """Name and all that the prompts depend on, JSON-able; equal for two tasks that give the same prompts.
+
+        Traces are found again by it. Files are described by what is in them, not by their paths.
+        """
 
 
 @dataclass(frozen=True)

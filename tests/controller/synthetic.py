@@ -10,7 +10,7 @@ import numpy as np
 from controller.features import ContextFeatures
 from decoding.config import DecodingConfig
 from decoding.sampling import FloatArray, Joint
-from decoding.traces import SCHEMA_VERSION, TRACE_FEATURES, write_manifest, write_shard
+from decoding.traces import SCHEMA_VERSION, write_manifest, write_shard
 from decoding.widths import DraftContext, LayerRecord, RootContext, TargetContext
 
 CONFIG = DecodingConfig(target_width=4, draft_width=6, draft_depth=3, max_new_tokens=64, top_k=10)
@@ -85,6 +85,7 @@ def write_traces(
         "decoding": {"target_width": target_width, "draft_width": CONFIG.draft_width, "top_k": CONFIG.top_k},
         "policy": {"name": "random"},
         "features": {"version": 2, "names": names, "target_names": ContextFeatures().target_names},
+        "hidden": True,
         "complete": True,
         "shards": [write_shard(directory, "traces-00000.parquet", rows, about)],
         "rows": len(rows),
@@ -113,26 +114,19 @@ def _row(rng: np.random.Generator, prompt: int, iteration: int, features: int, t
     slot = int(rng.choice(kept, p=survivor_shares(v, kept))) + 1
     deficits = np.arange(slot - 1, slot - 1 - kept, -1.0)  # [kept] slots before the survivor
     deficits[slot:] = rng.exponential(size=kept - slot)  # and after it, which must not matter
-    row = dict.fromkeys(TRACE_FEATURES, 0)
-    return row | {
+    return {
         "prompt_id": f"prompt-{prompt}",
         "split": "val" if prompt % 5 == 0 else "train",
-        "iteration": iteration,
         "layer": 1,
-        "drafted": drafted,
         "target_width": min(kept, max(width, 1)),
         "draft_width": width,
         "kept_width": kept,
-        "accepted": sum(bits),
-        "passed": True,
         "features": values,
         "target_features": of_target,
         "draft_hidden": rng.normal(size=H_Q).astype(np.float32),
         "target_hidden": rng.normal(size=H_P).astype(np.float32),
         "accept_bits": bits,
         "accept_probs": probs,
-        "count_probs": [1.0] * (width + 1),
-        "survivor_rank": slot,
         "survivor_slot": slot,
         "slot_deficits": deficits,
     }

@@ -1,6 +1,8 @@
-"""Calibration: bins and scores by hand, temperatures that improve likelihood, batches that add up."""
+"""Calibration: bins, scores and curves, temperatures that improve likelihood, batches that add up."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from controller.calibration import (
     inputs,
     prefix_events,
     reliability,
+    reliability_curves,
     survivor_events,
     width_events,
 )
@@ -143,3 +146,42 @@ def test_calibration_without_anything_to_learn_from_leaves_the_network_as_it_is(
     assert {name: 0.0 if name.endswith("shift") else 1.0 for name in fitted} == fitted
     sure = rows | {"slot_deficits": torch.zeros_like(rows["slot_deficits"])}  # no slot ever added anything
     assert np.isfinite(list(calibrate(module.net, sure).values())).all()
+
+
+# Curves of every head.
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[WidthNet, TraceDataModule]:
+    data = TraceDataModule(write_traces(tmp_path_factory.mktemp("traces"), prompts=60))
+    sizes: dict[str, Any] = data.sizes
+    module = ControllerModule(**sizes).eval()
+    module.start_from(data.rows["train"].columns)
+    return module.net, data
+
+
+def test_curves_of_every_head(fitted: tuple[WidthNet, TraceDataModule]) -> None:
+    net, data = fitted
+    rows = data.rows["val"].columns
+    curves = reliability_curves(net, rows)
+    assert set(curves) == {
+        "count", "count_w1_2", "count_w3_5", "count_w6_up", "count_layer1", "survivor", "late_survivor"
+    }  # fmt: skip
+    width = rows["draft_width"]
+    assert curves["count"].bins.rows.sum() == width.sum()
+    for name, widths in (("1_2", (1, 2)), ("3_5", (3, 4, 5)), ("6_up", (6,))):
+        events = sum(w * int((width >= w).sum()) for w in widths)  # of all rows with as many drafts
+        assert curves[f"count_w{name}"].bins.rows.sum() == events
+    assert curves["count"].bins.error < 0.1  # the constants are calibrated on average
+
+
+def test_a_curve_shows_a_head_that_is_too_sure(fitted: tuple[WidthNet, TraceDataModule]) -> None:
+    net, data = fitted
+    rows = data.rows["val"].columns
+    right = reliability_curves(net, rows)
+    net.accept_temperature.fill_(0.1)
+    wrong = reliability_curves(net, rows)
+    net.accept_temperature.fill_(1.0)
+    assert wrong["count"].bins.error > right["count"].bins.error + 0.1
+    assert wrong["count"].score > right["count"].score
+    assert wrong["survivor"].score == right["survivor"].score

@@ -1,4 +1,4 @@
-"""TraceDataModule: padding, splits, batches, and traces that are refused."""
+"""TraceDataModule: padding, splits, batches, few rows, and traces that are refused."""
 
 from __future__ import annotations
 
@@ -66,9 +66,27 @@ def test_hidden_vectors_can_be_left_out(tmp_path: Path) -> None:
     assert sizes["draft_hidden"] == sizes["target_hidden"] == 0
 
 
+def test_hidden_vectors_that_were_not_logged_cannot_be_asked_for(tmp_path: Path) -> None:
+    directory = write_traces(tmp_path, prompts=10, hidden=False)
+    assert TraceDataModule(directory).sizes["target_hidden"] == 0
+    with pytest.raises(UserError, match=r"hold no hidden states.* collect.hidden=true, or leave use_hidden=false"):
+        TraceDataModule(directory, use_hidden=True)
+
+
+@pytest.mark.parametrize(("limit", "prompts"), [(1, 1), (20, 1), (39, 1), (40, 2), (10_000, 16), (None, 16)])
+def test_few_rows_are_the_first_prompts_and_whole(tmp_path: Path, limit: int | None, prompts: int) -> None:
+    directory = write_traces(tmp_path / "traces", prompts=20)  # of 20 rows each; every fifth is validation
+    full, few = TraceDataModule(directory), TraceDataModule(directory, max_train_rows=limit)
+    assert len(few.rows["train"]) == 20 * prompts
+    assert torch.equal(few.rows["train"].columns["features"], full.rows["train"].columns["features"][: 20 * prompts])
+    assert torch.equal(few.rows["val"].columns["features"], full.rows["val"].columns["features"])
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no traces were logged"):
         TraceDataModule(tmp_path / "absent")
+    with pytest.raises(UserError, match="max_train_rows is 0; give a whole number of at least 1"):
+        TraceDataModule(tmp_path / "absent", max_train_rows=0)
     with pytest.raises(UserError, match="no rows in split 'val'"):
         TraceDataModule(only_train(write_traces(tmp_path / "a", prompts=5)))
     names, target_names = ContextFeatures().names, ContextFeatures().target_names

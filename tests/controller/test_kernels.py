@@ -20,7 +20,6 @@ import torch
 from controller import kernels
 from controller.counts import count_table, tails
 from controller.kernels import CostTable, Prospect, Rules
-from controller.policy import MODES
 from decoding.acceptance import accept_probabilities, accepted_count_table, align
 from decoding.sampling import FloatArray, Joint
 
@@ -116,18 +115,16 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
     at_least, draft_width = foreseen(rng, 6), int(rng.integers(1, 7))
     p, q = parents_tokens_probs(rng), parents_tokens_probs(rng)
     gained, spent = rng.random(4).cumsum(), rng.random(4).cumsum()
-    regret = float(rng.choice([0.0, 0.5, 1.0]))
     place = value, rate, reach
-    said = at_least if rng.integers(2) else np.zeros((0, 0))
     return {
         "describe_context": (context,),
         "describe_target": (target,),
         "early": (f32(rng, 21), *vectors, early),
         "late": (f32(rng, 36), late),
-        "late_loss": (f32(rng, 36), late, target_width, bool(rng.integers(2))),
-        "expected_loss": (f32(rng, 2 * ranks - 1), target_width, float(rng.choice([0.0, 0.5, 1.0]))),
+        "late_loss": (f32(rng, 36), late, target_width),
+        "expected_loss": (f32(rng, 2 * ranks - 1), target_width),
         "foreseen_counts": (f32(rng, 6, 6) * 9,),
-        "foresee": (context, *vectors, packed[0], target_width, regret),
+        "foresee": (context, *vectors, packed[0], target_width),
         "matched": (p, q),
         "accept_chances": (rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(5)), draft_width),
         "renewed_counts": (rng.random(draft_width),),
@@ -136,11 +133,11 @@ def arguments(rng: np.random.Generator, module: Any) -> dict[str, tuple[Any, ...
         "best_depth": (reach, gained, rate, spent),
         "kept_loss": (at_least[draft_width, : draft_width + 1], loss, rules),
         "plan_widths": (at_least, loss, prospect, costs, rules, *place, layer, 4, 7, 6),
-        "plan_context": (context, *vectors, *packed, tuple(rules), *place, 4, 7, 6, regret),
+        "plan_context": (context, *vectors, *packed, tuple(rules), *place, 4, 7, 6),
         "best_width": (loss, at_least[draft_width, : draft_width + 1], value, brought, tuple(rules)),
-        "judge_bearable": (target, tuple(late), value, brought, 1, target_width, regret),
-        "judge_counted": (target, p, q, draft_width, said, tuple(late), value, brought, tuple(rules), regret),
-        "judge_final": (target, tuple(late), value, rate, packed[2], True, 1, target_width, regret),
+        "judge_bearable": (target, tuple(late), value, brought, 1, target_width),
+        "judge_counted": (target, p, q, draft_width, tuple(late), value, brought, tuple(rules)),
+        "judge_final": (target, tuple(late), value, rate, packed[2], True, 1, target_width),
         "least_bearable": (loss, value, brought, 1, target_width),
         "cheapest_width": (loss, value, rate, packed[2], bool(rng.integers(2)), 1, target_width),
     }
@@ -168,11 +165,8 @@ def test_compiled_kernels_are_the_plain_ones(plain: ModuleType) -> None:
     assert tried == {name for name in compiled_names if not name.startswith("_") and name != "times"}
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_learned_policy_works_without_numba(
-    plain: ModuleType, monkeypatch: pytest.MonkeyPatch, mode: str, exact: bool
-) -> None:
+def test_a_learned_policy_works_without_numba(plain: ModuleType, monkeypatch: pytest.MonkeyPatch, exact: bool) -> None:
     """The plain kernels decide as the compiled ones do."""
     from decoding import DSBDDecoder
     from tests.controller.test_learned_decoding import PROMPTS, config_of, learned
@@ -181,7 +175,7 @@ def test_a_learned_policy_works_without_numba(
     pair, config = random_pair(6, seed=1, closeness=0.7), config_of(exact=exact)
 
     def widths() -> list[list[int]]:
-        decoder = DSBDDecoder(pair, config, learned(pair, mode=mode))
+        decoder = DSBDDecoder(pair, config, learned(pair))
         results = decoder.generate(PROMPTS, torch.Generator().manual_seed(0))
         return [result.stats.target_widths + result.stats.draft_widths for result in results]
 
@@ -193,7 +187,6 @@ def test_a_learned_policy_works_without_numba(
 DECODE_IN_ALL_WAYS = """
 import torch
 from controller import kernels
-from controller.policy import MODES
 from decoding import DSBDDecoder
 from tests.controller.test_learned_decoding import PROMPTS, config_of, learned, net_of_llamas
 from tests.decoding.stubs import llama_pair, random_pair
@@ -206,13 +199,11 @@ assert compiled()["plan_context"] == 0
 learned(random)
 before = compiled()
 assert before["plan_context"] == 1
-for mode in MODES:
-    looking = learned(llamas, mode=mode, net=net_of_llamas())
-    for policy, pair in ((learned(random, mode=mode), random), (looking, llamas)):
-        for exact in (False, True):
-            for batch in (PROMPTS, PROMPTS[:1]):
-                DSBDDecoder(pair, config_of(exact=exact), policy).generate(batch, torch.Generator().manual_seed(0))
-        assert compiled() == before, (mode, {n: c for n, c in compiled().items() if c != before[n]})
+for policy, pair in ((learned(random), random), (learned(llamas, net=net_of_llamas()), llamas)):
+    for exact in (False, True):
+        for batch in (PROMPTS, PROMPTS[:1]):
+            DSBDDecoder(pair, config_of(exact=exact), policy).generate(batch, torch.Generator().manual_seed(0))
+    assert compiled() == before, {n: c for n, c in compiled().items() if c != before[n]}
 """
 
 
@@ -340,8 +331,7 @@ def test_the_closed_form_is_that_of_the_verification() -> None:
     assert {0.0, 0.5, 1.0} <= seen
 
 
-@pytest.mark.parametrize("regret", [1.0, 0.0, 0.5])
-def test_loss_is_of_nats_of_the_best_line_or_of_both(regret: float) -> None:
+def test_loss_is_the_mean_of_nats_and_of_the_chance_that_the_best_line_is_lost() -> None:
     rng = np.random.default_rng(3)
     for ranks in (1, 2, 5):
         quality, widest = 3 * f32(rng, 2 * ranks - 1), int(rng.integers(1, ranks + 1))
@@ -349,9 +339,9 @@ def test_loss_is_of_nats_of_the_best_line_or_of_both(regret: float) -> None:
         steps = np.exp(quality[ranks:].astype(np.float64))
         nats = np.array([steps[k - 1 :].sum() for k in range(1, ranks + 1)])
         beyond = np.array([shares[k:].sum() for k in range(1, ranks + 1)])
-        mean = regret * nats + (1 - regret) * beyond
+        mean = (nats + beyond) / 2
         expected = np.maximum(mean - mean[widest - 1], 0)
-        found = kernels.expected_loss(quality, widest, regret)
+        found = kernels.expected_loss(quality, widest)
         np.testing.assert_allclose(found[1:], expected, atol=1e-9)
         assert found[0] == found[1]
 
@@ -360,27 +350,24 @@ def test_loss_is_of_nats_of_the_best_line_or_of_both(regret: float) -> None:
 def test_a_judged_width_is_the_best_of_all_by_p_and_q(keep: bool, full: bool) -> None:
     rng, chosen = np.random.default_rng(2), set()
     for p, q in pairs_of_joints(rng, 400):
-        ranks, drafts = int(rng.integers(2, 9)), int(rng.integers(1, 9))
-        most, draft_width = int(rng.integers(1, ranks + 1)), int(rng.integers(1, drafts + 1))
-        rules, regret = Rules(min(int(rng.integers(1, 3)), most), most, keep, full), float(rng.choice([0.0, 0.5, 1.0]))
+        ranks = int(rng.integers(2, 9))
+        most, draft_width = int(rng.integers(1, ranks + 1)), int(rng.integers(1, 9))
+        rules = Rules(min(int(rng.integers(1, 3)), most), most, keep, full)
         layers = (f32(rng, 36, 8), f32(rng, 8)), (f32(rng, 8, 8), f32(rng, 8))
         head = 0.2 * f32(rng, 8, 2 * ranks - 1), f32(rng, 2 * ranks - 1)
         late = kernels.LateWeights(np.zeros(36, np.float32), np.ones(36, np.float32), (*layers, head))
         target = True, 2, 30, *joint(rng)
-        expected_loss = kernels.late_loss(kernels.describe_target(target), late, most, regret)
+        expected_loss = kernels.late_loss(kernels.describe_target(target), late, most)
         value, brought = rng.exponential(), rng.uniform(0.2, 3.0)
-        at_least, said = closed_form(p, q, draft_width), np.zeros((0, 0))
-        if rng.integers(2):
-            said = foreseen(rng, drafts)
-            at_least = 0.5 * (at_least + said[draft_width, : draft_width + 1])
+        at_least = closed_form(p, q, draft_width)
 
         counts = at_least - np.append(at_least[1:], 0.0)
         nets = {}
         for m in range(rules.least, most + 1):  # more than are drafted, too
             passing = at_least[m] if m <= draft_width else 0.0
             nets[m] = passing * brought - value * mean_loss(counts, expected_loss, m, rules)
-        place = tuple(late), value, brought, tuple(rules), regret
-        asked, loss = kernels.judge_counted(target, p, q, draft_width, said, *place)
+        place = tuple(late), value, brought, tuple(rules)
+        asked, loss = kernels.judge_counted(target, p, q, draft_width, *place)
         np.testing.assert_array_equal(loss, expected_loss)
         assert asked in [m for m, net in nets.items() if net > max(nets.values()) - 1e-9]
         chosen.add((asked, asked > draft_width))

@@ -11,16 +11,10 @@ from typing import Any
 import pytest
 
 from controller import LearnedWidth
-from controller.knob import (
-    _SCHEMA_VERSION,
-    choose_width_value,
-    measured_on,
-    warn_of_other_controller,
-    warn_of_shared_prompts,
-)
-from controller.network import save_controller
-from controller.report import SCHEMA_VERSION
+from controller.knob import choose_width_value, warn_of_shared_prompts
+from controller.network import save_controller, weights_sha256
 from decoding import UserError
+from decoding.results_file import SCHEMA_VERSION
 from tests.controller.test_policy import network, provenance
 
 POINTS = [(0.0, -1.60, 400.0), (1.0, -1.40, 300.0), (10.0, -1.20, 200.0), (100.0, -1.10, 100.0)]
@@ -126,18 +120,15 @@ def test_several_references_are_refused() -> None:
         choose_width_value(found, min_logprob_drop=0.1)
 
 
-def test_the_schema_is_the_one_that_is_written() -> None:
-    assert _SCHEMA_VERSION == SCHEMA_VERSION
-
-
 def test_from_a_file_and_into_a_policy(tmp_path: Path) -> None:
     path, controller = tmp_path / "results.json", tmp_path / "controller"
-    path.write_text(json.dumps(results()))
     save_controller(network(), controller, provenance())
+    found = {**results(), "provenance": {"controller_sha256": weights_sha256(controller)}}
+    path.write_text(json.dumps(found))
     assert choose_width_value(path, target_tokens_per_second=200.0) == pytest.approx(10.0)
-    learned = LearnedWidth.load(controller, results=str(path), target_tokens_per_second=200.0, mode="after")
-    assert learned.width_value == pytest.approx(10.0) and learned.mode == "after"
-    assert LearnedWidth.load(controller, results=results(), min_logprob_drop=0.1).width_value == pytest.approx(100.0)
+    learned = LearnedWidth.load(controller, results=str(path), target_tokens_per_second=200.0, clock="table")
+    assert learned.width_value == pytest.approx(10.0) and learned.clock == "table"
+    assert LearnedWidth.load(controller, results=found, min_logprob_drop=0.1).width_value == pytest.approx(100.0)
     for options, sentence in (
         ({"results": path, "min_logprob_drop": 0.1, "width_value": 3.0}, "width_value is 3.0 beside results, min_log"),
         ({"min_logprob_drop": 0.1}, "min_logprob_drop without results"),
@@ -152,32 +143,19 @@ def test_from_a_file_and_into_a_policy(tmp_path: Path) -> None:
 STDLIB = {"name": "stdlib", "prompt_tokens": 128}
 
 
-def with_provenance(task: dict[str, Any] = STDLIB, **more: Any) -> dict[str, Any]:
-    """Results as above of the prompts a and b of the test split, and where they came from."""
+def of_task(task: dict[str, Any] = STDLIB) -> dict[str, Any]:
+    """Results as above of the prompts a and b of the test split."""
     found = results()
     for line in found["rows"]:
         line["prompts"] = [{"prompt_id": "a"}, {"prompt_id": "b"}]
-    return {**found, "provenance": {"task": {**task, "split": "test", "prompts": 2}, **more}}
-
-
-def test_results_say_which_prompts_they_were_measured_on(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(json.dumps(with_provenance()))
-    for found in (with_provenance(), tmp_path / "results.json"):
-        assert measured_on(found) == (STDLIB, "test", {"a", "b"})
-    without_ids = with_provenance()
-    del without_ids["rows"][0]["prompts"]
-    for found in (results(), without_ids):
-        with pytest.raises(UserError, match="do not say which prompts"):
-            measured_on(found)
+    return {**found, "provenance": {"task": {**task, "split": "test", "prompts": 2}}}
 
 
 def test_a_width_value_that_is_measured_on_its_own_prompts_is_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"on 2 of the 3 prompts that are measured now \(split test of stdlib\)"):
-        warn_of_shared_prompts(with_provenance(), {**STDLIB, "prompt_tokens": 64}, ["a", "c", "b"])
+        warn_of_shared_prompts(of_task(), {**STDLIB, "prompt_tokens": 64}, ["a", "c", "b"])
     with pytest.warns(UserWarning, match=r"prompts\.split=val"):
-        warn_of_shared_prompts(
-            with_provenance({"name": "jsonl", "sha256": "1"}), {"name": "jsonl", "sha256": "1"}, ["a"]
-        )
+        warn_of_shared_prompts(of_task({"name": "jsonl", "sha256": "1"}), {"name": "jsonl", "sha256": "1"}, ["a"])
 
 
 @pytest.mark.parametrize(
@@ -187,34 +165,19 @@ def test_a_width_value_that_is_measured_on_its_own_prompts_is_warned_of() -> Non
 def test_other_prompts_are_not_warned_of(task: dict[str, Any], ids: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_shared_prompts(with_provenance(), task, ids)
+        warn_of_shared_prompts(of_task(), task, ids)
 
 
-def of_controller(path: str | None, quality: str = "mixed") -> dict[str, Any]:
-    learned = {"learned": {"quality": quality}}
-    return with_provenance(controller=path, date="2026-02-01T00:00:00+00:00", config=learned)
-
-
-@pytest.mark.parametrize(
-    ("found", "trained", "sentence"),
-    [
-        (of_controller("there"), {}, "are of the controller 'there', not 'here'"),
-        (of_controller("here", "regret"), {}, "are of quality=regret, not mixed"),
-        (of_controller("there", "regret"), {}, "of the controller 'there', not 'here' and of quality=regret"),
-        (
-            of_controller("here"),
-            {"date": "2026-02-01T00:00:01+00:00"},
-            r"before the controller 'here' was trained \(2026",
-        ),
-    ],
-)
-def test_results_of_another_controller_are_warned_of(found: Any, trained: dict[str, Any], sentence: str) -> None:
-    with pytest.warns(UserWarning, match=sentence):
-        warn_of_other_controller(found, "here", trained, "mixed")
-
-
-def test_results_of_this_controller_are_not_warned_of(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for found in (of_controller("here"), of_controller(str(Path.cwd() / "here")), of_controller(None), results()):
-            warn_of_other_controller(found, "here", {"date": "2026-01-31T00:00:00+00:00"}, "mixed")
+def test_results_of_other_weights_are_refused(tmp_path: Path) -> None:
+    """Where the controller lies does not matter, what is in it does."""
+    save_controller(network(), tmp_path / "one", provenance())
+    (tmp_path / "one").rename(tmp_path / "moved")
+    found = {**results(), "provenance": {"controller_sha256": weights_sha256(tmp_path / "moved")}}
+    assert LearnedWidth.load(tmp_path / "moved", results=found, min_logprob_drop=0.1).width_value == 100.0
+    other = network()
+    other.accept_bias.data += 1.0
+    save_controller(other, tmp_path / "moved", provenance())
+    for results_of, sentence in ((found, "sha256 [0-9a-f]{64}; this one's have"), (results(), r"\(not recorded\)")):
+        with pytest.raises(UserError, match=sentence):
+            LearnedWidth.load(tmp_path / "moved", results=results_of, min_logprob_drop=0.1)
+        assert choose_width_value(results_of, min_logprob_drop=0.1) == 100.0, "for whichever controller they are of"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from controller import LearnedWidth, WidthNet
 from controller.features import ContextFeatures
 from controller.planner import Throughput, UnitCosts
-from controller.policy import MODES, QUALITIES
 from decoding import DecodeResult, DecodingConfig, DSBDDecoder, ModelPair
 from decoding.forest import TokenForest
 from decoding.pricing import iteration_seconds
@@ -76,8 +74,8 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
 def test_every_setting_decodes_and_learns(changes: dict[str, Any]) -> None:
     pair, config = random_pair(6, seed=1, closeness=0.7), config_of(**changes)
-    for mode, quality in product(MODES, QUALITIES):
-        policy = learned(pair, mode=mode, quality=quality, width_value=1.5)
+    for value in (0.5, 1.5, 5.0):
+        policy = learned(pair, width_value=value)
         outlook = policy.outlook
         results = DSBDDecoder(pair, config, policy).generate(PROMPTS, torch.Generator().manual_seed(0))
         for result in results:
@@ -94,10 +92,9 @@ def test_every_setting_decodes_and_learns(changes: dict[str, Any]) -> None:
             assert any(forest for result in results for forest in result.stats.forests)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_hidden_states_of_a_real_pair_are_looked_at(mode: str) -> None:
+def test_hidden_states_of_a_real_pair_are_looked_at() -> None:
     pair = llama_pair()
-    policy = learned(pair, net=net_of_llamas(), mode=mode)
+    policy = learned(pair, net=net_of_llamas())
     (result,) = DSBDDecoder(pair, config_of(), policy).generate([PROMPT])
     assert policy.needs_hidden and result.stats.new_tokens == 9
 
@@ -112,12 +109,11 @@ def streams(count: int) -> list[torch.Generator]:
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("mode", MODES)
-def test_by_the_table_equal_prompts_in_equal_order_give_equal_widths(mode: str, share: bool) -> None:
+def test_by_the_table_equal_prompts_in_equal_order_give_equal_widths(share: bool) -> None:
     pair, config = random_pair(6, seed=2, closeness=0.7), config_of()
 
     def decode(seed: int = 0) -> list[Any]:
-        decoder = DSBDDecoder(pair, config, learned(pair, mode=mode, share=share))
+        decoder = DSBDDecoder(pair, config, learned(pair, share=share))
         return outcome(decoder.generate(PROMPTS * 2, torch.Generator().manual_seed(seed), batch_size=3))
 
     assert decode() == decode() != decode(seed=1)
@@ -176,13 +172,12 @@ def test_the_table_prices_iterations_that_drafted_nothing(
     assert [said for _, said, _ in found] == pytest.approx([true for *_, true in found])
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_where_m_is_given_its_price_changes_nothing(mode: str) -> None:
+def test_where_m_is_given_its_price_changes_nothing() -> None:
     """target_width=1 with a controller that was trained for 4: all that is left to decide is speed."""
     pair, config = random_pair(6, seed=5, closeness=0.8), config_of(target_width=1)
     found = []
     for value in (0.0, 3.0, 100.0):
-        decoder = DSBDDecoder(pair, config, learned(pair, mode=mode, width_value=value))
+        decoder = DSBDDecoder(pair, config, learned(pair, width_value=value))
         found.append(outcome(decoder.generate(PROMPTS * 4, streams(12))))
     assert found[0] == found[1] == found[2]
 
@@ -203,6 +198,7 @@ class Steps:
     """Keeps all steps of a prompt, as paths."""
 
     shadow = None
+    needs_hidden = False
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -216,9 +212,6 @@ class Steps:
         kept = frozenset(tuple(self._forest.path(node)) for node, _ in event.kept)
         self.steps.append(Step(self._beams, event.record.target_width, kept))
         self._beams = kept
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        pass
 
     def end(self, best_path: list[int]) -> None:
         pass
@@ -254,13 +247,11 @@ def steps_of(pair: ModelPair, config: DecodingConfig, policy: LearnedWidth, draw
     return step_p_value(Reference(pair.target, PROMPT, config), recorders)
 
 
-@pytest.mark.parametrize(
-    ("mode", "replacement"), [("after", False), ("after", True), ("both", False), ("before", True)], ids=str
-)
-def test_layers_of_an_exact_config_are_beam_sampling_of_their_widths(mode: str, replacement: bool) -> None:
+@pytest.mark.parametrize("replacement", [False, True])
+def test_layers_of_an_exact_config_are_beam_sampling_of_their_widths(replacement: bool) -> None:
     config = settings(3, 5, 2, 4, exact=True, replacement=replacement)
     pair = random_pair(3, seed=8, closeness=0.6)
-    p, widths = steps_of(pair, config, learned(pair, mode=mode, width_value=0.4), 500)
+    p, widths = steps_of(pair, config, learned(pair, width_value=0.4), 500)
     assert len(widths) > 1, "the case must have several widths"
     assert p > PASS
 
@@ -272,22 +263,16 @@ def test_an_exact_layer_of_a_width_that_followed_the_drafts_is_caught(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("mode", "quality", "value", "changes"),
-    [
-        ("after", "regret", 5.0, {}),
-        ("after", "survivors", 2.0, {"exact": True}),
-        ("both", "regret", 2.0, {"refill": "width", "replacement": True}),
-        ("before", "regret", 12.0, {}),
-        ("after", "mixed", 3.0, {}),
-    ],
+    ("value", "changes"),
+    [(3.0, {}), (2.0, {"exact": True}), (2.0, {"refill": "width", "replacement": True})],
     ids=str,
 )
-def test_first_slots_are_exact_draws(mode: str, quality: str, value: float, changes: dict[str, Any]) -> None:
+def test_first_slots_are_exact_draws(value: float, changes: dict[str, Any]) -> None:
     """Beams that are kept besides depend on the coins; the first M slots never do (design 5.2)."""
     config = settings(3, 5, 3, 6, **changes)
     pair = random_pair(4, seed=11, closeness=0.6)
     recorder = SlotRecorder(config.replacement)
-    decode_often(pair, config, 200, learned(pair, quality=quality, mode=mode, width_value=value), recorder)
+    decode_often(pair, config, 200, learned(pair, width_value=value), recorder)
     assert len(recorder.uniforms) > 1
     assert recorder.p_value() > PASS
 
@@ -299,12 +284,11 @@ def test_first_slots_of_a_width_that_followed_the_drafts_are_caught(monkeypatch:
     assert recorder.p_value() < CAUGHT
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_as_wide_as_can_be_all_returned_beams_follow_beam_sampling(mode: str) -> None:
+def test_as_wide_as_can_be_all_returned_beams_follow_beam_sampling() -> None:
     """Whatever draft widths and depths were chosen, and though prompts learn from each other."""
     config = settings(2, 4, 2, 3)
     pair = random_pair(3, seed=3, closeness=0.5)
-    policy = learned(pair, mode=mode, width_value=1e9)
+    policy = learned(pair, width_value=1e9)
     results = decode_often(pair, config, 500, policy)
     counts = Counter(frozenset(map(tuple, result.sequences)) for result in results)
     assert {m for result in results for m in result.stats.target_widths} == {2}

@@ -13,7 +13,7 @@ import torch
 
 from controller import kernels
 from controller.counts import count_table, tails
-from controller.kernels import Context, Decision, FloatVector, Packed
+from controller.kernels import Context, Decision, FloatVector, Packed, Target
 from controller.planner import (
     Outlook,
     Pace,
@@ -21,6 +21,7 @@ from controller.planner import (
     Throughput,
     UnitCosts,
     kept_width,
+    rules_of,
     settles_alone,
 )
 from decoding import DecodingConfig, DSBDDecoder, RandomWidth
@@ -49,6 +50,7 @@ def random_losses(rng: np.random.Generator, ranks: int) -> FloatArray:
 
 
 NO_HIDDEN = np.zeros(0, np.float32)
+TARGET: Packed = tuple(Target(True, 1, 30, np.zeros(1), np.ones(1), np.zeros(1, np.int64), 1))
 
 
 def scene_of(layer: int, support: int) -> Packed:
@@ -59,14 +61,15 @@ def scene_of(layer: int, support: int) -> Packed:
 
 
 class Saying:
-    """A host network whose early heads say the same of every layer."""
+    """A host network that says the same of every layer: that all that is lost is in nats, which count half."""
 
     def __init__(self, accept: FloatArray, loss: FloatArray) -> None:
         self.at_least = tails(count_table(torch.from_numpy(accept))).numpy()  # [W + 1, W + 1]
         self.loss = loss  # [R + 1]
         with np.errstate(divide="ignore"):
-            logits, steps = np.log(accept) - np.log1p(-accept), np.log(loss[1:-1] - loss[2:])
-        biases = logits, np.append(np.zeros(len(loss) - 1), steps)
+            logits, steps = np.log(accept) - np.log1p(-accept), np.log(2 * (loss[1:-1] - loss[2:]))
+            survivors = np.log(np.eye(1, len(loss) - 1)[0])  # the best line is in the first slot
+        biases = logits, np.append(survivors, steps)
 
         def nothing(*shape: int) -> FloatVector:
             return np.zeros(shape, np.float32)
@@ -77,6 +80,8 @@ class Saying:
         heads = nothing(2, sizes[0]), accept_bias, nothing(2, sizes[1]), quality_bias
         none = nothing(0, 0)
         self.early = tuple(kernels.EarlyWeights(nothing(21), nothing(21), none, none, layers, *heads))
+        late = (nothing(36, 2), nothing(2)), (nothing(2, 2), nothing(2)), (nothing(2, sizes[1]), quality_bias)
+        self.late = tuple(kernels.LateWeights(nothing(36), nothing(36), late))
 
 
 def prediction(accept: float = 0.6, survivors: tuple[float, ...] = (0.6, 0.2, 0.1, 0.1)) -> Saying:
@@ -92,12 +97,13 @@ def plan(
     config: DecodingConfig = CONFIG,
     outlook: Outlook | None = None,
 ) -> Decision:
-    place = rate, reach, 3, 8, 1.0
+    place = rate, reach, 3, 8
     scene, outlook = scene_of(1, support), outlook or Outlook()
-    decision, said = planner.widths(host, scene, (NO_HIDDEN, NO_HIDDEN), config, outlook, *place)
-    np.testing.assert_allclose(said.at_least, host.at_least, atol=1e-6)
-    np.testing.assert_allclose(said.loss, host.loss, atol=1e-6)
-    return decision
+    return planner.widths(host, scene, (NO_HIDDEN, NO_HIDDEN), config, outlook, *place)
+
+
+def final_width(planner: Planner, host: Any, config: DecodingConfig = CONFIG, rate: float = 1.0) -> int:
+    return planner.final_width(host, TARGET, config, rate)[0]
 
 
 def random_predictions(count: int) -> list[Saying]:
@@ -155,6 +161,14 @@ def some_outlook(rng: np.random.Generator) -> Outlook:
         outlook.lost(rng.random() / 2)
         outlook.was_paid(rng.random())
     return outlook
+
+
+def test_a_host_says_what_it_is_made_to_say() -> None:
+    for host in random_predictions(10):
+        at_least, early = kernels.foresee(scene_of(1, 10), NO_HIDDEN, NO_HIDDEN, host.early, CONFIG.target_width)
+        late = Planner(FREE, 1.0).final_width(host, TARGET, CONFIG, 1.0)[1]
+        np.testing.assert_allclose(at_least, host.at_least, atol=1e-6)
+        np.testing.assert_allclose([early, late], [host.loss] * 2, atol=1e-6)
 
 
 def test_free_widths_are_wide_and_dear_ones_narrow() -> None:
@@ -223,8 +237,11 @@ class Case:
     width_value: float
 
     def choose(self, alone: bool) -> int:
-        at_least = None if alone else tails(torch.from_numpy(self.counts)).numpy()
-        return Planner(UnitCosts(), self.width_value).target_width(self.loss, at_least, self.config, self.further)
+        config, price = self.config, (self.width_value, self.further)
+        if alone:
+            return kernels.least_bearable(self.loss, *price, config.min_width, config.target_width)
+        at_least = tails(torch.from_numpy(self.counts)).numpy()
+        return kernels.best_width(self.loss, at_least, *price, rules_of(config))
 
     def short_of_best(self, asked: int) -> float:
         """Worth lost by asking for so many, beside the best that may be asked."""
@@ -305,14 +322,15 @@ def test_final_width_is_the_best_of_all() -> None:
             target_width=most, min_width=int(rng.integers(1, most + 1)), draft_depth=depth, draft_width=8
         )
         loss, rate, value = random_losses(rng, most + int(rng.integers(3))), rng.exponential(), rng.exponential()
+        host = Saying(np.full((1, 1), 0.5), loss)
         price = {
             m: value * loss[m] + rate * (costs.target_seconds(m) + (costs.draft_seconds(m) if depth else 0.0))
             for m in range(config.min_width, most + 1)
         }
-        chosen = Planner(costs, value).cheapest_width(loss, config, rate)
+        chosen = final_width(Planner(costs, value), host, config, rate)
         assert price[chosen] == pytest.approx(min(price.values()))
         seen.add(chosen)
-        free = Planner(costs, value).cheapest_width(loss, config.with_changes(one_beam_cache=True), rate)
+        free = final_width(Planner(costs, value), host, config.with_changes(one_beam_cache=True), rate)
         assert loss[free] == loss[config.min_width : most + 1].min()  # one beam goes on, whatever M is
     assert seen == set(range(1, 7))
 
@@ -385,7 +403,7 @@ def test_more_width_value_never_asks_for_less() -> None:
         asked = [plan(Planner(UnitCosts(), value), predicted).target_width for value in values]
         assert asked == sorted(asked)
         assert asked[0] == 1  # speed alone
-        final = [Planner(UnitCosts(), value).cheapest_width(predicted.loss, CONFIG, 1.0) for value in values]
+        final = [final_width(Planner(UnitCosts(), value), predicted) for value in values]
         assert final == sorted(final) and predicted.loss[final[-1]] == 0.0
 
 
@@ -408,9 +426,9 @@ def test_more_width_value_never_asks_for_less_of_a_settled_width(surplus: str, r
 def test_what_comes_further_is_worth_asking_for_less() -> None:
     rng = np.random.default_rng(7)
     for _ in range(200):
-        loss = random_losses(rng, CONFIG.target_width)
-        planner = Planner(UnitCosts(), rng.exponential())
-        asked = [planner.target_width(loss, None, CONFIG, further) for further in (3.0, 1.0, 0.3, 0.01, 0.0)]
+        loss, value = random_losses(rng, CONFIG.target_width), rng.exponential()
+        ends = CONFIG.min_width, CONFIG.target_width
+        asked = [kernels.least_bearable(loss, value, further, *ends) for further in (3.0, 1.0, 0.3, 0.01, 0.0)]
         assert asked == sorted(asked) and loss[asked[-1]] == 0
 
 
@@ -418,23 +436,25 @@ def test_width_is_spent_where_it_is_worth_something() -> None:
     sure, unsure = prediction(survivors=(0.97, 0.01, 0.01, 0.01)), prediction(survivors=(0.25, 0.25, 0.25, 0.25))
     planner = Planner(UnitCosts(), 4.0)
     assert plan(planner, sure).target_width < plan(planner, unsure).target_width
-    narrow, wide = (planner.target_width(predicted.loss, None, CONFIG) for predicted in (sure, unsure))
+    narrow, wide = (planner.bearable_width(host, TARGET, CONFIG, 1.0)[0] for host in (sure, unsure))
     assert (narrow, wide) == (1, 3)  # 4 · 0.03 <= 1; 4 · 0.5 > 1 >= 4 · 0.25
     planner = Planner(UnitCosts(), 1.0)
-    assert planner.cheapest_width(sure.loss, CONFIG, 1.0) < planner.cheapest_width(unsure.loss, CONFIG, 1.0)
+    assert final_width(planner, sure) < final_width(planner, unsure)
 
 
 def test_support_and_settled_width_limit_what_is_asked() -> None:
     assert plan(Planner(FREE, 100.0), prediction(), support=2).target_width == 2
     predicted = prediction()
     narrow = CONFIG.with_changes(min_width=3)
-    for at_least in (predicted.at_least[2, :3], None):
-        # More than there are: such a layer had better fail.
-        assert Planner(FREE, 100.0).target_width(predicted.loss, at_least, CONFIG) > 2
-    for at_least in (predicted.at_least[5, :6], None):
-        assert Planner(FREE, 0.0).target_width(predicted.loss, at_least, narrow) == 3
-    for at_least in (predicted.at_least[1, :2], None):  # more is asked for than there is
-        assert Planner(FREE, 0.0).target_width(predicted.loss, at_least, narrow) == 3
+
+    def asked(width: int, value: float, config: DecodingConfig) -> list[int]:
+        """By the counts, and where it settles alone."""
+        at_least, ends = predicted.at_least[width, : width + 1], (config.min_width, config.target_width)
+        counted = kernels.best_width(predicted.loss, at_least, value, 1.0, rules_of(config))
+        return [counted, kernels.least_bearable(predicted.loss, value, 1.0, *ends)]
+
+    assert min(asked(2, 100.0, CONFIG)) > 2  # more than there are: such a layer had better fail
+    assert asked(5, 0.0, narrow) == asked(1, 0.0, narrow) == [3, 3]
     assert plan(Planner(FREE, 0.0), predicted, config=narrow).target_width == 3
 
 
@@ -517,6 +537,7 @@ class Keeping:
     """A recorder that compares what a layer kept with what its record says it did."""
 
     shadow = None
+    needs_hidden = False
 
     def __init__(self, config: DecodingConfig) -> None:
         self.config = config
@@ -532,9 +553,6 @@ class Keeping:
             assert said == kept_beams(record.accepted, record.target_width, self.config)
         assert said >= kept if self.config.replacement else said == kept  # equal draws are one beam
         self.seen.add((record.draft_width > 0, record.passed, kept < self.config.target_width))
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        pass
 
     def end(self, best_path: list[int]) -> None:
         pass

@@ -13,6 +13,7 @@ from controller import report
 from controller.report import calibration_curves, plot_frontier, summarise, write_report
 from decoding import DecodeStats, DecodingConfig
 from decoding.measure import Measurement, Row
+from decoding.widths import IterationRecord, LayerRecord
 
 PROVENANCE = {
     "argv": ["evaluate.py", "seed=1"],
@@ -38,8 +39,9 @@ def row(method: str, width: int) -> Row:
 
 
 def measurement(i: int, seconds: float, tokens: int = 10, **more: Any) -> Measurement:
-    stats = DecodeStats(prompt_tokens=20, new_tokens=tokens, iterations=5, kv_slots_end=33)
-    stats.target_widths, stats.draft_widths, stats.accepted = [2, 4], [6, 0], [3, 0]
+    layers = LayerRecord(1, 6, 2, 3, True), LayerRecord(2, 0, 4, 0, True)
+    records = [IterationRecord(layers, 2, seconds, roots=1, drafts=(6,))]
+    stats = DecodeStats(20, new_tokens=tokens, iterations=5, records=records, kv_slots_end=33)
     return Measurement(f"p{i}", seconds, None, stats, list(range(tokens)), False, log_prob=-1.5 * tokens, **more)
 
 

@@ -219,8 +219,9 @@ def test_the_promise_is_what_the_early_heads_say_of_that_loss(bearable: float) -
     policy.observe(IterationRecord((LayerRecord(1, width, 2, 1, False),), 1, 0.1))
     vectors = (policy.features(context), context.draft_hidden, context.root.target_hidden)
     logits = net(*(torch.from_numpy(vector)[None] for vector in vectors))
-    steps = logits.regret[0].exp().tolist()
-    asked = min(k for k in range(1, len(steps) + 2) if sum(steps[k - 1 :]) <= bearable)
+    steps, shares = logits.regret[0].exp().tolist(), logits.survivor[0].softmax(-1).tolist()
+    losses = [(sum(steps[k:]) + sum(shares[k + 1 :])) / 2 for k in range(len(shares))]
+    asked = 1 + min(k for k, loss in enumerate(losses) if loss <= bearable)
     expected = tails(count_table(logits.accept.sigmoid()))[0, width, asked].item()
     ((iteration,),) = policy.prompts
     assert width == context.root.config.draft_width
@@ -282,8 +283,8 @@ def test_from_a_config_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["decoding=beam_search"], "mode=beam_search"),
         (["decoding.draft_depth=0"], "draft_depth=0"),
         (["decoding.draft_width=9"], "draft_width is 9; the controller was trained for at most 8"),
-        (["bearable=0"], "bearable is 0; give a number of nats above 0"),
-        (["bearable=null"], "bearable is None; give a number of nats above 0"),
+        (["bearable=0"], "bearable is 0; give a number above 0"),
+        (["bearable=null"], "bearable is None; give a number above 0"),
         (["controller_path=null"], "give controller="),
         (["prompts.limit=1"], "prompts.limit is 1; give a whole number of at least 2"),
         (["prompts.skip=-1"], "prompts.skip is -1"),

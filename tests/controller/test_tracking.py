@@ -1,11 +1,8 @@
-"""What reaches Weights & Biases: a logger's settings, refusals in a sentence, an evaluation's tables."""
+"""What reaches Weights & Biases, always offline: settings, refusals in a sentence, an evaluation's tables."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +11,7 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig
 
-import train
-from controller.tracking import check_logger, finish, log_evaluation, start_run, trainer_options
+from controller.tracking import log_evaluation, tracked
 from decoding import UserError
 from decoding.entry import CONF_DIR
 
@@ -32,8 +28,6 @@ class Run:
     offline, id = False, "x1"
 
     def __init__(self) -> None:
-        self.settings = SimpleNamespace(sync_dir="nowhere")
-        self.options: dict[str, Any] = {}
         self.logged: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
 
@@ -41,112 +35,54 @@ class Run:
         self.logged |= values
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    fake = Run()
-
-    @functools.wraps(wandb.init)
-    def init(**options: Any) -> Run:
-        inspect.signature(wandb.init).bind(**options)
-        fake.options = options
-        return fake
-
-    monkeypatch.setattr(wandb, "init", init)
-    return fake
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ([], {"mode": "offline", "project": "dsbd"}),
-        (
-            ["logger.wandb.offline=false", "+logger.wandb.id=x1", "+logger.wandb.resume=must"],
-            {"id": "x1", "resume": "must", "mode": None},
-        ),
-        (["logger.wandb.offline=false", "+logger.wandb.version=x1"], {"id": "x1", "resume": "allow"}),
-        (["+logger.wandb.id=x1"], {"id": "x1", "mode": "offline", "resume": None}),
-        (["logger.wandb.offline=false", "+logger.wandb.fork_from='x1?_step=3'"], {"fork_from": "x1?_step=3"}),
-        (["+logger.wandb.mode=online"], {"mode": "online"}),
-        (["logger.wandb.offline=false", "+logger.wandb.mode=offline"], {"mode": "offline"}),
-        (["+logger.wandb.mode=disabled"], {"mode": "disabled"}),
-        (
-            ["+logger.wandb.tags=[a,b]", "+logger.wandb.job_type=sweep", "+logger.wandb.config_exclude_keys=[seed]"],
-            {"tags": ["a", "b"], "job_type": "sweep", "config_exclude_keys": ["seed"]},
-        ),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_settings_reach_wandb(tmp_path: Path, run: Run, given: list[str], expected: dict[str, Any]) -> None:
-    cfg = config(tmp_path / "new", *given)
-    assert start_run(cfg, trains=True) is run
-    assert {key: run.options.get(key) for key in expected} == expected
-    assert run.options["dir"] == str(tmp_path / "new") and (tmp_path / "new").is_dir()
-    assert run.options["config"]["seed"] == 0 and "provenance" in run.options["config"]
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_run_offline(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings of WandbLogger and of wandb.init reach the run; the config is recorded, its secrets are not."""
+    settings = ["+logger.wandb.id=x1", "+logger.wandb.group=g", "+logger.wandb.tags=[a]", "+api_key=hidden"]
+    with tracked(config(tmp_path / "new", *settings, command=command)) as logger:
+        assert logger is not None
+        run = logger.experiment
+        assert run.offline and (run.id, run.group, run.tags, run.project) == ("x1", "g", ("a",), "dsbd")
+        assert run.config["seed"] == 0 and run.config["api_key"] == "***" and "git_sha" in run.config["provenance"]
+    assert wandb.run is None
+    assert f"wandb sync {tmp_path / 'new'}" in capsys.readouterr().err
 
 
-def test_what_the_trainer_logs_reaches_its_logger(tmp_path: Path, run: Run) -> None:
-    given = ["log_model=all", "+prefix=p", "+checkpoint_name=c", "+add_file_policy=immutable", "offline=false"]
-    overrides = [f"{'+' * part.startswith('+')}logger.wandb.{part.lstrip('+')}" for part in given]
-    cfg = config(tmp_path, *overrides)
-    expected = {"log_model": "all", "prefix": "p", "checkpoint_name": "c", "add_file_policy": "immutable"}
-    assert trainer_options(cfg) == expected
-    assert not run.options.keys() & expected.keys()
-    (logger,) = train.build_loggers(cfg, start_run(cfg, trains=True))
-    assert isinstance(logger, WandbLogger) and logger.experiment is run  # type: ignore[comparison-overlap]
-    logger.log_metrics({"loss": 1.0})
-    assert run.logged == {"p-loss": 1.0}
+def test_no_logger_of_wandb_is_none(tmp_path: Path) -> None:
+    for group in ("csv", "none"):
+        with tracked(config(tmp_path, f"logger={group}")) as logger:
+            assert logger is None
+
+
+def test_disabled(tmp_path: Path) -> None:
+    with tracked(config(tmp_path, "+logger.wandb.mode=disabled")) as logger:
+        assert logger is not None and not list(tmp_path.rglob("*.wandb"))
 
 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ("+logger.wandb.prjoect=x", "logger.wandb.prjoect is a setting of neither WandbLogger nor wandb.init; choose"),
-        ("+logger.wandb.api_key=hidden", "logger.wandb.api_key would be written to disk"),
-        ("+logger.wandb.settings={console: wrap}", "logger.wandb.settings are set here"),
-        ("+logger.wandb.save_code=true", "logger.wandb.save_code is off"),
-        ("+logger.wandb.anonymous=true", "does nothing in W&B"),
-        ("logger.wandb.log_model=all", "log_model is 'all': it uploads checkpoints, which a run that is kept offline"),
-        ("+logger.wandb.resume=must", "resume is 'must': it continues a run, .* Set logger.wandb.offline=false"),
-        ("+logger.wandb.fork_from=a", "fork_from is 'a': it continues a run"),
+        ("+logger.wandb.prjoect=x", "of logger.wandb .*unexpected keyword argument 'prjoect'"),
+        ("+logger.wandb.api_key=hidden", "unexpected keyword argument 'api_key'"),
+        ("+logger.wandb.mode=later", "mode"),
+        ("logger.wandb.log_model=all", "cannot be uploaded in offline mode"),
     ],
 )
-def test_settings_without_an_effect_are_refused(tmp_path: Path, run: Run, given: str, sentence: str) -> None:
-    for command in ("train", "evaluate"):
-        if command == "evaluate" and "log_model" in given:
-            sentence = r"logger\.wandb\.log_model is for train\.py"
-        with pytest.raises(UserError, match=sentence) as error:
-            start_run(config(tmp_path / "new", given, command=command), trains=command == "train")
-        assert "hidden" not in str(error.value)
-    assert not run.options and not (tmp_path / "new").exists()
-
-
-def test_an_evaluation_has_no_trainer(tmp_path: Path) -> None:
-    check_logger(config(tmp_path, "+logger.wandb.prefix=''", command="evaluate"))  # the defaults are none of its matter
-    check_logger(config(tmp_path, "logger=csv", command="evaluate"))
-    with pytest.raises(UserError, match=r"logger\.wandb\.prefix is for train\.py"):
-        check_logger(config(tmp_path, "+logger.wandb.prefix=p", command="evaluate"))
-
-
-def test_train_refuses_before_traces_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "ensure_traces", lambda cfg: pytest.fail("traces were collected"))
-    with pytest.raises(UserError, match="log_model is 'all'"):
-        train.main(config(tmp_path, "logger.wandb.log_model=all"))
-
-
-def test_runs_of_wandb_itself(tmp_path: Path) -> None:
-    """Offline and disabled, which need no account; a value that wandb refuses is a sentence."""
-    settings = ["+logger.wandb.id=x1", "+logger.wandb.group=g", "+logger.wandb.job_type=j", "+logger.wandb.tags=[a]"]
-    real = start_run(config(tmp_path, *settings))
-    assert real is not None and real.offline
-    assert (real.id, real.group, real.job_type, real.tags) == ("x1", "g", "j", ("a",))
-    finish(real)
-    finish(start_run(config(tmp_path, "+logger.wandb.mode=disabled")))
-    with pytest.raises(UserError, match=r"wandb does not take a value in logger\.wandb .*mode"):
-        start_run(config(tmp_path, "+logger.wandb.mode=later"))
+def test_what_wandb_refuses_is_a_sentence(tmp_path: Path, given: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as error, tracked(config(tmp_path, given)):
+        pytest.fail("it started")
+    assert "hidden" not in str(error.value) and "\n" not in str(error.value)
     assert wandb.run is None
 
 
-def test_comparisons_tuning_and_failures_are_logged(run: Run) -> None:
+def logged(results: dict[str, Any]) -> Run:
+    """What an evaluation's results are logged as."""
+    run = Run()
+    log_evaluation(WandbLogger(experiment=run), results, {})  # type: ignore[arg-type]
+    return run
+
+
+def test_comparisons_tuning_and_failures_are_logged() -> None:
     ratio = {"ratio": 1.2, "low": 1.1, "high": float("nan")}
     entry = {
         "reference": "beam_sample M=4",
@@ -162,7 +98,7 @@ def test_comparisons_tuning_and_failures_are_logged(run: Run) -> None:
         "tuned": {"split": "val", "prompts": 2, "grid": [point]},
         "comparisons": {"clock": [entry], "modelled": [entry | oracle], "also": []},
     }
-    log_evaluation(run, results, {})
+    run = logged(results)
     table = run.logged["comparisons"]
     lines = [dict(zip(table.columns, line, strict=True)) for line in table.data]
     assert [(line["by"], line["family"]) for line in lines] == [
@@ -177,6 +113,6 @@ def test_comparisons_tuning_and_failures_are_logged(run: Run) -> None:
     assert run.summary == {"fixed M=8/failed": "The device ran out of memory."}
 
 
-def test_an_evaluation_without_comparisons_logs_none(run: Run) -> None:
-    log_evaluation(run, {"rows": [], "failed": {}, "tuned": None, "comparisons": {"clock": []}}, {})
-    assert set(run.logged) == {"frontier_table"} and run.summary == {}
+def test_an_evaluation_without_comparisons_logs_none() -> None:
+    run = logged({"rows": [], "failed": {}, "tuned": None, "comparisons": {"clock": []}})
+    assert run.logged == run.summary == {}

@@ -21,9 +21,11 @@ import train
 from controller import LearnedWidth
 from controller.features import ContextFeatures
 from controller.network import load_controller
+from controller.report import calibration_curves
 from decoding import UserError
 from decoding.entry import CONF_DIR
 from tests.controller.synthetic import CONFIG, PAIR, draft_context, target_context, write_traces
+from tests.controller.test_data import rewrite
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +69,12 @@ def test_equal_seeds_give_equal_controllers(tmp_path: Path) -> None:
     assert losses[0] == losses[1] != losses[2]
     first, second = (load_controller(tmp_path / name / "controller")[0].state_dict() for name in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_hidden_states_that_would_not_be_logged_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "ensure_traces", lambda cfg: pytest.fail("collected"))
+    with pytest.raises(UserError, match=r"Set collect\.hidden=true, or leave controller\.use_hidden=false"):
+        train.main(config(tmp_path, "controller.use_hidden=true"))
 
 
 def test_fast_dev_run(tmp_path: Path) -> None:
@@ -129,23 +137,17 @@ class Interrupts(Callback):
 
 
 @pytest.mark.parametrize(
-    ("epoch", "overrides", "sentence"),
+    ("epoch", "sentence"),
     [
-        (1, [], "The best epoch so far is kept; the same command with ckpt_path={last} goes on from there."),
-        (1, ["rounds=2"], "A fit of several rounds is not resumed; the same command starts again"),
-        (0, [], "No epoch of this fit is kept; the same command starts it again"),
+        (1, "The best epoch so far is kept; the same command with ckpt_path={last} goes on from there."),
+        (0, "No epoch of this fit is kept; the same command starts it again"),
     ],
 )
 def test_an_interrupted_fit_says_how_to_go_on(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    epoch: int,
-    overrides: list[str],
-    sentence: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], epoch: int, sentence: str
 ) -> None:
     target = f"{Interrupts.__module__}.Interrupts"
-    arguments = ["trainer.max_epochs=2", "callbacks.progress_bar=null", "logger=none", *overrides]
+    arguments = ["trainer.max_epochs=2", "callbacks.progress_bar=null", "logger=none"]
     arguments += ["+trainer.enable_progress_bar=false", f"+callbacks.stop={{_target_: {target}, epoch: {epoch}}}"]
     monkeypatch.setattr(sys, "argv", ["train.py", f"paths.output_dir={tmp_path}", *arguments])
     monkeypatch.chdir(tmp_path)
@@ -162,7 +164,7 @@ def test_an_interrupted_fit_says_how_to_go_on(
     lines = capsys.readouterr().err.splitlines()
     assert lines[-2].startswith(sentence.format(last=last)) and lines[-1] == "interrupted"
     assert not list(tmp_path.rglob("*controller*"))
-    if "ckpt_path" in sentence:
+    if epoch:
         train.main(config(tmp_path / "again", f"ckpt_path={last}"))
         assert load_controller(tmp_path / "again" / "controller")
 
@@ -230,3 +232,24 @@ def test_config_json_has_no_nan(tmp_path: Path) -> None:
     train.main(config(tmp_path, "trainer.max_epochs=1"))
     text = (tmp_path / "controller" / "config.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_what_is_saved_of_the_curves(tmp_path: Path) -> None:
+    train.main(config(tmp_path, "trainer.max_epochs=1"))
+    _, about = load_controller(tmp_path / "controller")
+    saved = about["reliability"]
+    assert saved["split"] == "val" and {"survivor", "count_w1_2"} <= set(saved["curves"])
+    assert saved["predicted"] == saved["curves"]["count"]["predicted"]
+    assert calibration_curves(about)["P(K_w >= M)"]["rows"] == saved["rows"]
+    for name, curve in saved["curves"].items():
+        assert {"predicted", "observed", "rows", "error", "score"} == set(curve)
+        assert about["metrics"][f"val/{name}_ece"] == pytest.approx(curve["error"])
+        assert about["metrics"][f"val/{name}_rps"] == pytest.approx(curve["score"])
+
+
+def test_test_rows_are_what_reliability_is_measured_on(tmp_path: Path, traces: Path) -> None:
+    rewrite(traces, split=[("val", "test")[i // 20 % 2] if i < 80 else "train" for i in range(400)])
+    train.main(config(tmp_path / "run", "trainer.max_epochs=1"))
+    _, about = load_controller(tmp_path / "run" / "controller")
+    assert about["reliability"]["split"] == "test"
+    assert "test/count_w1_2_ece" in about["metrics"] and "val/count_w1_2_ece" not in about["metrics"]

@@ -173,6 +173,23 @@ def test_rows_that_cannot_be_are_refused(tmp_path: Path, row: str, sentence: str
 
 
 @pytest.mark.parametrize(
+    ("method", "axes"),
+    [
+        ("threshold", {"threshold": 0.7}),
+        ("mass", {"share": 0.6, "final_width": 4}),
+        ("gap", {"gap": 0.5, "stop_entropy": 1.5}),
+        ("entropy", {"scale": 1, "surplus": "drop"}),
+    ],
+)
+def test_axes_of_hand_set_rules(method: str, axes: dict[str, Any]) -> None:
+    (row,) = bench.read_rows([{"method": method, **axes}], DecodingConfig())
+    settings = row.row.settings | row.flags
+    assert {axis: settings[axis] for axis in axes} == axes
+    with pytest.raises(UserError, match="is 'much'; give a number"):
+        bench.read_rows([{"method": method, next(iter(axes)): "much"}], DecodingConfig())
+
+
+@pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("repeats=0", "repeats is 0"),

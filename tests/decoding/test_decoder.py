@@ -194,6 +194,7 @@ class KeptRecorder:
     """(passed, accepted, kept) of every verified layer."""
 
     shadow = None
+    needs_hidden = False
 
     def __init__(self) -> None:
         self.seen: list[tuple[bool, int, int]] = []
@@ -204,9 +205,6 @@ class KeptRecorder:
     def layer(self, event: LayerEvent) -> None:
         if event.verdict is not None:
             self.seen.append((event.record.passed, event.record.accepted, len(event.kept)))
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        pass
 
     def end(self, best_path: list[int]) -> None:
         pass

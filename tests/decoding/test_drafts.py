@@ -105,7 +105,13 @@ def traces_config(directory: Path, draft: str) -> DictConfig:
                 "max_new_tokens": 12,
                 "eos_token_id": -1,
             },
-            "collect": {"traces_dir": str(directory), "train_prompts": 3, "val_prompts": 2, "batch_size": 2},
+            "collect": {
+                "traces_dir": str(directory),
+                "train_prompts": 3,
+                "val_prompts": 2,
+                "batch_size": 2,
+                "hidden": True,
+            },
             "seed": 0,
         }
     )

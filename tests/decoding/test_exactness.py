@@ -171,6 +171,7 @@ class SlotRecorder:
     """
 
     shadow = None
+    needs_hidden = False
 
     def __init__(self, replacement: bool) -> None:
         self._replacement = replacement
@@ -192,9 +193,6 @@ class SlotRecorder:
             self.uniforms[event.record.target_width].append(float(chance))
             if not self._replacement:
                 slot[x] = 0.0
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        pass
 
     def end(self, best_path: list[int]) -> None:
         pass
@@ -224,6 +222,7 @@ class WeightRecorder:
     """Compares P and the weights of all kept beams with the reference, node by node; one for each prompt."""
 
     shadow = None
+    needs_hidden = False
 
     def __init__(self, reference: Reference, forests: list[TokenForest], prompt: int) -> None:
         self.reference, self.forests, self.prompt = reference, forests, prompt
@@ -248,9 +247,6 @@ class WeightRecorder:
         weights = [weight for _, weight in event.kept]
         assert weights == sorted(weights, reverse=True)
         assert len({node for node, _ in event.kept}) == len(event.kept) <= self.reference.config.target_width
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        pass
 
     def end(self, best_path: list[int]) -> None:
         forest = self.forests[self.prompt]
@@ -502,6 +498,7 @@ def test_a_recorder_changes_nothing() -> None:
 
     class Listening(SlotRecorder):
         shadow = Dice(torch.Generator().manual_seed(9))  # type: ignore[assignment]
+        needs_hidden = True
 
     pair, config = random_pair(4, seed=14), settings(2, 4, 3, 6)
     plain = decode_often(pair, config, 50)

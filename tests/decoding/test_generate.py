@@ -32,7 +32,7 @@ from decoding.forest_view import (
     NodeView,
     render,
 )
-from decoding.generate import Arguments, continuation, fit, main, read_arguments, read_text, run, tokenised
+from decoding.generate import continuation, fit, read_arguments, read_text, run, tokenised
 from decoding.results import LayerEvent
 from tests.small_pair import small_pair, small_tokenizer
 
@@ -65,43 +65,36 @@ def config(*overrides: str) -> DictConfig:
         'say "x=1"',
         "two\nlines=3",
         "",
-        "-",
-        "-1",
-        "- item",
         "https://host/?q=1",
         "${HOME}",
         "x <- y",
     ],
 )
-def test_texts(text: str) -> None:
-    assert read_arguments(["pair=tiny", text, "--show-forest", "seed=1"]) == Arguments(
-        ("pair=tiny", "show_forest=true", "seed=1"), (text,)
+def test_a_text_stands_first(text: str) -> None:
+    assert read_arguments([text, "pair=tiny", "--show-forest", "seed=1"]) == (
+        text,
+        ["pair=tiny", "show_forest=true", "seed=1"],
     )
+
+
+def test_words_of_a_text_need_no_quotes() -> None:
+    assert read_arguments(["import", "os", "seed=1"]) == ("import os", ["seed=1"])
+    assert read_arguments(["seed=1", "--", "x=1", "y"]) == ("x=1 y", ["seed=1"])
+
+
+@pytest.mark.parametrize("text", ["x=1", "-1", "- item", "--show-forest", "~policy"])
+def test_a_text_that_looks_like_a_setting_goes_behind_dashes(text: str) -> None:
+    assert read_arguments([text, "seed=1"])[0] is None
+    assert read_arguments(["seed=1", "--", text]) == (text, ["seed=1"])
 
 
 @pytest.mark.parametrize(
     "setting",
-    [
-        "x=1",
-        "pair=tiny",
-        "+a.b=2",
-        "++a=2",
-        "~policy",
-        "decoding.eos_token_id=[1,2]",
-        "hydra/job_logging=none",
-        "--help",
-    ],
+    ["x=1", "pair=tiny", "+a.b=2", "++a=2", "~policy", "decoding.eos_token_id=[1,2]", "hydra/job_logging=none"],
 )
-def test_settings(setting: str) -> None:
-    assert read_arguments(["text", setting]) == Arguments((setting,), ("text",))
-
-
-def test_what_is_taken_as_written() -> None:
-    assert read_arguments(["seed=1", "--", "x=1"]) == Arguments(("seed=1",), ("x=1",))
-    assert read_arguments(["--", "--show-forest"]).texts == ("--show-forest",)
-    assert read_arguments(["text='a, b' = ${c}\n"]).texts == ("'a, b' = ${c}\n",)
-    assert read_arguments(["file=a b=c.txt"]) == Arguments(file="a b=c.txt")
-    assert read_arguments(["--cfg", "job", "text"]) == Arguments(("--cfg", "job"), ("text",))
+def test_settings_without_a_text(setting: str) -> None:
+    """Which is piped in, or in a file."""
+    assert read_arguments([setting, "--help"]) == (None, [setting, "--help"])
 
 
 def piped(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
@@ -112,33 +105,28 @@ def test_text_from_files_and_pipes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     """One newline at the end is the editor's; an argument is taken as it is."""
     path = tmp_path / "prompt.txt"
     path.write_bytes("é\r\n\r\n".encode())
-    assert read_text([], str(path)) == "é\n"
+    assert read_text({"text": None, "file": str(path)}) == "é\n"
+    assert read_text({"text": "c\n"}) == "c\n"
     piped(monkeypatch, b"a\n")
-    assert read_text([], None) == "a"
-    piped(monkeypatch, b"b")
-    assert read_text(["-"], None) == "b"
-    assert read_text(["c\n"], None) == "c\n"
+    assert read_text({"text": None}) == "a"
 
 
 @pytest.mark.parametrize(
-    ("texts", "file", "content", "expected"),
+    ("given", "content", "expected"),
     [
-        ((), None, b"", "No text: give it as"),
-        ((), None, b"\n", "What was piped in is empty"),
-        ((), None, b"\xe9", "What was piped in is not UTF-8"),
-        (("\udce9",), None, b"", "The text is not UTF-8"),
-        (("",), None, b"", "The text is empty"),
-        (("import", "os"), None, b"", "'import' and 'os' are 2 texts"),
-        (("a",), "b.txt", b"", "'a' and file=b.txt are 2 texts"),
-        ((), "/no/such/file", b"", "Cannot read /no/such/file"),
+        ({}, b"", "No text: give it as"),
+        ({}, b"\n", "What was piped in is empty"),
+        ({}, b"\xe9", "What was piped in is not UTF-8"),
+        ({"text": "\udce9"}, b"", "The text is not UTF-8"),
+        ({"text": ""}, b"", "The text is empty"),
+        ({"the argument": "a", "file": "b.txt"}, b"", "There are 2 texts, by the argument and by file; give one."),
+        ({"file": "/no/such/file"}, b"", "Cannot read /no/such/file"),
     ],
 )
-def test_no_text(
-    monkeypatch: pytest.MonkeyPatch, texts: tuple[str, ...], file: str | None, content: bytes, expected: str
-) -> None:
+def test_no_text(monkeypatch: pytest.MonkeyPatch, given: dict[str, str | None], content: bytes, expected: str) -> None:
     piped(monkeypatch, content)
     with pytest.raises(UserError, match=re.escape(expected)):
-        read_text(texts, file)
+        read_text(given)
 
 
 def test_no_text_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +134,7 @@ def test_no_text_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     piped(monkeypatch, b"never read")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     with pytest.raises(UserError, match="No text"):
-        read_text([], None)
+        read_text({})
 
 
 def test_a_pair_without_a_tokenizer() -> None:
@@ -161,7 +149,7 @@ def test_a_pair_without_a_tokenizer() -> None:
 
 @pytest.mark.usefixtures("_small")
 def test_prints_every_hypothesis(capsys: pytest.CaptureFixture[str]) -> None:
-    result = run(config("decoding.length_penalty=0.5"), Arguments(texts=(TEXT,)))
+    result = run(config("decoding.length_penalty=0.5"), TEXT)
     out = capsys.readouterr().out
     pair = small_pair()
     expected = DSBDDecoder(
@@ -184,7 +172,7 @@ def test_prints_every_hypothesis(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("_small")
 def test_ended_hypotheses_say_so(capsys: pytest.CaptureFixture[str]) -> None:
     ends = ",".join(str(token) for token in range(0, 200))
-    result = run(config(f"decoding.eos_token_id=[{ends}]"), Arguments(texts=(TEXT,)))
+    result = run(config(f"decoding.eos_token_id=[{ends}]"), TEXT)
     out = capsys.readouterr().out
     assert any(result.finished)
     assert out.count("finished after") == sum(result.finished)
@@ -193,8 +181,8 @@ def test_ended_hypotheses_say_so(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("_small")
 def test_from_python(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT + "\n")
-    one = main(config("text=width"))
-    two = main(config(f"file={tmp_path / 'a.txt'}", "seed=3", "policy=threshold"))
+    one = run(config("text=width"))
+    two = run(config(f"file={tmp_path / 'a.txt'}", "seed=3", "policy=threshold"))
     assert one.stats.prompt_tokens != two.stats.prompt_tokens
     assert capsys.readouterr().out.count("[1] score") == 2
 
@@ -204,11 +192,11 @@ def test_colours_only_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    run(config("show_forest=true"), Arguments(texts=(TEXT,)))
+    run(config("show_forest=true"), TEXT)
     coloured = r"\x1b\[[0-9;]*3[0-9]m"
     assert re.search(coloured, capsys.readouterr().out)
     monkeypatch.setenv("NO_COLOR", "1")
-    run(config("show_forest=true"), Arguments(texts=(TEXT,)))
+    run(config("show_forest=true"), TEXT)
     assert not re.search(coloured, capsys.readouterr().out)
 
 
@@ -321,16 +309,16 @@ def compare_log_probabilities(view: ForestView, pair: ModelPair, prompt: list[in
 
 @pytest.mark.usefixtures("_small")
 def test_which_iteration(capsys: pytest.CaptureFixture[str]) -> None:
-    run(config("forest_iteration=2"), Arguments(texts=(TEXT,)))
+    run(config("forest_iteration=2"), TEXT)
     assert "forest of iteration 2" in capsys.readouterr().out
-    run(config("show_forest=true", "decoding.draft_depth=0"), Arguments(texts=(TEXT,)))
+    run(config("show_forest=true", "decoding.draft_depth=0"), TEXT)
     assert "layer 1: none drafted, 3 taken from the target" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"forest_iteration is 99, but there were \d iterations"):
-        run(config("forest_iteration=99"), Arguments(texts=(TEXT,)))
+        run(config("forest_iteration=99"), TEXT)
     assert "[1] score" in capsys.readouterr().out, "what was decoded is shown all the same"
     for wrong in ("0", "first", "true"):
         with pytest.raises(UserError, match=r"forest_iteration is .* give a whole number of at least 1"):
-            run(config(f"forest_iteration={wrong}"), Arguments(texts=(TEXT,)))
+            run(config(f"forest_iteration={wrong}"), TEXT)
 
 
 def test_the_first_iteration_that_drafted() -> None:
@@ -418,9 +406,16 @@ def test_command_line(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "it writes nothing"
 
 
+def test_what_is_piped_in_goes_on(tmp_path: Path) -> None:
+    result = command("decoding.max_new_tokens=2", "decoding.target_width=2", folder=tmp_path, given="x = 1\n")
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout.startswith("x = 1\n\n[1] score")
+
+
 def test_command_line_mistakes(tmp_path: Path) -> None:
     result = command("x", "polcy=fixed", folder=tmp_path)
     assert result.returncode == 2 and "Did you mean policy?" in result.stderr and result.stdout == ""
+    result = command("seed=1", "import os", folder=tmp_path)
+    assert result.returncode == 2 and "'import os' cannot be read" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

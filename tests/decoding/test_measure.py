@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from decoding import DecodeResult, DecodeStats, DecodingConfig, UserError
 from decoding.baselines import METHODS, Streams
 from decoding.decoder import OutOfDeviceMemory, Prompts
-from decoding.measure import Row, log_probability, make_rows, run_rows
+from decoding.files import json_bytes
+from decoding.measure import Measurement, Row, log_probability, make_rows, run_rows
 from decoding.tasks.base import Prompt, stable_hash
+from decoding.widths import IterationRecord, LayerRecord
 from tests.small_pair import small_pair
 
 CONFIG = DecodingConfig(target_width=4, draft_width=6, draft_depth=3, top_k=10)
@@ -187,3 +191,17 @@ def test_log_probability_is_that_of_one_token_at_a_time() -> None:
             logits = model(torch.tensor([prompt + text[:i]])).logits[0, -1].double()
         total += float(logits.log_softmax(-1)[token])
     assert log_probability(model, prompt, text) == pytest.approx(total, abs=1e-4)  # float32 logits
+
+
+def test_what_a_prompt_took_is_written_as_short_lists() -> None:
+    layers = (LayerRecord(1, 6, 4, 5, True), LayerRecord(2, 6, 4, 2, False))
+    records = [IterationRecord(layers, 2, 0.1, roots=1, drafts=(6, 6, 6))] * 64
+    stats = DecodeStats(prompt_tokens=9, new_tokens=128, iterations=64, records=records)
+    written = Measurement("p", 6.4, None, stats, [1, 2], False).to_dict()
+    content = json_bytes(written)
+    assert len(content) < 40 * stats.new_tokens
+    read = json.loads(content)["stats"]
+    assert (read["target_widths"], read["draft_widths"], read["accepted"]) == ([4] * 128, [6] * 128, [5, 2] * 64)
+    assert (read["passed"], read["roots"], read["forests"]) == ([True, False] * 64, [1] * 64, [[6, 6, 6]] * 64)
+    assert (read["prompt_tokens"], read["new_tokens"], read["iterations"]) == (9, 128, 64)
+    assert read["seconds"] == stats.seconds and "records" not in read

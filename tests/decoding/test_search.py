@@ -294,6 +294,7 @@ class Layers:
     """Records one prompt's layers; `paths` of a layer are its drafts, none where nothing was drafted."""
 
     shadow = None
+    needs_hidden = False
     records: list[LayerRecord] = field(default_factory=list)
     paths: list[set[Path]] = field(default_factory=list)
     _drafted: list[set[Path]] = field(default_factory=list)
@@ -304,9 +305,6 @@ class Layers:
     def layer(self, event: LayerEvent) -> None:
         self.records.append(event.record)
         self.paths.append(self._drafted.pop(0) if event.record.draft_width else set())
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None:
-        pass
 
     def end(self, best_path: list[int]) -> None:
         pass

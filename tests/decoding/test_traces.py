@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,19 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from controller import WidthNet
+from controller.features import ContextFeatures
+from controller.network import save_controller
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, UserError
 from decoding.acceptance import joint_keys
-from decoding.collect import _describe, ensure_traces
+from decoding.bandit import BanditWidth
+from decoding.collect import Collection, ensure_traces, trace_key
 from decoding.forest import TokenForest
+from decoding.latency import LatencyTable
 from decoding.results import LayerEvent
 from decoding.tasks.base import Prompt
-from decoding.traces import MANIFEST, TraceRecorder, deficits, load_traces
+from decoding.tasks.stdlib import StdlibTask
+from decoding.traces import MANIFEST, TRACE_FEATURES, TraceRecorder, deficits, load_traces
 from decoding.widths import DraftContext, TargetContext
 
 CONFIG = DecodingConfig(target_width=3, draft_width=5, draft_depth=2, max_new_tokens=10, top_k=8, eos_token_id=-1)
@@ -74,6 +82,9 @@ class FixedTask:
     def prompts(self, split: str, limit: int | None, tokenizer: object) -> list[Prompt]:
         return [Prompt(f"{split}:{i}", [1 + i % 7, 2, 3], None, None) for i in range(limit or 3)]
 
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name}
+
 
 def collect_config(directory: Path, **collect: int) -> DictConfig:
     here = __name__
@@ -101,8 +112,8 @@ class Spy(TraceRecorder):
     path: list[int] = field(default_factory=list)
     forest: TokenForest = field(default_factory=TokenForest)
 
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(SimpleFeatures(), (16, 16), shadow_seed=seed)
+    def __init__(self, seed: int = 0, sizes: tuple[int, int] | None = None) -> None:
+        super().__init__(SimpleFeatures(), sizes, shadow_seed=seed)
         self.events, self.path = [], []
 
     def drafted(
@@ -118,6 +129,10 @@ class Spy(TraceRecorder):
     def end(self, best_path: list[int]) -> None:
         self.path = best_path
         super().end(best_path)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def recorded(
@@ -150,21 +165,22 @@ def test_rows_say_what_the_decoder_did():
         np.testing.assert_array_equal(row["target_features"], features.of_target(event.context))
         assert (row["layer"], row["target_width"]) == (event.record.layer, event.record.target_width)
         assert len(row["accept_bits"]) == len(row["accept_probs"]) == row["draft_width"]
-        assert len(row["count_probs"]) == (row["draft_width"] + 1 if row["drafted"] else 0)
-        assert row["kept_width"] == len(event.kept)
-        assert row["drafted"] == (row["draft_width"] > 0)
-    drafted = [row for row in rows if row["drafted"]]
-    assert drafted and all(abs(sum(row["count_probs"]) - 1) < 1e-9 for row in drafted)
+        assert (row["draft_width"], row["kept_width"]) == (event.record.draft_width, len(event.kept))
+        assert set(row) == set(TRACE_FEATURES)
+    assert {len(row["accept_bits"]) > 0 for row in rows} == {True, False}
 
 
-def test_survivor_rank_is_the_rank_of_the_best_hypothesis():
-    spy, rows = recorded(FixedWidth(), seed=4)
-    for depth, (row, event) in enumerate(zip(rows, spy.events, strict=True)):
-        nodes = [node for node, _ in event.kept]
-        assert nodes[row["survivor_rank"] - 1] == spy.path[depth]
-        weights = [weight for _, weight in event.kept]
-        assert weights == sorted(weights, reverse=True)
-    assert rows[-1]["survivor_rank"] == 1  # the best hypothesis is the best beam of the last layer
+def test_hidden_states_are_logged_when_asked_for():
+    asked = Spy(sizes=(16, 16))
+    for spy in (asked, Spy()):
+        spy.start("p", "train")
+        DSBDDecoder(make_pair(), CONFIG, RandomWidth(seed=1)).generate([[1, 2, 3]], seeded(), spy)
+        rows = spy.take_rows()
+        for name in ("draft_hidden", "target_hidden"):
+            assert {len(row[name]) for row in rows} == {16 if spy is asked else 0}
+            assert any(np.any(row[name]) for row in rows) == (spy is asked)
+        hidden = {event.context.draft.root.target_hidden is None for event in spy.events}
+        assert hidden == {spy is not asked}, "nor are they computed"
 
 
 RECORDED = [
@@ -179,8 +195,8 @@ RECORDED = [
 
 
 @pytest.mark.parametrize("changes", RECORDED, ids=str)
-def test_slots_are_in_the_order_of_the_verdict_and_name_the_same_survivor(changes: dict[str, Any]) -> None:
-    """Slots read from the verdict itself, by (parent, token); ranks from the weights; both point at one node."""
+def test_slots_are_in_the_order_of_the_verdict_and_name_the_survivor(changes: dict[str, Any]) -> None:
+    """Slots read from the verdict itself, by (parent, token); one of them is on the path of the best hypothesis."""
     config, survivors = CONFIG.with_changes(**changes), 0
     for seed in range(8):
         spy, rows = recorded(RandomWidth(seed=seed), seed, config)
@@ -195,10 +211,10 @@ def test_slots_are_in_the_order_of_the_verdict_and_name_the_same_survivor(change
             ranked = [node for node, _ in event.kept]
             assert sorted(ranked) == sorted(event.slots) and len(row["slot_deficits"]) == row["kept_width"]
             best = spy.path[depth] if depth < len(spy.path) else None
-            assert (row["survivor_rank"] == 0) == (row["survivor_slot"] == 0) == (best is None)
+            assert (row["survivor_slot"] == 0) == (best is None)
             if best is not None:
                 survivors += 1
-                assert ranked[row["survivor_rank"] - 1] == event.slots[row["survivor_slot"] - 1] == best
+                assert event.slots[row["survivor_slot"] - 1] == best
                 assert row["slot_deficits"][row["survivor_slot"] - 1] == 0.0
             assert min(row["slot_deficits"]) == 0.0
         kept = [event.kept for event in spy.events]
@@ -319,13 +335,67 @@ def test_a_second_run_finds_the_traces(tmp_path: Path):
     assert ensure_traces(other) != directory
 
 
-def test_the_key_of_settings_without_files_is_that_of_the_settings(tmp_path: Path):
-    """It stays what it is: traces of the built-in task are found again by it."""
+def said(cfg: DictConfig) -> dict[str, Any]:
+    """What the traces of a config are found by."""
+    return Collection.of(cfg, make_pair()).describe()
+
+
+def test_the_key_is_of_what_the_parts_say(tmp_path: Path):
     cfg = collect_config(tmp_path)
-    cfg.data = {"_target_": "decoding.tasks.stdlib.StdlibTask", "prompt_tokens": 128, "reference_tokens": 64}
-    about = _describe(cfg, make_pair(), SimpleFeatures())
-    assert about["task"] == OmegaConf.to_container(cfg.data)
-    assert about["policy"] == {"_target_": "decoding.RandomWidth", "seed": 0}
+    cfg.data = {"_target_": "decoding.tasks.stdlib.StdlibTask"}
+    about = said(cfg)
+    assert about["decoding"] == asdict(CONFIG)
+    assert about["policy"] == RandomWidth(seed=0).describe()
+    assert about["task"] == StdlibTask(prompt_tokens=128, reference_tokens=64).describe()
+    assert about["pair"] == make_pair().fingerprint
+    key = trace_key(about)
+    cfg.data["reference_tokens"] = 64  # the default, written out
+    assert trace_key(said(cfg)) == key
+    for part, change in (("data", {"prompt_tokens": 99}), ("policy", {"seed": 1}), ("decoding", {"top_k": 9})):
+        other = cfg.copy()
+        other[part] = {**other[part], **change}
+        assert trace_key(said(other)) != key
+    for change in ({"train_prompts": 9}, {"test_prompts": 1}, {"hidden": True}):
+        other = cfg.copy()
+        other.collect = {**other.collect, **change}
+        assert trace_key(said(other)) != key
+
+
+def test_the_key_says_nothing_of_the_modules_that_hold_the_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One class by two dotted paths, then the same classes moved to a module of another name."""
+    cfg = collect_config(tmp_path)
+    cfg.data = {"_target_": "decoding.tasks.stdlib.StdlibTask"}
+    key = trace_key(said(cfg))
+    cfg.policy["_target_"], cfg.decoding["_target_"] = "decoding.widths.RandomWidth", "decoding.config.DecodingConfig"
+    assert trace_key(said(cfg)) == key
+    moved = ModuleType("moved")
+    for part, kind in (
+        ("policy", RandomWidth),
+        ("decoding", DecodingConfig),
+        ("data", StdlibTask),
+        ("features", SimpleFeatures),
+    ):
+        monkeypatch.setattr(kind, "__module__", "moved")
+        setattr(moved, kind.__name__, kind)
+        cfg[part]["_target_"] = f"moved.{kind.__name__}"
+    monkeypatch.setitem(sys.modules, "moved", moved)
+    assert trace_key(said(cfg)) == key
+
+
+class HalfWidth(FixedWidth):
+    """Says what its base says."""
+
+
+class SilentTask:
+    name = "silent"
+
+
+def test_parts_that_do_not_describe_themselves_are_refused(tmp_path: Path):
+    for part, kind in (("policy", HalfWidth), ("data", SilentTask)):
+        cfg = collect_config(tmp_path)
+        cfg[part] = {"_target_": f"{__name__}.{kind.__name__}"}
+        with pytest.raises(UserError, match=rf"{kind.__name__} does not describe itself, .* Give the class a describe"):
+            ensure_traces(cfg)
 
 
 def test_other_prompts_in_the_same_file_have_traces_of_their_own(tmp_path: Path):
@@ -343,27 +413,38 @@ def test_other_prompts_in_the_same_file_have_traces_of_their_own(tmp_path: Path)
 
 
 def test_a_policy_counts_by_what_is_in_its_files(tmp_path: Path):
-    (tmp_path / "controller").mkdir()
-    weights, table = tmp_path / "controller" / "model.safetensors", tmp_path / "table.json"
+    features = ContextFeatures()
+    names = {"version": features.version, "names": features.names, "target_names": features.target_names}
+    about = {"pair": {}, "decoding": {}, "features": names}
+    sizes = len(features.names), 5, 3, 0, 0, len(features.target_names)
+    first, second, table = tmp_path / "first", tmp_path / "second", tmp_path / "table.json"
+    torch.manual_seed(0)
+    net = WidthNet(*sizes)
+    save_controller(net, first, about)
+    save_controller(net, second, about | {"git_sha": "another commit"})
+    costs = LatencyTable((1, 8), (1.0, 2.0), (0.5, 0.5))
 
-    def policy(**settings: object) -> dict[str, Any]:
+    def policy(path: Path, **settings: object) -> dict[str, Any]:
         cfg = collect_config(tmp_path)
-        cfg.policy = {"_target_": "controller.LearnedWidth.load", **settings}
-        return dict(_describe(cfg, make_pair(), SimpleFeatures())["policy"])
+        cfg.policy = {"_target_": "controller.LearnedWidth.load", "path": str(path), **settings}
+        return dict(said(cfg)["policy"])
 
-    settings = {"path": str(tmp_path / "controller"), "latency": {"path": str(table)}, "mode": "after"}
-    weights.write_bytes(b"old")
-    table.write_bytes(b"old")
-    old = policy(**settings)
-    assert old["mode"] == "after" and str(tmp_path) not in str(old)
-    weights.write_bytes(b"new")
-    new = policy(**settings)
-    assert new != old
-    table.write_bytes(b"new")
-    assert policy(**settings)["path"] == new["path"] and policy(**settings) != new
-    (tmp_path / "controller").rename(tmp_path / "moved")
-    assert policy(path=str(tmp_path / "moved"))["path"] == new["path"]
-    assert policy(path="owner/controller", revision="1")["path"] == "owner/controller"  # of the hub
+    def kept(costs: LatencyTable, path: Path) -> Path:
+        path.write_text(json.dumps(costs.to_dict()))
+        return path
+
+    plain = policy(first)
+    assert plain == policy(second) and str(tmp_path) not in str(plain)
+    assert policy(first, width_value=3.0) != plain
+    save_controller(WidthNet(*sizes), second, about)
+    assert policy(second) != plain, "retrained"
+    by_table = policy(first, latency=str(kept(costs, table)))
+    assert by_table != plain
+    moved = kept(replace(costs, measured="2026-01-01"), tmp_path / "moved.json")
+    assert policy(first, latency=str(moved)) == by_table
+    assert policy(first, latency=str(kept(replace(costs, draft=(0.5, 0.6)), table))) != by_table
+    assert BanditWidth(latency=costs).describe() == BanditWidth(latency=LatencyTable.load(moved)).describe()
+    assert BanditWidth(latency=costs).describe() != BanditWidth(latency=LatencyTable.load(table)).describe()
 
 
 def test_traces_come_back_as_written(tmp_path: Path):
@@ -400,12 +481,11 @@ def test_an_interrupted_collection_goes_on_with_the_same_rows(tmp_path: Path, mo
         load_traces(directory)
     assert not list(directory.glob("*.partial"))
     parts, _ = load_traces(ensure_traces(cfg))
-    timeless = [c for c in whole.column_names if not c.endswith("_seconds")]
-    assert whole.select_columns(timeless).to_list() == parts.select_columns(timeless).to_list()
+    assert whole.to_list() == parts.to_list()
 
 
 def test_rows_do_not_depend_on_the_batch_size(tmp_path: Path):
-    """But for their seconds, which are shares; and a second run finds what another batch size has collected."""
+    """And a second run finds what another batch size has collected."""
     alone, _ = load_traces(ensure_traces(collect_config(tmp_path / "alone", batch_size=1)))
     together, _ = load_traces(ensure_traces(collect_config(tmp_path / "together", batch_size=4)))
     assert alone.column_names == together.column_names
@@ -414,7 +494,7 @@ def test_rows_do_not_depend_on_the_batch_size(tmp_path: Path):
         for column in row:
             if isinstance(row[column], str):
                 assert row[column] == other[column]
-            elif not column.endswith("_seconds"):
+            else:
                 np.testing.assert_allclose(row[column], other[column], atol=1e-4)  # float32 sums in other orders
     (first,), (second,) = ((tmp_path / name).iterdir() for name in ("alone", "together"))
     assert first.name == second.name
@@ -457,8 +537,8 @@ def test_damaged_traces_are_refused(tmp_path: Path, harm: str):
         pq.write_table(table.replace_schema_metadata({b"dsbd": b'{"trace_key": "other"}'}), shard)
     elif harm == "changed":
         table = pq.read_table(shard)
-        accepted = pa.array([0] * table.num_rows, table.schema.field("accepted").type)
-        pq.write_table(table.set_column(table.schema.get_field_index("accepted"), "accepted", accepted), shard)
+        layer = pa.array([0] * table.num_rows, table.schema.field("layer").type)
+        pq.write_table(table.set_column(table.schema.get_field_index("layer"), "layer", layer), shard)
     elif harm == "manifest":
         (directory / MANIFEST).write_text("{")
     elif harm == "schema":
