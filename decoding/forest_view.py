@@ -13,6 +13,7 @@ from rich.tree import Tree
 from decoding.forest import TokenForest
 from decoding.results import LayerEvent
 from decoding.sampling import Dice, Distribution
+from decoding.widths import DraftContext
 
 ACCEPTED, SURPLUS, DRAWN, REJECTED, UNJUDGED = "accepted", "surplus", "drawn", "rejected", "unjudged"
 TextOf = Callable[[Sequence[int], Sequence[int]], str]  # (tokens before, none at the prompt's end; tokens) -> text
@@ -87,7 +88,11 @@ class ForestRecorder:
         self._weights: dict[int, float] = {}  # the target's, of the beams that the next layer grows from
 
     def drafted(
-        self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
+        self,
+        forest: TokenForest,
+        beams: list[tuple[int, float]],
+        layers: list[list[tuple[int, float]]],
+        contexts: list[DraftContext],
     ) -> None:
         """Begin the view, if this is the iteration."""
         self.iterations += 1

@@ -24,7 +24,7 @@ from decoding.pair import ModelPair, end_tokens
 from decoding.pricing import Costs, iteration_seconds
 from decoding.results import DecodeResult, DecodeStats, LayerEvent
 from decoding.sampling import Dice, IntArray
-from decoding.widths import TargetContext, WidthPolicy
+from decoding.widths import DraftContext, TargetContext, WidthPolicy
 
 # --------------------------------------------------------------------------------- survivors, by looking ahead
 
@@ -141,7 +141,11 @@ class SurvivorOracle(WidthPolicy):
     # What a recorder is told.
 
     def drafted(
-        self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
+        self,
+        forest: TokenForest,
+        beams: list[tuple[int, float]],
+        layers: list[list[tuple[int, float]]],
+        contexts: list[DraftContext],
     ) -> None:
         """Where the paths of P's parents are found."""
         self._forest = forest

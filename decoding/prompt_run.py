@@ -119,6 +119,7 @@ class PromptRun(ABC):
         self.touched: list[int] = []  # nodes made or used in this iteration
         self._drawn: list[int] = []  # nodes of the last layer, in the order of its slots
         self._stopped: set[int] = set()  # nodes that a stopping criterion ended
+        self._asked: list[int] = []  # nodes of each draft pass of this iteration
         self._told = 0  # tokens that the listener knows
         self.history: tuple[LayerRecord, ...] = ()
         self.done = False
@@ -175,20 +176,24 @@ class PromptRun(ABC):
         committed_before = self.stats.new_tokens
         root = self._root_context()
         layers = (yield from self._draft_forest(root)) if self.draft is not None else []
+        touched = [node for layer in layers for node in layer.nodes]
+        contexts, layers = [layer.context for layer in layers], self._sent(layers)
         drafted = [node for layer in layers for node in layer.nodes]
         if self.recorder is not None:
             drafts = [list(zip(layer.nodes, layer.weights, strict=True)) for layer in layers]
-            self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], drafts)
+            self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], drafts, contexts)
         wanted = dict.fromkeys([beam.node for beam in self.beams] + [n for n in drafted if not self._ended(n)])
+        scored = sum(not self.target.cache.holds(self.row, node) for node in wanted)
         yield Request("target", list(wanted))
         roots, drafts = len(self.beams), tuple(len(layer.nodes) for layer in layers)
-        self.touched += [beam.node for beam in self.beams] + drafted
+        self.touched += [beam.node for beam in self.beams] + touched
         self.history = tuple(self._verify_forest(root, layers))
         self._prune()
         self._tell()
         self.stats.iterations += 1
         tokens, seconds = self.stats.new_tokens - committed_before, self.stats.total_seconds - seconds_before
-        record = IterationRecord(self.history, tokens, seconds, roots, drafts)
+        record = IterationRecord(self.history, tokens, seconds, roots, drafts, scored, tuple(self._asked))
+        self._asked.clear()
         self.stats.records.append(record)
         with self.clock.phase("policy"):
             self.policy.observe(record)
@@ -233,6 +238,7 @@ class PromptRun(ABC):
     ) -> Generator[Request, None, Proposal | None]:
         """Q after `beams`; None where it has nothing to propose."""
         nodes, scorer = [beam.node for beam in beams], cast(DraftScorer, self.draft)
+        self._asked.append(len(nodes))
         yield Request("draft", nodes)
         if not scorer.proposes(self.row, nodes):
             return None
@@ -243,10 +249,8 @@ class PromptRun(ABC):
     ) -> DraftedLayer:
         """Draw a layer's drafts from Q, as many as the policy wants."""
         context = self._draft_context(root, layer, proposal, widths)
-        with self.clock.phase("policy"):
-            width = clip(self.policy.draft_width(context), 1, self.config.draft_width)
+        picks = self._chosen(context, proposal)
         with self.clock.phase("verify"):
-            picks = self._propose(proposal, width)
             drafts = proposal.joint.entries(picks)
             nodes = [self.forest.child(parent, token) for parent, token, _ in drafts]
         return DraftedLayer(context, proposal, picks, nodes, [weight for _, _, weight in drafts])
@@ -257,6 +261,17 @@ class PromptRun(ABC):
         hidden = cast(DraftScorer, self.draft).hidden(self.row, [beam.node for beam in proposal.parents])
         weights = np.array([beam.weight for beam in proposal.parents])
         return DraftContext(root, layer, weights, proposal.joint, True, widths, draft_hidden=hidden)
+
+    def _chosen(self, context: DraftContext, proposal: Proposal) -> IntArray:
+        """Entries of Q to draft, as many as the policy wants."""
+        with self.clock.phase("policy"):
+            width = clip(self.policy.draft_width(context), 1, self.config.draft_width)
+        with self.clock.phase("verify"):
+            return self._propose(proposal, width)
+
+    def _sent(self, layers: list[DraftedLayer]) -> list[DraftedLayer]:
+        """What the policy has the target score of them."""
+        return layers
 
     @abstractmethod
     def _propose(self, proposal: Proposal, width: int) -> IntArray:

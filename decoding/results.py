@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from decoding.acceptance import LayerVerdict
 from decoding.forest import TokenForest
 from decoding.sampling import Dice
-from decoding.widths import IterationRecord, LayerRecord, TargetContext
+from decoding.widths import DraftContext, IterationRecord, LayerRecord, TargetContext
 
 PHASES = ("prompt", "draft", "target", "verify", "policy", "other")  # prompt: both models' passes over it
 
@@ -100,7 +100,11 @@ class Recorder(Protocol):
     needs_hidden: bool  # ask the decoder for hidden states in the contexts
 
     def drafted(
-        self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
+        self,
+        forest: TokenForest,
+        beams: list[tuple[int, float]],
+        layers: list[list[tuple[int, float]]],
+        contexts: list[DraftContext],
     ) -> None:
         """An iteration's forest stands, before it is verified.
 
@@ -108,6 +112,7 @@ class Recorder(Protocol):
             forest: tokens and parents of all nodes; it grows on.
             beams: the input beams as (node, weight), best first.
             layers: the drafts of each layer as (node, the draft's weight), in draw order.
+            contexts: of every layer that was drafted, those of which nothing was sent included.
         """
 
     def layer(self, event: LayerEvent) -> None:
