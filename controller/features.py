@@ -1,7 +1,4 @@
-"""What a layer looks like before its drafts are drawn, as a vector: the same code when logging and when deciding.
-
-Everything comes from a `DraftContext`, so nothing here can see the drafts or the coins of the layer (design 5.4).
-"""
+"""What the network sees: names, order and values, of layers and of candidates. The same code logs and decides."""
 
 from __future__ import annotations
 
@@ -10,117 +7,98 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.kernels import TOP, Packed, describe_context, describe_target
 from decoding.errors import UserError
-from decoding.sampling import Distribution, FloatArray, IntArray
-from decoding.widths import DraftContext, LayerRecord, TargetContext
+from decoding.widths import DraftContext, RootContext
 
 FloatVector = NDArray[np.float32]
 
-NAMES = (
-    "drafted",  # 0 at the layer drawn from the target
-    "layer",
-    "log_remaining",  # tokens that the beams may still grow by
-    "parents",
-    "weight_gap_second",  # best minus second best parent, in nats; GAP_LIMIT with one parent
-    "weight_gap_last",
-    "weights_entropy",  # of softmax(weights), in nats
-    "joint_entropy",
-    "joint_max",
-    "joint_second",
-    "joint_mass_2",
-    "joint_mass_4",
-    "joint_mass_8",
-    "log_joint_support",
-    "heaviest_parent_share",  # of the joint's _HEAD largest entries
-    "parents_in_top_8",
-    "width_above",  # draft width of the layer above; 0 at the first
-    "widths_above",  # their sum
-    "previous_layers",  # committed by the previous iteration; 0 at the first
-    "previous_accepted_share",  # of its drafts
-    "previous_passed",  # every layer passed
+VERSION = 3
+LAYER = (
+    "layer",  # from 1
+    "roots",  # log of the input beams
+    "root_entropy",  # of their weights, nats
+    "last_passed",  # drafted layers of the iteration before that passed, as a share of those drafted; 0.5 at first
+    "last_layers",  # log of the layers that it committed; 0 at first
+    "parents",  # log of their number
+    "known_share",  # of their weight, with those that the target has scored
+    "entropy",  # of the candidates' part of Q, nats
+    "covered",  # Q's mass on candidates
 )
-TARGET_NAMES = (
-    "drafted",
-    "layer",
-    "log_remaining",
-    "parents",
-    "weight_gap_second",
-    "weight_gap_last",
-    "log_target_support",
-    *(f"target_prob_{i}" for i in range(1, TOP + 1)),
-    *(f"log_target_prob_{i}" for i in range(1, TOP + 1)),
-    *(f"target_sibling_{i}" for i in range(2, TOP + 1)),  # 1 where it has the parent of the likeliest one
+CANDIDATE = (
+    "log_q",  # log Q
+    "log_key",  # log of E / Q
+    "log_share",  # log of the parent's share of the parents' weight
+    "known",  # 1: the parent's row is the target's
+    "scored",  # 1: the target has scored the candidate itself
 )
-_HEAD = 64  # entries that are looked at one by one; the tail of a wide support enters as if it were uniform
+_LEAST = 1e-12
 
 
 class ContextFeatures:
-    """Call it with a `DraftContext` to get its scalars, float32 [F], in the order of `names`.
+    """Computes the columns of a row of traces, and what a policy gives the network."""
 
-    `of_target` gives those that are known once the layer's P is, float32 [G], in the order of `target_names`.
-    """
+    version = VERSION
+    names = list(LAYER)
+    candidate_names = list(CANDIDATE)
 
-    version = 2
+    def of_layer(self, context: DraftContext) -> FloatVector:
+        """What is known of a layer as a whole, [F] float32."""
+        return layer_features(context)
 
-    def __init__(self) -> None:
-        self.names: list[str] = list(NAMES)
-        self.target_names: list[str] = list(TARGET_NAMES)
-        self._history: tuple[LayerRecord, ...] = ()  # that `_before` is of: all layers of an iteration have the same
-        self._before = _previous(())
+    def of_candidates(self, context: DraftContext) -> FloatVector:
+        """What is known of each candidate by itself, [C, G] float32."""
+        return candidate_features(context)
 
-    def __call__(self, context: DraftContext) -> FloatVector:
-        return describe_context(self.of_context(context))
 
-    def of_target(self, context: TargetContext) -> FloatVector:
-        """What P says, beside what is known of its beams: neither the drafts nor the coins."""
-        return describe_target(known(context))
+def root_features(root: RootContext) -> list[float]:
+    """The part of a layer's features that the whole iteration shares."""
+    shares = _shares(root.weights)
+    drafted = [layer for layer in root.history if layer.draft_width]
+    passed = sum(layer.passed for layer in drafted) / len(drafted) if drafted else 0.5
+    return [
+        float(np.log(len(shares))),
+        float(-(shares * np.log(np.maximum(shares, _LEAST))).sum()),
+        passed,
+        float(np.log(max(len(root.history), 1))),
+    ]
 
-    def of_context(self, context: DraftContext) -> Packed:
-        """What the features of a layer are computed from: a `kernels.Context`."""
-        root, widths = context.root, context.widths
-        if root.history is not self._history:
-            self._history, self._before = root.history, _previous(root.history)
-        probs, parents, support = _head(context.joint)
-        layers, accepted, passed = self._before
-        return (
-            context.drafted,
+
+def layer_features(context: DraftContext) -> FloatVector:
+    """[F]; see LAYER."""
+    assert context.candidates is not None and context.known is not None
+    q, shares = context.candidates.probs, _shares(context.weights)
+    return np.array(
+        [
             context.layer,
-            root.remaining,
-            context.weights,
-            probs,
-            parents,
-            support,
-            widths[-1] if widths else 0,
-            sum(widths),
-            layers,
-            accepted,
-            passed,
-        )
-
-
-def known(context: TargetContext) -> Packed:
-    """What the features of a layer are computed from once its P is known: a `kernels.Target`."""
-    draft = context.draft
-    weights = draft.weights if context.weights is None else context.weights
-    return draft.drafted, draft.layer, draft.root.remaining, weights, *_head(context.target)
-
-
-def hidden_vectors(context: DraftContext, draft_size: int, target_size: int) -> tuple[FloatVector, FloatVector]:
-    """The context's hidden vectors, zeros where unknown.
-
-    Args:
-        context: a layer before its drafts are drawn.
-        draft_size, target_size: H_q and H_p, used where a vector is unknown.
-
-    Returns:
-        Draft [H_q] and target [H_p], float32.
-    """
-    draft, target = context.draft_hidden, context.root.target_hidden
-    return (
-        np.zeros(draft_size, np.float32) if draft is None else np.asarray(draft, np.float32),
-        np.zeros(target_size, np.float32) if target is None else np.asarray(target, np.float32),
+            *root_features(context.root),
+            np.log(len(shares)),
+            shares[context.known].sum(),
+            -(q * np.log(np.maximum(q, _LEAST))).sum(),
+            q.sum(),
+        ],
+        dtype=np.float32,
     )
+
+
+def candidate_features(context: DraftContext) -> FloatVector:
+    """[C, G]; see CANDIDATE."""
+    found = context.candidates
+    assert found is not None and context.known is not None
+    row_of = {node: row for row, node in enumerate(context.parents)}
+    rows = np.array([row_of[node] for node in found.parents.tolist()], dtype=np.int64)
+    columns = (
+        np.log(np.maximum(found.probs, _LEAST)),
+        np.log(np.maximum(found.keys, _LEAST)),
+        np.log(np.maximum(_shares(context.weights), _LEAST))[rows],
+        context.known[rows],
+        found.scored,
+    )
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def _shares(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    shares = np.exp(weights - weights.max())
+    return shares / shares.sum()
 
 
 def check_features(found: Iterable[str], expected: Iterable[str], what: str) -> None:
@@ -137,19 +115,3 @@ def check_features(found: Iterable[str], expected: Iterable[str], what: str) -> 
     parts = ((missing, "without"), (unknown, "with the unknown"))
     how = " and ".join(f"{word} {', '.join(names)}" for names, word in parts if names) or "in another order"
     raise UserError(f"{what} other features than this code computes: {how}. Collect traces and train again.")
-
-
-def _previous(history: tuple[LayerRecord, ...]) -> tuple[int, float, bool]:
-    """How the iteration before went: layers, share of its drafts accepted, and whether all of them passed."""
-    drafts = sum(record.draft_width for record in history)
-    accepted = sum(record.accepted for record in history)
-    return len(history), accepted / drafts if drafts else 0.0, bool(history) and all(r.passed for r in history)
-
-
-def _head(joint: Distribution) -> tuple[FloatArray, IntArray, int]:
-    """Probabilities and parents of the likeliest entries, in any order, and the number of all."""
-    probs, support = joint.probs, len(joint.probs)
-    if support <= _HEAD:
-        return probs.copy(), joint.parents, support  # a copy as below: one kind of array, for which numba compiles
-    head = np.argpartition(probs, -_HEAD)[-_HEAD:]
-    return probs[head], joint.parents[head], support

@@ -68,18 +68,14 @@ class Collection:
             UserError: settings that cannot work.
         """
         config: DecodingConfig = instantiate(cfg.decoding)
-        if config.mode != "beam_sample":
+        if config.mode != "beam_sample" or config.verification != "shared_noise":
             raise UserError(
-                f"decoding.mode is {config.mode!r}, but traces are logged of sampling: controllers learn from accept "
-                "bits, which beam search does not have. Leave decoding.mode=beam_sample; a policy can be used in both."
+                f"decoding.mode is {config.mode!r} and decoding.verification {config.verification!r}, but traces are "
+                "logged of shared noise, which says what the target selects whatever was drafted. Set "
+                "decoding.mode=beam_sample and decoding.verification=shared_noise."
             )
         policy, task, features = (instantiate(node) for node in (cfg.policy, cfg.data, cfg.features))
         return cls(cfg, pair or instantiate(cfg.pair), config, policy, task, features)
-
-    @property
-    def hidden(self) -> bool:
-        """Whether hidden states are logged."""
-        return bool(self.cfg.collect.get("hidden", False))
 
     def describe(self) -> dict[str, Any]:
         """What the parts say of themselves, JSON-able: neither where files lie nor which modules hold the classes."""
@@ -92,9 +88,8 @@ class Collection:
             "features": {
                 "version": self.features.version,
                 "names": list(self.features.names),
-                "target_names": list(self.features.target_names),
+                "candidate_names": list(self.features.candidate_names),
             },
-            "hidden": self.hidden,
             "train_prompts": self.cfg.collect.train_prompts,
             "val_prompts": self.cfg.collect.val_prompts,
             "test_prompts": self.cfg.collect.get("test_prompts", 0),
@@ -164,7 +159,6 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
         raise UserError(f"collect.batch_size is {size}; give a whole number of at least 1.")
     if pair.draft is None:
         raise UserError("Traces are logged of a target with a draft: give the pair one, such as pair.draft=ngram.")
-    sizes = (hidden_size(pair.target), hidden_size(pair.models.get("draft"))) if collection.hidden else None
     prompts = _prompts(cfg, collection.task, pair)
     directory.mkdir(parents=True, exist_ok=True)
     todo = [p for p in prompts if p[1].id not in set(manifest["done"])]
@@ -176,7 +170,7 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
             for at in range(0, len(chunk), size):
                 group = chunk[at : at + size]
                 seeds = [prompt_seed(cfg.seed, prompt.id) for _, prompt in group]
-                recorders = [TraceRecorder(features, sizes, shadow_seed=seed + 1) for seed in seeds]
+                recorders = [TraceRecorder(features) for _ in seeds]
                 for recorder, (split, prompt) in zip(recorders, group, strict=True):
                     recorder.start(prompt.id, split)
                 streams = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -186,11 +180,6 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
             _add_shard(directory, manifest, rows, [prompt.id for _, prompt in chunk])
     manifest["complete"] = True
     write_manifest(directory, manifest)
-
-
-def hidden_size(model: Any) -> int:
-    """H of a model; 0 for a draft that is none."""
-    return int(model.config.get_text_config().hidden_size) if model is not None else 0
 
 
 @contextmanager

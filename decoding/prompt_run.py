@@ -28,6 +28,7 @@ from decoding.widths import (
     DraftContext,
     IterationRecord,
     LayerRecord,
+    Parents,
     RootContext,
     TargetContext,
     WidthPolicy,
@@ -199,14 +200,16 @@ class PromptRun(ABC):
             self.policy.observe(record)
 
     def _root_context(self) -> RootContext:
-        best = self.beams[0].node
+        best, weights = self.beams[0].node, np.array([beam.weight for beam in self.beams])
+        known = np.array([self.target.knows(self.row, beam.node) for beam in self.beams])
         scored = best if self.target.cache.holds(self.row, best) else self.forest.parents[best]
         return RootContext(
             config=self.config,
             iteration=self.stats.iterations,
             remaining=self.config.max_new_tokens - self.stats.new_tokens,
-            weights=np.array([beam.weight for beam in self.beams]),
+            weights=weights,
             history=self.history,
+            unknown_share=Parents(tuple(beam.node for beam in self.beams), weights, known).unknown_share,
             target_hidden=self.target.hidden(self.row, [scored]),
         )
 

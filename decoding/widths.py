@@ -45,6 +45,7 @@ class RootContext:
     remaining: int  # tokens that the beams may still grow by
     weights: FloatArray  # [B] log-weights of the input beams, best first
     history: tuple[LayerRecord, ...] = ()  # layers of the previous iteration
+    unknown_share: float = 1.0  # of the beams' weight, with those that the target has not scored
     target_hidden: FloatArray | None = None  # [H_p] the target's last hidden state at the root
 
 
