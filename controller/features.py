@@ -84,13 +84,11 @@ def candidate_features(context: DraftContext) -> FloatVector:
     """[C, G]; see CANDIDATE."""
     found = context.candidates
     assert found is not None and context.known is not None
-    row_of = {node: row for row, node in enumerate(context.parents)}
-    rows = np.array([row_of[node] for node in found.parents.tolist()], dtype=np.int64)
     columns = (
         np.log(np.maximum(found.probs, _LEAST)),
         np.log(np.maximum(found.keys, _LEAST)),
-        np.log(np.maximum(_shares(context.weights), _LEAST))[rows],
-        context.known[rows],
+        np.log(np.maximum(_shares(context.weights), _LEAST))[found.rows],
+        context.known[found.rows],
         found.scored,
     )
     return np.stack(columns, axis=1).astype(np.float32)

@@ -34,7 +34,7 @@ def after_events(net: WidthNet, log_chances: Tensor, rows: Batch) -> Predicted:
     scored = rows["candidates"][layers][..., 4] > 0
     places, size = rows["places"][layers], rows["size"][layers]
     features = rows["features"][layers]
-    ranks = chances.masked_fill(scored, 2.0).argsort(-1, descending=True, stable=True).argsort(-1)
+    ranks = chances.masked_fill(scored, 2.0).argsort(stable=True, dim=-1, descending=True).argsort(-1)
     ranks = ranks - scored.sum(-1, keepdim=True) + 1  # what is scored has a rank of 0 or less
     predicted, happened = [], []
     for width in WIDTHS:

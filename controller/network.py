@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from controller.features import CANDIDATE, LAYER
 
+ARGUMENTS = ("target_width", "hidden", "layers")
+CALIBRATED = ("temperature",)
 LIMIT = 5.0  # standardised inputs are clipped here
 CUT = 10  # candidates, by chance, that the last of is looked at
 LEAST = 1e-6  # the chance that a candidate is (not) selected
@@ -55,7 +57,7 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
     def __init__(self, target_width: int, hidden: int = 32, layers: int = 2) -> None:
         super().__init__()
         self.target_width = target_width
-        self.arguments: dict[str, Any] = {"target_width": target_width, "hidden": hidden, "layers": layers}
+        self.arguments: dict[str, Any] = dict(zip(ARGUMENTS, (target_width, hidden, layers), strict=True))
         widths = [len(INPUTS), *[hidden] * layers]
         blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(widths, widths[1:], strict=False)]
         self.mlp = nn.Sequential(*blocks, nn.Linear(widths[-1], 1))
@@ -189,6 +191,6 @@ def _nth(values: Tensor, valid: Tensor, place: int) -> Tensor:
 
 def _log_ranks(values: Tensor, valid: Tensor) -> Tensor:
     """Log of each entry's place in its row, from 1."""
-    order = values.masked_fill(~valid, torch.inf).sort(-1, stable=True).indices
+    order = values.masked_fill(~valid, torch.inf).sort(stable=True, dim=-1).indices
     places = torch.arange(1, values.shape[-1] + 1, device=values.device, dtype=values.dtype).expand_as(values)
     return torch.zeros_like(values).scatter(-1, order, places).log()

@@ -112,12 +112,17 @@ class NoiseRun(PromptRun):
             known=np.array(proposal.known),
             noise=proposal.race.noise,
             parents=tuple(beam.node for beam in proposal.parents),
+            places=self._places_of(proposal.parents),
             candidates=self._candidates(proposal) if seen else None,
         )
 
     def _parents(self, beams: list[Beam]) -> Parents:
         known = np.array([self.target.knows(self.row, beam.node) for beam in beams])
-        return Parents(tuple(beam.node for beam in beams), np.array([beam.weight for beam in beams]), known)
+        nodes, weights = tuple(beam.node for beam in beams), np.array([beam.weight for beam in beams])
+        return Parents(nodes, weights, known, self._places_of(beams))
+
+    def _places_of(self, beams: list[Beam]) -> tuple[int, ...]:
+        return tuple(self._places[beam.node] for beam in beams) if self._places else ()
 
     def _candidates(self, guess: Guess) -> Candidates:
         """What could be drafted, in order, with the widest cut of Q."""
@@ -130,9 +135,10 @@ class NoiseRun(PromptRun):
             if parent in known:  # a node is scored after its parent
                 node = forest.find(parent, token)
                 scored[i] = node is not None and self.target.knows(self.row, node)
-        return Candidates(
-            race.picks[order], race.keys[order], race.probs[order], race.parents[order], race.tokens[order], scored
-        )
+        parents, row_of = race.parents[order], {beam.node: row for row, beam in enumerate(guess.parents)}
+        rows = np.array([row_of[node] for node in parents.tolist()], dtype=np.int64)
+        of_race = race.picks[order], race.keys[order], race.probs[order]
+        return Candidates(*of_race, parents, rows, race.tokens[order], scored)
 
     def _chosen(self, context: DraftContext, proposal: Proposal) -> IntArray:
         if not self.policy.chooses:

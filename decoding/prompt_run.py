@@ -120,6 +120,7 @@ class PromptRun(ABC):
         self.touched: list[int] = []  # nodes made or used in this iteration
         self._drawn: list[int] = []  # nodes of the last layer, in the order of its slots
         self._stopped: set[int] = set()  # nodes that a stopping criterion ended
+        self._places: dict[int, int] = {}  # of the last layer's drafts, in draft order
         self._asked: list[int] = []  # nodes of each draft pass of this iteration
         self._told = 0  # tokens that the listener knows
         self.history: tuple[LayerRecord, ...] = ()
@@ -220,6 +221,7 @@ class PromptRun(ABC):
         """
         layers: list[DraftedLayer] = []
         beams = self.beams
+        self._places = {}
         widths: tuple[int, ...] = ()
         for layer in range(1, min(self.config.draft_depth, root.remaining - 1) + 1):
             with self.clock.phase("policy"):
@@ -231,6 +233,7 @@ class PromptRun(ABC):
                 break
             drafted = self._draft_layer(root, layer, proposal, widths)
             layers.append(drafted)
+            self._places = {node: place for place, node in enumerate(drafted.nodes)}
             weights = dict(zip(drafted.nodes, drafted.weights, strict=True))
             beams = best_first(Beam(node, weight) for node, weight in weights.items() if not self._ended(node))
             widths = (*widths, len(drafted.picks))

@@ -56,6 +56,7 @@ class Parents:
     nodes: tuple[int, ...]
     weights: FloatArray  # [B] best first
     known: NDArray[np.bool_]  # [B] whether the target has scored them
+    places: tuple[int, ...] = ()  # [B] of each among the drafts of the layer above; empty for input beams
 
     @property
     def unknown_share(self) -> float:
@@ -72,6 +73,7 @@ class Candidates:
     keys: FloatArray  # [N] E / Q
     probs: FloatArray  # [N] Q
     parents: IntArray  # [N] nodes
+    rows: IntArray  # [N] of the parents in the context
     tokens: IntArray  # [N]
     scored: NDArray[np.bool_]  # [N] children that the target has scored already: to draft them costs no target pass
 
@@ -96,7 +98,8 @@ class DraftContext:
     draft_hidden: FloatArray | None = None  # [H_q] the draft's last hidden state, mean over the parents
     # Under shared noise, for w and the layers below; a TargetContext has no noise (design 5.5).
     known: NDArray[np.bool_] | None = None  # [B] parents whose entries of Q are the target's own
-    parents: tuple[int, ...] = ()  # [B] their nodes
+    parents: tuple[int, ...] = ()  # [B] nodes
+    places: tuple[int, ...] = ()  # [B] as in `Parents`
     candidates: Candidates | None = None  # for policies that choose, and recorders
     noise: FloatArray | None = None  # [S] E of each entry of Q, whose key is E / Q; None where Q is on the device
 
