@@ -6,10 +6,15 @@ IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11; do \
 	$$p $(IS_NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 PIP_OPTIONS ?=
-PYTEST_OPTIONS ?= -n 2
+# worksteal: a process works through whole files, so that what a file sets up once is set up once, and none waits.
+PYTEST_OPTIONS ?= -n 2 --dist worksteal
 RUN := .venv/bin/python
 
-.PHONY: help demo test check format pair clean
+# These touch every dependency, and take a minute.
+OLDEST_TESTS := test_imports.py or test_packaging.py or test_entry.py or test_data.py or test_module.py or \
+	test_report.py or test_tracking.py or test_traces.py or test_decoder.py
+
+.PHONY: help demo test check oldest format pair clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,6 +41,15 @@ check: .venv/.installed ## ruff lint, ruff format, types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; install one, or give it: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --no-compile --disable-pip-version-check $(PIP_OPTIONS) -c constraints-oldest.txt -e '.[dev,fast,energy]'
+	@touch $@
+
+oldest: .venv-oldest/.installed ## import everything and run fast tests with the lowest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -m "not slow and not gpu" -k "$(OLDEST_TESTS)" $(PYTEST_OPTIONS)
 
 format: .venv/.installed ## let ruff format and fix what it can
 	$(RUN) -m ruff format .

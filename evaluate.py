@@ -1,6 +1,7 @@
 """Evaluate methods side by side on the same prompts: results.json, results.md, frontier.png, calibration.png.
 
     python evaluate.py controller=<directory> policies=[fixed,threshold,learned] pair=...
+    python evaluate.py policies=[fixed,mine.HalfWidth] grid.fraction=[0.25,0.5]
 
 conf/evaluate.yaml has every setting; docs/results.md describes results.json.
 """
@@ -13,41 +14,40 @@ from typing import Any
 
 import transformers
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from controller import LearnedWidth
-from controller.compare import family_of, undominated
-from controller.knob import warn_of_shared_prompts
-from controller.network import load_controller, weights_sha256
-from controller.report import (
-    calibration_curves,
-    compare_rows,
-    comparison_lines,
-    console_table,
-    summarise,
-    tuning_lines,
-    write_report,
-)
+from controller.checkpoint import load_controller, weights_sha256
 from controller.tracking import log_evaluation, tracked
-from decoding import DecodingConfig, ModelPair, UserError, WidthPolicy
-from decoding.baselines import METHODS, Generate, Method, Settings, policy_method
-from decoding.costs import cost_table
+from controller.width_value import warn_of_shared_prompts
+from decoding import DecodingConfig, ModelPair, UserError
+from decoding.choose import cost_table
+from decoding.compare import curve_of, undominated
+from decoding.cost_table import LatencyTable
 from decoding.entry import entry_point
-from decoding.latency import LatencyTable
-from decoding.measure import Measurement, Row, make_rows, run_rows, score
+from decoding.methods import METHODS, Method, find_method, policy_method
 from decoding.oracles import modelled_seconds
+from decoding.pages import comparison_lines, console_table, tuning_lines
+from decoding.plots import calibration_curves
 from decoding.progress import RunProgress
-from decoding.provenance import provenance, to_plain
+from decoding.provenance import run_provenance, to_plain
+from decoding.report import write_report
 from decoding.results_file import SCHEMA_VERSION
+from decoding.rows import Row, make_rows
+from decoding.seconds import measure_seconds
+from decoding.settings import check_counts
+from decoding.summary import compare_records, summarise
 from decoding.tasks.base import Prompt, Task
+from decoding.turns import Measurement, Record, keep_whole, make_records, read_prompts, score_all, take_turns, warm_up
 
-_MEASURES_SECONDS = "decoding.latency.LatencyTable.measure"
-# Learned widths that plan for the device of `latency`, and for that of `latency@also`.
-LEARNED_AXES = dict.fromkeys(("learned", "learned_also"), Method(lambda *_: NotImplemented, ("width_value",)))
+LEARNED = {"learned": "modelled", "learned_also": "also"}  # methods by the table of cost that they plan with
+_LEAST = {"batch_size": 1, "bootstrap": 1, "prompts.limit": 1, "prompts.warmup": 0}
+_LEAST |= {"tune.prompts": 1, "tune.batch_size": 1, "tune.keep": 1}
+Tables = dict[str, LatencyTable]
 
 
-@entry_point("evaluate", renames={"controller": "controller_path"})
+@entry_point("evaluate", renames={"controller": "controller_path"}, open_nodes=("grid",))
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Run the evaluation that a config describes.
 
@@ -57,60 +57,58 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         KeyboardInterrupt: after what all rows had measured before it has been scored and written.
     """
-    methods = dict(METHODS)
-    # Before anything is loaded: settings that cannot be are refused.
-    check_counts(cfg)
-    chosen, config = chosen_policies(cfg), instantiate(cfg.decoding)
-    rows = make_rows(chosen, methods | LEARNED_AXES, config, grid_of(cfg, config), cfg.references)
-    candidates = tuning_rows(cfg, methods, config)
+    tables: Tables = {}  # filled once the pair is there
+    rows, candidates = read_rows(cfg, METHODS | learned_methods(cfg, tables))
     trained = load_controller(cfg.controller_path)[1] if cfg.controller_path is not None else {}
-    weights = weights_sha256(cfg.controller_path) if cfg.controller_path is not None else None
     task: Task = instantiate(cfg.data)
     with tracked(cfg) as logger:
         pair: ModelPair = instantiate(cfg.pair)
-        prompts, warmup = read_prompts(cfg, task, pair)
+        prompts, warmup = read_prompts(cfg.prompts, task, pair)
         if cfg.learned.results is not None and cfg.controller_path is not None:
             warn_of_shared_prompts(cfg.learned.results, task.describe(), [prompt.id for prompt in prompts])
-        costs = cost_tables(cfg, pair, any(row.method in LEARNED_AXES for row in rows))
-        for name, table in zip(LEARNED_AXES, costs.values(), strict=False):
-            methods[name] = learned_method(cfg.controller_path, cfg.learned, table)
-        calls = [methods[row.method](pair, row.config, row.settings) for row in rows]
-        tuned = tune(cfg, candidates, methods, pair, task, costs) if candidates and costs else None
-        found = tuned.pop("rows") if tuned is not None else []
-        calls += [methods[row.method](pair, row.config, row.settings) for row in found]
-        rows, measured, failed = decode_and_score(
-            rows + found, calls, prompts, warmup, pair, task, cfg.seed, cfg.batch_size
-        )
-        complete = len(measured[0]) == len(prompts)
-        by: dict[str, tuple[LatencyTable | None, str]] = {"clock": (None, "learned")}
-        by |= {name: (table, learned) for (name, table), learned in zip(costs.items(), LEARNED_AXES, strict=False)}
-        results: dict[str, Any] = {
+        tables |= cost_tables(cfg, pair, any(row.method.name in LEARNED for row in rows))
+        kept, tuned = tune(cfg, candidates, pair, task, tables) if candidates and tables else ([], None)
+        records = make_records([*rows, *kept], pair, cfg.batch_size)
+        count, unscored = measure(records, prompts, warmup, pair, task, cfg.seed)
+        results = {
+            **summary_of(cfg, records, tables),
             "schema_version": SCHEMA_VERSION,
-            "provenance": {
-                **provenance(),
-                "pair": pair.describe(),
-                "task": {**task.describe(), "split": cfg.prompts.split, "prompts": len(measured[0])},
-                "controller": cfg.controller_path,
-                "controller_sha256": weights,
-                "latency": costs["modelled"].to_dict() if "modelled" in costs else None,
-                "also": costs["also"].to_dict() if "also" in costs else None,
-                "config": to_plain(cfg),
-            },
-            "complete": complete,
-            "failed": failed,
+            "provenance": run_provenance(cfg, pair, task, count) | provenance_of(cfg, tables),
+            "complete": count == len(prompts),
+            "unscored": unscored,
             "tuned": tuned,
-            "comparisons": {
-                name: compare_rows(rows, measured, cfg.bootstrap, cfg.seed, table, learned)
-                for name, (table, learned) in by.items()
-            },
-            "rows": summarise(rows, measured, cfg.bootstrap, cfg.seed, costs),
+            "calibration": calibration_curves(trained),
         }
-        files = write_report(Path(cfg.output_dir), results, calibration_curves(trained))
+        files = write_report(Path(cfg.output_dir), results)
         log_evaluation(logger, results, files)
     show(results, files)
-    if not complete:
+    if not results["complete"]:
         raise KeyboardInterrupt
     return results
+
+
+def summary_of(cfg: DictConfig, records: Sequence[Record], tables: Tables) -> dict[str, Any]:
+    """Rows, comparisons by the clock and by each table, and the rows that failed."""
+    by: dict[str, tuple[LatencyTable | None, str]] = {"clock": (None, "learned")}
+    by |= {name: (tables[name], method) for method, name in LEARNED.items() if name in tables}
+    return {
+        "rows": summarise(records, cfg.bootstrap, cfg.seed, tables),
+        "comparisons": {
+            name: compare_records(records, cfg.bootstrap, cfg.seed, table, ours) for name, (table, ours) in by.items()
+        },
+        "failed": {record.row.name: record.error for record in records if record.error is not None},
+    }
+
+
+def provenance_of(cfg: DictConfig, tables: Tables) -> dict[str, Any]:
+    """Which controller and which tables of cost an evaluation was of."""
+    path = cfg.controller_path
+    return {
+        "controller": path,
+        "controller_sha256": None if path is None else weights_sha256(path),
+        "latency": tables["modelled"].to_dict() if "modelled" in tables else None,
+        "also": tables["also"].to_dict() if "also" in tables else None,
+    }
 
 
 def show(results: Mapping[str, Any], files: Mapping[str, Path]) -> None:
@@ -122,124 +120,45 @@ def show(results: Mapping[str, Any], files: Mapping[str, Path]) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for name, sentence in results["failed"].items():
         console.print(f"{name} failed: {sentence}", highlight=False, soft_wrap=True)
+    if results["unscored"]:
+        console.print(f"Log-probabilities are missing: {results['unscored']}", highlight=False, soft_wrap=True)
     console.print(
         "\n".join(["", *(f"{name}: {path}" for name, path in files.items())]), highlight=False, soft_wrap=True
     )
 
 
-def learned_method(path: str | None, options: Mapping[str, Any], costs: LatencyTable) -> Method:
-    """DSBDDecoder with the controller saved at `path`, planning with a table; `options` of LearnedWidth."""
-
-    def make(pair: ModelPair, config: DecodingConfig, settings: Settings) -> WidthPolicy:
-        assert path is not None  # chosen_policies refuses
-        clock = options.get("clock") or ("table" if costs.measured is None else None)
-        given = {key: value for key, value in options.items() if key != "objective"}
-        given |= {"latency": costs, "clock": clock, **settings}
-        return LearnedWidth.load(path, pair=pair, **given)
-
-    return policy_method(make, ("width_value",))
+# ----------------------------------------------------------------------------------------------- rows
 
 
-def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> dict[str, LatencyTable]:
-    """What passes cost here ("modelled") and, where the config names a second device, there ("also").
+def read_rows(cfg: DictConfig, methods: Mapping[str, Method]) -> tuple[list[Row], list[Row]]:
+    """The rows that a config asks for, and the settings to tune; what cannot be is refused.
 
-    None where nobody asks: no learned rows, nothing to tune, and no other device than this one.
+    Raises:
+        UserError: unknown names, settings that cannot be, or learned rows without a controller.
     """
-    asked = uses_learned or cfg.tune.grids or cfg.get("also") or not cfg.latency.get("_partial_")
-    if pair.draft is None or not asked:
-        return {}
-    objective = cfg.learned.objective
-    measures_seconds = cfg.latency.get("_target_") == _MEASURES_SECONDS  # what it does by default
-    given = None if objective == "joules" and measures_seconds else instantiate(cfg.latency)
-    tables = {"modelled": cost_table(pair, given, objective)}
-    return tables | ({"also": cost_table(pair, instantiate(cfg.also))} if cfg.get("also") else {})
+    check_counts(cfg, _LEAST)
+    names, config = chosen_policies(cfg), instantiate(cfg.decoding)
+    rows = make_rows(names, config, grid_of(cfg, config, names, methods), cfg.references, methods)
+    return rows, tuning_rows(cfg, methods, config)
 
 
-def check_counts(cfg: DictConfig) -> None:
-    """Refuse counts that cannot be."""
-    least = {"batch_size": 1, "bootstrap": 1, "prompts.limit": 1, "prompts.warmup": 0}
-    least |= {"tune.prompts": 1, "tune.batch_size": 1, "tune.keep": 1}
-    for name, smallest in least.items():
-        value = OmegaConf.select(cfg, name)
-        if value is None and name.startswith("prompts."):
-            continue  # all there are; none
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-            raise UserError(f"{name} is {value!r}; give a whole number of at least {smallest}.")
-    choices = ("results", "min_logprob_drop", "target_tokens_per_second")
-    choosing = [name for name in choices if cfg.learned[name] is not None]
-    if choosing and cfg.grid.width_values:
-        raise UserError(
-            f"learned.{choosing[0]} chooses a width_value, and grid.width_values={to_plain(cfg.grid.width_values)} "
-            "gives some; give grid.width_values=[] to have it chosen."
-        )
+def learned_methods(cfg: DictConfig, tables: Tables) -> dict[str, Method]:
+    """DSBDDecoder with the config's controller, planning for the device of `latency` and for that of `latency@also`.
 
-
-def grid_of(cfg: DictConfig, config: DecodingConfig) -> dict[str, Any]:
-    """The axes of `grid`; without widths, 1, 2, 4 and so on up to the config's target_width."""
-    grid: dict[str, Any] = to_plain(cfg.grid)
-    if grid["widths"] is None:
-        doubled = [1 << i for i in range(config.target_width.bit_length())]
-        grid["widths"] = sorted({*doubled, config.target_width})
-    return grid
-
-
-def tuning_rows(cfg: DictConfig, methods: Mapping[str, Method], config: DecodingConfig) -> list[Row]:
-    """All settings of `tune.grids`."""
-    rows: list[Row] = []
-    for axes in to_plain(cfg.tune)["grids"]:
-        if not isinstance(axes, dict) or not isinstance(axes.get("policies"), list):
-            raise UserError(f"tune.grids holds {axes!r}; give each as {{policies: [...], <axis of grid>: [...]}}.")
-        rows += make_rows(axes.pop("policies"), methods, config, axes, references=())
-    return rows
-
-
-def tune(
-    cfg: DictConfig,
-    rows: Sequence[Row],
-    methods: Mapping[str, Method],
-    pair: ModelPair,
-    task: Task,
-    costs: Mapping[str, LatencyTable],
-) -> dict[str, Any]:
-    """Hand-set settings worth measuring: those that are undominated on other prompts, on any device.
-
-    Returns:
-        split, prompts, grid (name, speeds by the table of each device, log_prob, kept), and rows: the kept ones.
+    Args:
+        tables: of cost; a row is built when they are there.
     """
-    about = cfg.tune
-    prompts = task.prompts(about.split, about.prompts, pair.tokenizer)
-    speeds: dict[str, list[float]] = {name: [] for name in costs}
-    qualities: list[float] = []
-    with RunProgress() as progress:
-        bar = progress.add_task("tuning", total=len(rows))
-        for row in rows:
-            call = methods[row.method](pair, row.config, row.settings)
-            (found,) = run_rows([row], [call], prompts, [], cfg.seed, pair.device, batch_size=about.batch_size)
-            if len(found) < len(prompts):
-                raise KeyboardInterrupt
-            for measurement, prompt in zip(found, prompts, strict=True):
-                score(measurement, prompt, pair, task)
-            tokens = sum(m.stats.new_tokens for m in found)
-            for name, table in costs.items():
-                speeds[name].append(tokens / sum(modelled_seconds(m.stats, table) for m in found))
-            qualities.append(sum(m.log_prob for m in found) / sum(len(m.tokens) for m in found))
-            progress.advance(bar)
-    kept = set()
-    families = [family_of(row.method, row.settings) for row in rows]
-    for name in dict.fromkeys(families):
-        members = [i for i, family in enumerate(families) if family == name]
-        for speed in speeds.values():
-            kept |= {members[j] for j in undominated([(speed[i], qualities[i]) for i in members], about.keep)}
-    tried = [
-        {"name": row.name, "log_prob": qualities[i], "kept": i in kept, "speeds": {n: s[i] for n, s in speeds.items()}}
-        for i, row in enumerate(rows)
-    ]
-    console = Console(stderr=True)
-    console.print(f"Hand-set settings on {len(prompts)} prompts of split {about.split}, tokens/s by the tables:")
-    for line in tuning_lines({"grid": tried}):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    chosen = [rows[i] for i in sorted(kept)]
-    return {"split": about.split, "prompts": len(prompts), "grid": tried, "rows": chosen}
+
+    def method(name: str) -> Method:
+        def make(**arguments: Any) -> LearnedWidth:
+            costs = tables[LEARNED[name]]
+            given = {key: value for key, value in cfg.learned.items() if key != "objective"}
+            given["clock"] = given.get("clock") or ("table" if costs.measured is None else None)
+            return LearnedWidth.load(cfg.controller_path, **{**given, "latency": costs, **arguments})
+
+        return policy_method(LearnedWidth, name, make)
+
+    return {name: method(name) for name in LEARNED}
 
 
 def chosen_policies(cfg: DictConfig) -> list[str]:
@@ -250,7 +169,7 @@ def chosen_policies(cfg: DictConfig) -> list[str]:
         names = [cfg.policies] if isinstance(cfg.policies, str) else list(cfg.policies)
     if "learned" in names and cfg.get("also"):
         names.append("learned_also")
-    for name in LEARNED_AXES:
+    for name in LEARNED:
         if name in {*names, *cfg.references} and not has_controller:
             raise UserError(
                 f"policies or references hold {name!r}, which needs a trained controller: give controller=<directory>, "
@@ -258,59 +177,147 @@ def chosen_policies(cfg: DictConfig) -> list[str]:
             )
     if "learned_also" in {*names, *cfg.references} and not cfg.get("also"):
         raise UserError("'learned_also' plans for a second device: give it as latency@also=<a config of conf/latency>.")
+    choices = ("results", "min_logprob_drop", "target_tokens_per_second")
+    choosing = [name for name in choices if cfg.learned[name] is not None]
+    if choosing and cfg.grid.width_values:
+        raise UserError(
+            f"learned.{choosing[0]} chooses a width_value, and grid.width_values={to_plain(cfg.grid.width_values)} "
+            "gives some; give grid.width_values=[] to have it chosen."
+        )
     return names
 
 
-def read_prompts(cfg: DictConfig, task: Task, pair: ModelPair) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to measure, and others to warm up with (the same where there are no others)."""
-    prompts = task.prompts(cfg.prompts.split, cfg.prompts.limit, pair.tokenizer)
-    if not cfg.prompts.warmup:
-        return prompts, []
-    try:
-        return prompts, task.prompts("val", cfg.prompts.warmup, pair.tokenizer)
-    except UserError:
-        return prompts, prompts[: cfg.prompts.warmup]
+def grid_of(
+    cfg: DictConfig, config: DecodingConfig, names: Sequence[str], methods: Mapping[str, Method]
+) -> dict[str, Any]:
+    """The axes of `grid`; without widths, 1, 2, 4 and so on up to the config's target_width.
+
+    A knob of the chosen methods that `grid` says nothing of has its own grid.
+    """
+    grid: dict[str, Any] = to_plain(cfg.grid)
+    if grid["widths"] is None:
+        doubled = [1 << i for i in range(config.target_width.bit_length())]
+        grid["widths"] = sorted({*doubled, config.target_width})
+    knobs = [knob for name in names for knob in find_method(name, methods).knobs]
+    return {knob.on_axis: None for knob in knobs} | grid
 
 
-def decode_and_score(
-    rows: Sequence[Row],
-    calls: Sequence[Generate],
+def tuning_rows(cfg: DictConfig, methods: Mapping[str, Method], config: DecodingConfig) -> list[Row]:
+    """All settings of `tune.grids`."""
+    rows: list[Row] = []
+    for axes in to_plain(cfg.tune)["grids"]:
+        if not isinstance(axes, dict) or not isinstance(axes.get("policies"), list):
+            raise UserError(f"tune.grids holds {axes!r}; give each as {{policies: [...], <axis of grid>: [...]}}.")
+        rows += make_rows(axes.pop("policies"), config, axes, (), methods)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------ measuring
+
+
+def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> Tables:
+    """What passes cost here ("modelled") and, where the config names a second device, there ("also").
+
+    None where nobody asks: no learned rows, nothing to tune, and no other device than this one.
+    """
+    asked = uses_learned or cfg.tune.grids or cfg.get("also") or not cfg.latency.get("_partial_")
+    if pair.draft is None or not asked:
+        return {}
+    objective, given = cfg.learned.objective, instantiate(cfg.latency)
+    if objective == "joules" and getattr(given, "func", None) in (measure_seconds, LatencyTable.measure):
+        given = None  # measured, in the objective's unit
+    tables = {"modelled": cost_table(pair, given, objective)}
+    return tables | ({"also": cost_table(pair, instantiate(cfg.also))} if cfg.get("also") else {})
+
+
+def tune(
+    cfg: DictConfig, rows: Sequence[Row], pair: ModelPair, task: Task, tables: Tables
+) -> tuple[list[Row], dict[str, Any]]:
+    """Hand-set settings worth measuring: those that are undominated on other prompts, on any device.
+
+    Returns:
+        The kept rows; and split, prompts, grid (name, speeds by the table of each device, log_prob, kept).
+    """
+    about = cfg.tune
+    prompts = task.prompts(about.split, about.prompts, pair.tokenizer)
+    speeds: dict[str, list[float]] = {name: [] for name in tables}
+    qualities: list[float] = []
+    with RunProgress() as progress:
+        bar = progress.add_task("tuning", total=len(rows))
+        for row in rows:
+            found = decoded_alone(row, prompts, pair, task, cfg.seed, about.batch_size)
+            tokens = sum(m.stats.new_tokens for m in found)
+            for name, table in tables.items():
+                speeds[name].append(tokens / sum(modelled_seconds(m.stats, table) for m in found))
+            qualities.append(sum(m.log_prob for m in found) / sum(len(m.tokens) for m in found))
+            progress.advance(bar)
+    kept = set()
+    curves = [curve_of(row.method.name, row.settings) for row in rows]
+    for name in dict.fromkeys(curves):
+        members = [i for i, curve in enumerate(curves) if curve == name]
+        for speed in speeds.values():
+            kept |= {members[j] for j in undominated([(speed[i], qualities[i]) for i in members], about.keep)}
+    tried = [
+        {"name": row.name, "log_prob": qualities[i], "kept": i in kept, "speeds": {n: s[i] for n, s in speeds.items()}}
+        for i, row in enumerate(rows)
+    ]
+    console = Console(stderr=True)
+    console.print(f"Hand-set settings on {len(prompts)} prompts of split {about.split}, tokens/s by the tables:")
+    for line in tuning_lines({"grid": tried}):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return [rows[i] for i in sorted(kept)], {"split": about.split, "prompts": len(prompts), "grid": tried}
+
+
+def decoded_alone(
+    row: Row, prompts: Sequence[Prompt], pair: ModelPair, task: Task, seed: int, batch_size: int
+) -> list[Measurement]:
+    """What one row gives, scored; nothing of it is timed against anything.
+
+    Raises:
+        UserError: it failed.
+    """
+    (record,) = make_records([row], pair, batch_size)
+    list(take_turns([record], prompts, seed))
+    if record.error is not None:
+        raise UserError(record.error)
+    score_all([record], prompts, pair, task)
+    return record.repeats[0]
+
+
+def measure(
+    records: Sequence[Record],
     prompts: Sequence[Prompt],
     warmup: Sequence[Prompt],
     pair: ModelPair,
     task: Task,
     seed: int,
-    batch_size: int,
-) -> tuple[list[Row], list[list[Measurement]], dict[str, str]]:
+) -> tuple[int, str | None]:
     """Time all rows, then score what they gave, so that scoring disturbs no clock.
 
     Returns:
-        The rows that memory sufficed for; their measurements, [rows][prompts], after Ctrl-C of the first prompts alone;
-        and of the others a sentence by name.
+        How many prompts every row has, after Ctrl-C fewer than there are; and as for `score_all`.
 
     Raises:
-        UserError: it sufficed for none.
+        UserError: all rows failed.
         KeyboardInterrupt: before all rows have measured a prompt.
     """
-    failed: dict[int, str] = {}
     transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
     with RunProgress() as progress:
-        decoding = progress.add_task("decoding", total=len(rows) * (len(prompts) + len(warmup)))
-        scoring = progress.add_task("scoring", total=len(rows) * len(prompts))
-        measured = run_rows(
-            rows, calls, prompts, warmup, seed, pair.device, lambda _: progress.advance(decoding), batch_size, failed
-        )
-        if len(failed) == len(rows):
-            raise UserError(failed[0])
-        kept = [i for i in range(len(rows)) if i not in failed]
-        if (done := len(measured[kept[0]])) < len(prompts):
+        decoding = progress.add_task("decoding", total=len(records) * (len(prompts) + len(warmup)))
+        scoring = progress.add_task("scoring", total=len(records) * len(prompts))
+        try:
+            warm_up(records, warmup, seed, lambda count: progress.advance(decoding, count))
+            list(take_turns(records, prompts, seed, advance=lambda count: progress.advance(decoding, count)))
+        except KeyboardInterrupt:
+            if not keep_whole(records, len(prompts)):
+                raise
+        count = keep_whole(records, len(prompts))
+        if all(record.error is not None for record in records):
+            raise UserError(records[0].error)
+        if count < len(prompts):
             console = progress.console
-            console.print(f"interrupted: writing what {done} of {len(prompts)} prompts gave", highlight=False)
-        for row in (measured[i] for i in kept):
-            for measurement, prompt in zip(row, prompts[:done], strict=True):
-                score(measurement, prompt, pair, task)
-                progress.advance(scoring)
-    return [rows[i] for i in kept], [measured[i] for i in kept], {rows[i].name: why for i, why in failed.items()}
+            console.print(f"interrupted: writing what {count} of {len(prompts)} prompts gave", highlight=False)
+        return count, score_all(records, prompts, pair, task, lambda count: progress.advance(scoring, count))
 
 
 if __name__ == "__main__":

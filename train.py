@@ -26,9 +26,10 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 
 from controller.calibration import BINS, Curve, Reliability, calibrate, reliability_curves, reliability_from_sums
+from controller.checkpoint import save_controller
 from controller.data import TraceDataModule
+from controller.features import describe_features
 from controller.module import ControllerModule
-from controller.network import save_controller
 from controller.tracking import is_wandb, tracked
 from decoding.collect import ensure_traces
 from decoding.entry import build_all, entry_point
@@ -217,11 +218,9 @@ def describe(
         **provenance(),
         "pair": data.manifest["pair"],
         "decoding": data.manifest["decoding"],
-        "features": {
-            "version": features.version,
-            "names": list(features.names),
-            "target_names": list(features.target_names),
-        },
+        "features": describe_features(
+            features, {key: value for key, value in to_plain(cfg.features).items() if key[0] != "_"}
+        ),
         "traces": [
             {name: data.manifest.get(name) for name in ("trace_key", "rows", "prompts", "policy", "task", "seed")}
         ],

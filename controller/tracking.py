@@ -87,7 +87,7 @@ def log_evaluation(logger: WandbLogger | None, results: Mapping[str, Any], files
         return
     import wandb
 
-    from controller.report import frontier_rows
+    from decoding.pages import frontier_rows
 
     run = logger.experiment
     for row in results["rows"]:

@@ -1,7 +1,7 @@
-"""Judging drafts: the sequential verification rules and closed-form accepted-count tables.
+"""Judging drafts: the sequential verification rules of the paper.
 
-2409.16560 sections 3.2-3.3; without replacement also 2402.14160. Design sections 5.2 and 5.3. Everything
-here is numpy on the support of P and Q; `sampling.py` rolls, this module judges.
+2409.16560 sections 3.2-3.3; without replacement also 2402.14160. Design section 5.6. Everything here is numpy
+on the support of P and Q; `sampling.py` rolls, this module judges, `closed_form.py` says what to expect.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from decoding.sampling import Dice, Distribution, FloatArray, IntArray, draw
-
-VOCABULARY_LIMIT = 1 << 32  # node * limit + token is one sortable key
+from decoding.arrays import FloatArray, IntArray
+from decoding.closed_form import VOCABULARY_LIMIT
+from decoding.sampling import Dice, Distribution, draw
 
 
 def joint_keys(joint: Distribution) -> IntArray:
@@ -169,51 +169,3 @@ class _Judge:
     def _afresh(self) -> None:
         self._residual[:] = self._slot
         self._residual_sum, self._fresh = self._slot_sum, True
-
-
-def accept_probabilities(p: FloatArray, q: FloatArray, width: int, as_shipped: bool = False) -> FloatArray:
-    """α_1..α_w: probability that a draft is accepted after j - 1 rejections in a row, with replacement.
-
-    One curve holds it all: with Z(c) = Σ max(P - c Q, 0), c_0 = 0 and c_{j+1} = c_j + Z(c_j), the residual
-    after j rejections is proportional to max(P - c_j Q, 0) and α_{j+1} = 1 - Z(c_{j+1}) / Z(c_j). Design 5.3.
-
-    Args:
-        p, q: P and Q on the union of their supports, both [U].
-        width: w.
-        as_shipped: subtract Q twice per rejection, as the published code does (not the true probabilities).
-
-    Returns:
-        [w] float64; after the residual is used up, the remaining entries are 1.
-    """
-    accept = np.ones(width)
-    c, z = 0.0, 1.0
-    for j in range(width):
-        after = float(np.maximum(p - (c + z) * q, 0.0).sum())  # Z(c + z)
-        accept[j] = 1.0 - after / z
-        c += 2.0 * z if as_shipped else z
-        z = float(np.maximum(p - c * q, 0.0).sum()) if as_shipped else after
-        if z <= 0.0:
-            break
-    return accept
-
-
-def accepted_count_table(accept: FloatArray) -> FloatArray:
-    """P(K_m = k) for all m, k ≤ w by the renewal recursion of design 5.3 (with replacement).
-
-    Args:
-        accept: α_1..α_w, [w], from `accept_probabilities`.
-
-    Returns:
-        [w + 1, w + 1] float64; row m is the distribution of the accepted count among m drafts.
-    """
-    width = len(accept)
-    survive = np.concatenate([[1.0], np.cumprod(1.0 - accept)])  # [w + 1] no acceptance in the first j drafts
-    first = accept * survive[:-1]  # [w] first acceptance at draft i
-    step = np.zeros((width + 1, width + 1))  # [m, m - i] first acceptance at draft i, which leaves m - i
-    for m in range(1, width + 1):
-        step[m, :m] = first[:m][::-1]
-    table = np.zeros((width + 1, width + 1))
-    table[:, 0] = survive
-    for k in range(1, width + 1):
-        table[:, k] = step @ table[:, k - 1]
-    return table

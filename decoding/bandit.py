@@ -22,9 +22,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from decoding.config import DecodingConfig
+from decoding.cost_table import Costs, costs_digest, iteration_seconds
 from decoding.errors import UserError
-from decoding.pricing import Costs, costs_digest, iteration_seconds
-from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext, WidthPolicy
+from decoding.widths import (
+    ASKED_WIDTH,
+    DRAFT_DEPTH,
+    DRAFT_WIDTH,
+    DraftContext,
+    IterationRecord,
+    RootContext,
+    TargetContext,
+    WidthPolicy,
+)
 
 _DEPTHS = 4  # that the default arms have at most, besides 0
 _SPIKE = 4.0  # times an arm's fastest iteration
@@ -61,6 +70,8 @@ class BanditWidth(WidthPolicy):
     """
 
     name = "bandit"
+    knobs = (DRAFT_WIDTH, DRAFT_DEPTH, ASKED_WIDTH)  # its arms lie within draft_width and draft_depth
+    family = "control"
 
     def __init__(
         self,
@@ -235,11 +246,11 @@ def _check_arguments(target_width: Any, exploration: Any, memory: Any, latency: 
         raise UserError(f"exploration is {exploration!r}; give a number of 0 or more (0.1 to 1 are worth trying).")
     if memory is not None and (not _is_number(memory) or not 1 <= memory < math.inf):
         raise UserError(f"memory is {memory!r}; give a number of iterations, 1 or more, or None to forget nothing.")
-    missing = [name for name in ("draft_seconds", "target_seconds", "host_seconds") if not hasattr(latency, name)]
+    missing = [name for name in ("draft_cost", "target_cost", "host_cost") if not hasattr(latency, name)]
     if latency is not None and missing:
         raise UserError(
-            f"latency is {type(latency).__name__!r} without {', '.join(missing)}; give an object with draft_seconds, "
-            "target_seconds and host_seconds, or None for wall seconds."
+            f"latency is {type(latency).__name__!r} without {', '.join(missing)}; give an object with draft_cost, "
+            "target_cost and host_cost, or None for wall seconds."
         )
 
 

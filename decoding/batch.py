@@ -6,13 +6,12 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from decoding.config import DecodingConfig
-from decoding.drafts import DraftScorer
+from decoding.node_scorer import ScorerOptions
 from decoding.noise_run import NoiseRun
 from decoding.pair import ModelPair, end_tokens
 from decoding.prompt_run import PromptRun, draft_config
@@ -20,7 +19,6 @@ from decoding.rejection_run import RejectionRun
 from decoding.results import DecodeResult, Recorder
 from decoding.rules import Rules
 from decoding.sampling import entries_needed
-from decoding.scorer import ForestScorer
 from decoding.search import SearchRun, entries_searched
 from decoding.widths import WidthPolicy
 
@@ -62,19 +60,17 @@ class Batch:
             draft_top = top and entries_needed(draft_config(config), pair.vocab_size)
         hidden = policy.needs_hidden or any(recorder.needs_hidden for recorder in recorders if recorder is not None)
         spare = config.max_new_tokens + config.draft_width * config.draft_depth + 2 * config.target_width
-
-        options: dict[str, Any] = {
-            "rows": size,
-            "longest_prompt": max(map(len, prompts)),
-            "spare_slots": spare,
-            "temperature": config.temperature,
-            "top": top,
-            "keep_hidden": hidden,
-            "process": self._process if processed else None,
-        }
-        self.scorers: dict[str, DraftScorer] = {"target": ForestScorer(pair.target, **options, engine=pair.engine)}
-        if pair.draft is not None and config.draft_depth > 0:
-            self.scorers["draft"] = pair.draft_scorer(**options | {"top": draft_top})
+        options = ScorerOptions(
+            rows=size,
+            longest_prompt=max(map(len, prompts)),
+            spare_slots=spare,
+            temperature=config.temperature,
+            top=top,
+            keep_hidden=hidden,
+            process=self._process if processed else None,
+            engine=pair.engine,
+        )
+        self.scorers = pair.scorers(options, drafting=config.draft_depth > 0, draft_top=draft_top)
         self._prefix = shared_prefix(prompts)
         self._opened: set[int] = set()  # rows that hold the shared prefix
 

@@ -152,6 +152,10 @@ class ForestCache:
         """Whether the node's keys and values are in the buffer."""
         return node in self._table(row).slot_of
 
+    def slot(self, row: int, node: int) -> int:
+        """The slot of a node that the buffer holds."""
+        return self._table(row).slot_of[node]
+
     def prompt_mask(self, first: int, last: int) -> Tensor:
         """Causal mask of a prompt's tokens first..last - 1, [1, 1, last - first, slots read]."""
         slots = torch.arange(self._bucket(last), device=self._device)

@@ -20,6 +20,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from decoding.architecture import text_config
+from decoding.checks import whole
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
 from decoding.entry import entry_point
@@ -154,10 +156,8 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
     """Decode what is not done yet, a shard at a time."""
     cfg, pair, features = collection.cfg, collection.pair, collection.features
     decoder = DSBDDecoder(pair, collection.config, collection.policy)
-    size = int(cfg.collect.batch_size)
-    if size < 1:
-        raise UserError(f"collect.batch_size is {size}; give a whole number of at least 1.")
-    if pair.draft is None:
+    size = whole("collect.batch_size", cfg.collect.batch_size, least=1)
+    if pair.drafter is None:
         raise UserError("Traces are logged of a target with a draft: give the pair one, such as pair.draft=ngram.")
     prompts = _prompts(cfg, collection.task, pair)
     directory.mkdir(parents=True, exist_ok=True)
@@ -208,11 +208,11 @@ def _add_shard(directory: Path, manifest: dict[str, Any], rows: list[dict[str, A
 
 def _prompts(cfg: DictConfig, task: Task, pair: ModelPair) -> list[tuple[str, Prompt]]:
     for name in ("train_prompts", "val_prompts"):
-        if cfg.collect[name] is not None and cfg.collect[name] < 1:
-            raise UserError(f"collect.{name} is {cfg.collect[name]}; give a whole number of at least 1.")
+        if cfg.collect[name] is not None:
+            whole(f"collect.{name}", cfg.collect[name], least=1)
     held_out = cfg.collect.get("test_prompts", 0)
-    if held_out is not None and held_out < 0:
-        raise UserError(f"collect.test_prompts is {held_out}; give a whole number of at least 0.")
+    if held_out is not None:
+        whole("collect.test_prompts", held_out, least=0)
     chosen = [
         (split, prompt)
         for split, limit in (("train", cfg.collect.train_prompts), ("val", cfg.collect.val_prompts), ("test", held_out))

@@ -32,11 +32,13 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from decoding.architecture import check_architecture
+from decoding.checks import whole
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
-from decoding.drafts import named_draft
+from decoding.drafts import Draft, named_draft
 from decoding.errors import UserError
-from decoding.pair import ModelPair, check_architecture
+from decoding.pair import ModelPair
 from decoding.results import DecodeResult
 from decoding.rules import Rules
 from decoding.widths import WidthPolicy
@@ -71,7 +73,7 @@ _NOT_BY_ROW = (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 _TIES = 32  # tokens that a TopKLogitsWarper may keep beyond top_k, where scores are equal
-_named: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()  # model -> drafts by their text
+_named: weakref.WeakKeyDictionary[Any, dict[str, Draft]] = weakref.WeakKeyDictionary()  # model -> drafts by their text
 _KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 
 
@@ -103,7 +105,7 @@ def dsbd_generate(
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: from transformers.
-        assistant_model: the draft: a model, "layers:8" or "ngram"; None: the model alone.
+        assistant_model: the draft: a model, "layers:8" or "ngram", or a `Draft`; None: the model alone.
         tokenizer: for stop_strings.
         num_beams, num_return_sequences, length_penalty, early_stopping, stop_strings: as in transformers; before those
             of the generation config.
@@ -165,7 +167,8 @@ def dsbd_generate(
     ]
     # torch.manual_seed and set_seed reach the draws; the global stream goes on only where plain generate draws too.
     seed = int(torch.randint(2**62, (1,))) if generation_config.do_sample else 0
-    with _modes_kept(model, draft):  # a pair puts its models into eval mode
+    models = draft.models.values() if isinstance(draft, Draft) else [draft]
+    with _modes_kept(model, *models):  # a pair puts its models into eval mode
         pair = ModelPair(model, draft, tokenizer, engine=engine, draft_tokenizer=given["assistant_tokenizer"])
         decoder = DSBDDecoder(pair, config, width_policy)
         results = decoder.generate(prompts, torch.Generator().manual_seed(seed), rules=rules)
@@ -180,7 +183,8 @@ def _draft(model: Any, draft: Any) -> Any:
         return draft
     known = _named.setdefault(model, {})
     if draft not in known:
-        known[draft] = named_draft(draft, model)[0]
+        with _modes_kept(model):  # its first layers are modules of its own, which drafting puts into eval mode
+            known[draft] = named_draft(draft, model)
     return known[draft]
 
 
@@ -280,9 +284,7 @@ def _settings(generation: GenerationConfig, **given: Any) -> dict[str, Any]:
 def _check_beams(settings: Mapping[str, Any], draft_width: int | None, samples: bool) -> None:
     """Refuse numbers in the caller's words; DecodingConfig checks the rest."""
     for name in ("num_beams", "num_return_sequences"):
-        value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} is {value!r}; give a whole number of at least 1.")
+        whole(name, settings[name], least=1)
     beams, returned = settings["num_beams"], settings["num_return_sequences"]
     if returned > beams and not (beams == 1 and samples):
         sample = ", or set do_sample=True for several samples" if beams == 1 else ""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from decoding.batch import Batch
+from decoding.checks import whole
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.pair import ModelPair, check_prompt
@@ -85,9 +86,8 @@ class DSBDDecoder:
         rows = as_token_lists(prompts)
         for i, row in enumerate(rows):
             check_prompt(self.pair, row, self.config, i)
-        whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
-        if batch_size is not None and not (whole and batch_size >= 1):
-            raise UserError(f"batch_size is {batch_size!r}; give a whole number of at least 1, or None for all.")
+        if batch_size is not None:
+            whole("batch_size", batch_size, least=1, hint="or None for all")
         if not rows:
             return []
         recorders = _one_each(recorder, len(rows), "recorders")

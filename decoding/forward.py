@@ -9,13 +9,14 @@ import inspect
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from decoding.alibi import alibi_by_position
-from decoding.windows import sliding_layers
+from decoding.errors import UserError
+from decoding.positions import alibi_by_position, sliding_layers
 
 
 @dataclass
@@ -31,6 +32,7 @@ class PassInputs:
     unpad: Tensor | None = None  # [T] where a token stands among the rows * N
     last_only: bool = False  # logits of the last token only, for prompts (one row)
     hidden: bool = False  # also give the last hidden states
+    layers: tuple[int, ...] = ()  # K hidden states to give of every token too, numbered as transformers numbers them
     window_mask: Tensor | None = None  # [rows, 1, N, S] as `mask`, for sliding layers; None: they see as much
     key_positions: Tensor | None = None  # [rows, S] int64, of the token in each slot, where ALiBi needs them
 
@@ -48,6 +50,14 @@ class PassInputs:
     def read(self) -> int:
         """S: slots read in each row."""
         return self.mask.shape[3]
+
+
+class PassOutput(NamedTuple):
+    """What a pass gives; with `last_only` the first two are of the last token alone."""
+
+    logits: Tensor  # [T, V]
+    hidden: Tensor | None = None  # [T, H] what the head read, where asked for
+    states: Tensor | None = None  # [T, K, H] of `layers`, where there are any; of all tokens
 
 
 class Store(Protocol):
@@ -78,8 +88,9 @@ class Forward(Protocol):
     def new_store(self, rows: int, capacity: int) -> Any:
         """An empty buffer."""
 
-    def __call__(self, inputs: PassInputs, store: Any) -> tuple[Tensor, Tensor | None]:
-        """Logits [T, V] (or [1, V] with last_only) and hidden states [T, H] where asked for."""
+    def __call__(self, inputs: PassInputs, store: Any) -> PassOutput:
+        """Run a pass."""
+        ...
 
 
 class _FlatLayer(CacheLayerMixin):
@@ -185,33 +196,39 @@ class TransformersForward:
         """An empty buffer; keys and values are allocated by the first pass."""
         return TransformersStore(rows, capacity, self._layers)
 
-    def __call__(self, inputs: PassInputs, store: TransformersStore) -> tuple[Tensor, Tensor | None]:
-        """Logits [T, V] (or [1, V] with last_only) and hidden states [T, H] where asked for."""
-        states: list[Tensor] = []
+    def __call__(self, inputs: PassInputs, store: TransformersStore) -> PassOutput:
+        """Run a pass.
+
+        Raises:
+            UserError: states of layers are asked of a model that does not give them.
+        """
+        read: list[Tensor] = []
         hook = None
         model: Any = self._model()
         if inputs.hidden:
             head = model.get_output_embeddings()
-            hook = head.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+            hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
         store.inputs = inputs
         try:
             with self._mask(model, inputs) as mask:
-                logits = model(
+                output = model(
                     input_ids=inputs.tokens.view(inputs.rows, -1),
                     position_ids=inputs.positions.view(inputs.rows, -1),
                     attention_mask=mask,
                     past_key_values=store,
                     use_cache=True,
                     **({"logits_to_keep": 1} if inputs.last_only and self._can_keep else {}),
-                ).logits.flatten(0, 1)
+                    **({"output_hidden_states": True} if inputs.layers else {}),
+                )
         finally:
             store.inputs = None
             if hook is not None:
                 hook.remove()
-        hidden = states[0].flatten(0, 1) if states else None
+        logits, hidden = output.logits.flatten(0, 1), read[0].flatten(0, 1) if read else None
+        states = _states_of(model, output, inputs.layers) if inputs.layers else None
         if inputs.last_only:
-            return logits[-1:], hidden[-1:] if hidden is not None else None
-        return logits, hidden
+            return PassOutput(logits[-1:], hidden[-1:] if hidden is not None else None, states)
+        return PassOutput(logits, hidden, states)
 
     def _mask(self, model: Any, inputs: PassInputs) -> AbstractContextManager[Tensor | dict[str, Tensor]]:
         """The attention mask as the model takes it: by kind of layer where the kinds see different things."""
@@ -222,3 +239,15 @@ class TransformersForward:
         if self._all_slide:
             return nullcontext(inputs.window_mask)
         return nullcontext({"full_attention": inputs.mask, "sliding_attention": inputs.window_mask})
+
+
+def _states_of(model: Any, output: Any, layers: tuple[int, ...]) -> Tensor:
+    """The hidden states of some layers, [T, K, H]."""
+    given = getattr(output, "hidden_states", None)
+    if given is None:
+        kind = getattr(model.config, "model_type", type(model).__name__)
+        raise UserError(
+            f"The draft reads hidden states of the target's layers, but the target ({kind}) does not give them when "
+            "output_hidden_states=True; give another draft, such as ngram."
+        )
+    return torch.stack([given[layer].flatten(0, 1) for layer in layers], 1)

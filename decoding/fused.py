@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from decoding.forward import PassInputs, larger
-from decoding.windows import sliding_layers
+from decoding.families import family_of
+from decoding.forward import PassInputs, PassOutput, larger
+from decoding.positions import sliding_layers
 
-# Every one of these is: norm, attention with rotary positions, residual, norm, gated SiLU, residual.
-_FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _PROJECTIONS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -36,7 +35,7 @@ Residual = Callable[[Tensor, Tensor], Tensor]  # (input, residual) -> residual +
 def can_fuse(model: Any) -> bool:
     """Whether `FusedForward` knows this model: the family, plain float weights on one device, nothing hooked in."""
     config = model.config
-    if type(model).__name__ not in _FAMILIES or getattr(config, "hidden_act", None) != "silu":
+    if type(model).__name__ != family_of(config).fused or getattr(config, "hidden_act", None) != "silu":
         return False
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in _STATIC_ROPE or rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -192,23 +191,24 @@ class FusedForward:
         """An empty buffer."""
         return FusedStore(self._embedding, rows, capacity, len(self._layers), self._kv_heads, self._dim, self._rotation)
 
-    def __call__(self, inputs: PassInputs, store: FusedStore) -> tuple[Tensor, Tensor | None]:
-        """Logits [T, V] (or [1, V] with last_only) and hidden states [T, H] where asked for."""
+    def __call__(self, inputs: PassInputs, store: FusedStore) -> PassOutput:
+        """Run a pass."""
         if not self._embedding.is_cuda:
             return self._pass(inputs, store)
         with sdpa_kernel(_ATTENTION):
             return self._pass(inputs, store)
 
-    def _pass(self, inputs: PassInputs, store: FusedStore) -> tuple[Tensor, Tensor | None]:
+    def _pass(self, inputs: PassInputs, store: FusedStore) -> PassOutput:
         group = self._heads // self._kv_heads
         masks = {slides: inputs.masks[slides] for slides in set(self._slides)}
         if group > 1:
             masks = {slides: mask.repeat(1, 1, group, 1) for slides, mask in masks.items()}  # [B, 1, G * N, S]
         turns = store.turns.index_select(0, inputs.positions)[:, None]  # [T, 1, D/2]
         states = F.embedding(inputs.tokens, self._embedding)  # [T, H]
-        width = states.shape[-1]
+        kept = states.new_empty(len(states), len(inputs.layers), states.shape[-1]) if inputs.layers else None
         weights = zip(self._layers, self._slides, store.buffers, store.views(inputs), strict=True)
-        for layer, slides, buffer, (keys, values) in weights:
+        for number, (layer, slides, buffer, (keys, values)) in enumerate(weights):
+            _keep(kept, inputs.layers, number, states)
             qkv = layer.qkv(layer.norm(states))  # [T, (heads + 2 kv) * D]
             queries = self._turned(qkv, turns, layer)
             buffer.index_copy_(0, inputs.slots, qkv[:, self._heads * self._dim :])
@@ -220,10 +220,16 @@ class FusedForward:
             states = layer.out(mixed, states)
             gate, up = layer.gate_up(layer.mlp_norm(states)).chunk(2, -1)
             states = layer.down(F.silu(gate).mul_(up), states)
+        if len(self._layers) in inputs.layers:
+            _keep(kept, inputs.layers, len(self._layers), self._normed(states))
         if inputs.last_only:
             states = states[-1:]
         logits = self._head(self._norm(states))
-        return logits, F.rms_norm(states, (width,), self._norm.weight, self._norm.eps) if inputs.hidden else None
+        return PassOutput(logits, self._normed(states) if inputs.hidden else None, kept)
+
+    def _normed(self, states: Tensor) -> Tensor:
+        """What the model's own head reads, [T, H] both ways; `_norm` leaves its weight to the head."""
+        return F.rms_norm(states, states.shape[-1:], self._norm.weight, self._norm.eps)
 
     def _turned(self, qkv: Tensor, turns: Tensor, layer: _Layer) -> Tensor:
         """Rotate queries and keys in place; returns the queries, [T, heads * D]."""
@@ -257,6 +263,14 @@ class FusedForward:
         cosine, sine = self._rotary(torch.empty(0, dtype=torch.float32, device=ids.device), ids)  # [1, P, D]
         half = self._dim // 2
         return torch.complex(cosine[0, :, :half].float(), sine[0, :, :half].float())
+
+
+def _keep(kept: Tensor | None, layers: tuple[int, ...], number: int, states: Tensor) -> None:
+    """Copy hidden states [T, H] of a number into `kept` [T, K, H]: the next block may add to them in place."""
+    if kept is not None:
+        for place, layer in enumerate(layers):
+            if layer == number:
+                kept[:, place] = states
 
 
 def _pairs_together(dim: int) -> Tensor:

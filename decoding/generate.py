@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
 
+from decoding.checks import whole
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
 from decoding.entry import entry_point
@@ -157,8 +158,8 @@ def tokenised(pair: ModelPair, text: str) -> list[int]:
 def forest_recorder(cfg: DictConfig) -> ForestRecorder | None:
     """What listens for --show-forest, None where it was not asked for."""
     wanted = cfg.forest_iteration
-    if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
-        raise UserError(f"forest_iteration is {wanted!r}; give a whole number of at least 1.")
+    if wanted is not None:
+        whole("forest_iteration", wanted, least=1)
     return ForestRecorder(wanted) if cfg.show_forest or wanted is not None else None
 
 

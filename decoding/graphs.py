@@ -8,9 +8,8 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from decoding.forward import Forward, PassInputs
+from decoding.forward import Forward, PassInputs, PassOutput
 
 GRAPH_LIMIT = 64  # shapes captured; beyond, passes run eagerly: shapes that never repeat would fill the memory
 
@@ -30,7 +29,7 @@ class GraphedForward:
 
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
-        self._graphs: dict[tuple[int, ...], _Captured] = {}
+        self._graphs: dict[tuple[Any, ...], _Captured] = {}
         self._pool: Any = None
         self._works = True
         self.name = f"{forward.name}+graphs"
@@ -40,10 +39,11 @@ class GraphedForward:
         """An empty buffer."""
         return self._forward.new_store(rows, capacity)
 
-    def __call__(self, inputs: PassInputs, store: Any) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, inputs: PassInputs, store: Any) -> PassOutput:
         """As the captured forward; the tensors are overwritten by the next pass of the same shape."""
         slides = inputs.window_mask is not None
-        key = (id(store), store.capacity, inputs.rows, inputs.tokens.shape[0], inputs.read, inputs.hidden, slides)
+        shape = (inputs.rows, inputs.tokens.shape[0], inputs.read)
+        key = (id(store), store.capacity, *shape, inputs.hidden, inputs.layers, slides)
         graph = self._graphs.get(key)
         if graph is None and self._works and len(self._graphs) < GRAPH_LIMIT:
             graph = self._capture(key, inputs, store)
@@ -53,7 +53,7 @@ class GraphedForward:
         self.replays += 1
         return graph(inputs)
 
-    def _capture(self, key: tuple[int, ...], inputs: PassInputs, store: Any) -> _Captured | None:
+    def _capture(self, key: tuple[Any, ...], inputs: PassInputs, store: Any) -> _Captured | None:
         try:
             if not self._graphs:  # torch refuses a pool again once all of its graphs are gone
                 self._pool = torch.cuda.graph_pool_handle()
@@ -76,7 +76,7 @@ class _Captured:
 
     def __init__(self, forward: Forward, inputs: PassInputs, store: Any, pool: Any) -> None:
         read = {name: getattr(inputs, name).clone() for name in _read_by(inputs)}
-        self._inputs = PassInputs(**read, first_row=inputs.first_row, hidden=inputs.hidden)
+        self._inputs = PassInputs(**read, first_row=inputs.first_row, hidden=inputs.hidden, layers=inputs.layers)
         device = inputs.tokens.device
         current, side = torch.cuda.current_stream(device), _side_stream(device)
         # This block gives the device and the stream back after a capture that failed, too; torch's own does not.
@@ -89,7 +89,7 @@ class _Captured:
                 self._outputs = forward(self._inputs, store)
         current.wait_stream(side)
 
-    def __call__(self, inputs: PassInputs) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, inputs: PassInputs) -> PassOutput:
         for name in _read_by(inputs):
             getattr(self._inputs, name).copy_(getattr(inputs, name))
         self._graph.replay()

@@ -14,7 +14,25 @@ import numpy as np
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.sampling import Distribution
-from decoding.widths import DraftContext, RootContext, TargetContext, WidthPolicy, check_final_width, check_share
+from decoding.widths import (
+    DRAFT_DEPTH,
+    DRAFT_WIDTH,
+    FINAL_WIDTH,
+    SURPLUS,
+    DraftContext,
+    Knob,
+    RootContext,
+    TargetContext,
+    WidthPolicy,
+    check_final_width,
+    check_share,
+)
+
+
+def _knobs(own: Knob) -> tuple[Knob, ...]:
+    """A rule's own knob among those that all of them have."""
+    stop = Knob("stop_entropy", "stop", axis="stop_entropies", of_drafts=True)
+    return (DRAFT_WIDTH, DRAFT_DEPTH, own, FINAL_WIDTH, stop, SURPLUS)
 
 
 class HandSetWidth(WidthPolicy, ABC):
@@ -72,6 +90,7 @@ class MassWidth(HandSetWidth):
     """
 
     name = "mass"
+    knobs = _knobs(Knob("share", grid=(0.6, 0.8, 0.95), axis="shares"))
 
     def __init__(self, share: float = 0.8, final_width: int | None = None, stop_entropy: float | None = None) -> None:
         super().__init__(final_width, stop_entropy)
@@ -97,6 +116,7 @@ class GapWidth(HandSetWidth):
     """
 
     name = "gap"
+    knobs = _knobs(Knob("gap", grid=(0.5, 1.5, 3), axis="gaps"))
 
     def __init__(self, gap: float = 1.5, final_width: int | None = None, stop_entropy: float | None = None) -> None:
         super().__init__(final_width, stop_entropy)
@@ -123,6 +143,7 @@ class EntropyWidth(HandSetWidth):
     """
 
     name = "entropy"
+    knobs = _knobs(Knob("scale", grid=(0.3, 0.6, 1), axis="scales"))
 
     def __init__(self, scale: float = 0.5, final_width: int | None = None, stop_entropy: float | None = None) -> None:
         super().__init__(final_width, stop_entropy)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from decoding.checks import choice, whole
 from decoding.errors import UserError
 
 CONTEXT = 8192  # positions that an inflated model takes, for the sake of cost; see `inflate`
@@ -47,10 +48,9 @@ class Shape:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if name == "tie_word_embeddings":
-                if not isinstance(value, bool):
-                    raise UserError(f"tie_word_embeddings of a shape is {value!r}; give true or false.")
-            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} of a shape is {value!r}; give a whole number of at least 1.")
+                choice(f"{name} of a shape", value, (True, False))
+            else:
+                whole(f"{name} of a shape", value, least=1)
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) is no multiple of num_key_value_heads "

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from decoding.dense import DenseJoint, dense_joint
-from decoding.drafts import DraftScorer
+from decoding.node_scorer import NodeScorer
 from decoding.noise import PathNoise, seed_of
 from decoding.prompt_run import Beam, DraftedLayer, PromptRun, Proposal, Request, best_first
 from decoding.results import LayerEvent
@@ -59,7 +59,7 @@ class NoiseRun(PromptRun):
         Where there are known ones and the policy has the draft's pass left out, or the draft has nothing to say, they
         propose alone.
         """
-        scorer = cast(DraftScorer, self.draft)
+        scorer = cast(NodeScorer, self.draft)
         known = [beam for beam in beams if self.target.knows(self.row, beam.node)]
         unknown = [beam for beam in beams if not self.target.knows(self.row, beam.node)]
         asked = bool(unknown)
@@ -81,7 +81,7 @@ class NoiseRun(PromptRun):
         if certain:
             joint = self._joint(self.target, known, "target")
         elif not known:
-            joint = self._joint(cast(DraftScorer, self.draft), unknown, "draft")
+            joint = self._joint(cast(NodeScorer, self.draft), unknown, "draft")
         else:
             joint = self._mixed(known, unknown)
         config, of_target = self.config, {beam.node for beam in known}
@@ -91,7 +91,7 @@ class NoiseRun(PromptRun):
         return Guess(joint, parents, is_known, certain, run_race(joint, self.noise, count))
 
     def _mixed(self, known: list[Beam], unknown: list[Beam]) -> Joint | DenseJoint:
-        parts = [(self.target, known), (cast(DraftScorer, self.draft), unknown)]
+        parts = [(self.target, known), (cast(NodeScorer, self.draft), unknown)]
         rows = [(scorer, [beam.node for beam in beams]) for scorer, beams in parts if beams]
         nodes = [beam.node for beam in (*known, *unknown)]
         weights = [beam.weight for beam in (*known, *unknown)]

@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from decoding.arrays import IntArray
+from decoding.checks import whole
 from decoding.config import DecodingConfig
+from decoding.cost_table import Costs, iteration_seconds
 from decoding.decoder import DSBDDecoder, Prompts, as_token_lists
 from decoding.errors import UserError
 from decoding.forest import TokenForest
 from decoding.pair import ModelPair, end_tokens
-from decoding.pricing import Costs, iteration_seconds
 from decoding.results import DecodeResult, DecodeStats, LayerEvent
-from decoding.sampling import Dice, IntArray
+from decoding.sampling import Dice
 from decoding.widths import DraftContext, TargetContext, WidthPolicy
 
 # --------------------------------------------------------------------------------- survivors, by looking ahead
@@ -50,12 +52,12 @@ class SurvivorOracle(WidthPolicy):
     """
 
     name = "oracle_survivor"
+    family = "control"
     shadow: Dice | None = None  # as a recorder: no coins of its own
 
     def __init__(self, pair: ModelPair, prompt: Sequence[int], lookahead: int = 8, candidates: int = 10) -> None:
         for name, value in (("lookahead", lookahead), ("candidates", candidates)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} is {value!r}; give a whole number of at least 1.")
+            whole(name, value, least=1)
         self.pair, self.prompt, self.lookahead, self.candidates = pair, list(prompt), lookahead, candidates
         self.seconds = 0.0  # spent looking ahead at this prompt
         self._forest = TokenForest()

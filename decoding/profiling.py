@@ -10,7 +10,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from decoding.baselines import Generate
+from decoding.methods import Generate
 from decoding.results import DecodeResult
 
 TOP = 15  # operators reported

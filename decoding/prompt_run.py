@@ -18,8 +18,8 @@ from torch import Tensor
 
 from decoding.config import DecodingConfig
 from decoding.dense import DenseJoint, dense_joint
-from decoding.drafts import DraftScorer
 from decoding.forest import TokenForest
+from decoding.node_scorer import NodeScorer, mean_hidden
 from decoding.results import DecodeResult, DecodeStats, LayerEvent, Recorder
 from decoding.rules import Rules
 from decoding.sampling import IntArray, Joint, compact_joint
@@ -106,7 +106,7 @@ class PromptRun(ABC):
         ends: frozenset[int],
         stream: torch.Generator,
         recorder: Recorder | None,
-        scorers: Mapping[str, DraftScorer],
+        scorers: Mapping[str, NodeScorer],
         rules: Rules | None = None,
     ) -> None:
         self.index, self.row, self.config, self.policy, self.eos = index, row, config, policy, ends
@@ -211,7 +211,7 @@ class PromptRun(ABC):
             weights=weights,
             history=self.history,
             unknown_share=Parents(tuple(beam.node for beam in self.beams), weights, known).unknown_share,
-            target_hidden=self.target.hidden(self.row, [scored]),
+            target_hidden=mean_hidden(self.target, self.row, [scored]),
         )
 
     def _draft_forest(self, root: RootContext) -> Generator[Request, None, list[DraftedLayer]]:
@@ -243,7 +243,7 @@ class PromptRun(ABC):
         self, root: RootContext, layer: int, beams: list[Beam]
     ) -> Generator[Request, None, Proposal | None]:
         """Q after `beams`; None where it has nothing to propose."""
-        nodes, scorer = [beam.node for beam in beams], cast(DraftScorer, self.draft)
+        nodes, scorer = [beam.node for beam in beams], cast(NodeScorer, self.draft)
         self._asked.append(len(nodes))
         yield Request("draft", nodes)
         if not scorer.proposes(self.row, nodes):
@@ -264,7 +264,7 @@ class PromptRun(ABC):
     def _draft_context(
         self, root: RootContext, layer: int, proposal: Proposal, widths: tuple[int, ...]
     ) -> DraftContext:
-        hidden = cast(DraftScorer, self.draft).hidden(self.row, [beam.node for beam in proposal.parents])
+        hidden = mean_hidden(cast(NodeScorer, self.draft), self.row, [beam.node for beam in proposal.parents])
         weights = np.array([beam.weight for beam in proposal.parents])
         return DraftContext(root, layer, weights, proposal.joint, True, widths, draft_hidden=hidden)
 
@@ -283,7 +283,7 @@ class PromptRun(ABC):
     def _propose(self, proposal: Proposal, width: int) -> IntArray:
         """Entries of Q to draft, in order."""
 
-    def _joint(self, scorer: DraftScorer, beams: list[Beam], name: str) -> Joint | DenseJoint:
+    def _joint(self, scorer: NodeScorer, beams: list[Beam], name: str) -> Joint | DenseJoint:
         """The joint distribution of one model after scored beams."""
         nodes, weights = [beam.node for beam in beams], [beam.weight for beam in beams]
         config = self._draft_config if name == "draft" else self.config

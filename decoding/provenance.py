@@ -32,6 +32,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def run_provenance(cfg: DictConfig, pair: Any, task: Any, prompts: int) -> dict[str, Any]:
+    """`provenance` of a run over prompts of a task: its pair, its task with split and number of prompts, its config."""
+    about = {**task.describe(), "split": cfg.prompts.split, "prompts": prompts}
+    return {**provenance(), "pair": pair.describe(), "task": about, "config": to_plain(cfg)}
+
+
 def git_sha() -> str | None:
     """Commit of this checkout, with `-dirty` where tracked files differ from it; None for an installed copy or without
     git."""

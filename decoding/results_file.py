@@ -1,4 +1,4 @@
-"""The results.json of an evaluation: its version, written and read. docs/results.md describes what is in it."""
+"""The results of an evaluation or a bench as a file: its version, written and read. docs/results.md has the fields."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from decoding.errors import UserError
 from decoding.files import json_bytes, write_whole
 
-SCHEMA_VERSION = 1
-RESULTS = "results.json"
+SCHEMA_VERSION = 2
+RESULTS, BENCH = "results.json", "bench.json"
 Results = str | Path | Mapping[str, Any]  # the path of a results.json, or what it holds
 
 
-def write_results(directory: Path, results: Mapping[str, Any]) -> Path:
-    """Write results as `directory`/results.json; returns its path."""
-    return write_whole(directory / RESULTS, json_bytes(results))
+def write_results(path: Path, results: Mapping[str, Any]) -> Path:
+    """Write results; returns the path."""
+    return write_whole(path, json_bytes(results))
 
 
 def read_results(results: Results) -> Mapping[str, Any]:

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from decoding.forest import TokenForest
-from decoding.latency import NODE_COUNTS
+from decoding.cost_table import NODE_COUNTS
 from decoding.pair import ModelPair
-from decoding.scorer import ForestScorer
+from decoding.passes import forest_passes
 
 BUFFER_BYTES = {"cpu": 2**28, "cuda": 2**31}  # read to measure the bandwidth; far more than caches hold
 _CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -41,7 +40,7 @@ def roofline(pair: ModelPair, prompt: Sequence[int], top: int = 1, repeats: int 
     """
     bandwidth = read_bandwidth(pair.device)
     weights, slot = weight_bytes(pair.target), kv_bytes_per_slot(pair.target)
-    timed = pass_seconds(pair.target, prompt, pair.engine, top, repeats)
+    timed = pass_seconds(pair, prompt, top, repeats)
     passes = []
     for nodes, (inside, whole) in zip(NODE_COUNTS, timed, strict=True):
         read = weights + slot * (len(prompt) + nodes)
@@ -91,27 +90,14 @@ def kv_bytes_per_slot(model: Any) -> int:
 
 
 @torch.inference_mode()
-def pass_seconds(model: Any, prompt: Sequence[int], engine: str, top: int, repeats: int) -> list[tuple[float, float]]:
+def pass_seconds(pair: ModelPair, prompt: Sequence[int], top: int, repeats: int) -> list[tuple[float, float]]:
     """(seconds in the model, seconds with slots and masks) of a pass for each of NODE_COUNTS; medians."""
-    forest = TokenForest()
-    scorer = ForestScorer(
-        model, rows=1, longest_prompt=len(prompt), spare_slots=max(NODE_COUNTS), top=top, engine=engine
-    )
     medians = []
-    try:
-        scorer.open(0, list(prompt), forest)
+    with forest_passes(pair, "target", prompt, top) as passes:
         for count in NODE_COUNTS:
-            times = []
-            for _ in range(repeats + 2):  # the first two warm up
-                nodes = [forest.child(0, token) for token in range(count)]
-                before, began = scorer.model_seconds, time.perf_counter()
-                scorer.score({0: nodes})  # ends with its results on the host: nothing to wait for
-                times.append((scorer.model_seconds - before, time.perf_counter() - began))
-                scorer.forget(0, forest.release(nodes, set()), [])
-            inside, whole = np.median(times[2:], axis=0)
+            times = [passes.run(count) for _ in range(repeats + 2)][2:]  # the first two warm up
+            inside, whole = np.median(times, axis=0)
             medians.append((float(inside), float(whole)))
-    finally:
-        scorer.close()
     return medians
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from decoding.alibi import has_alibi
+from decoding.families import has_alibi
 from decoding.forward import Forward, TransformersForward
 from decoding.fused import FusedForward, can_fuse, hooked, signature
 from decoding.graphs import GraphedForward
-from decoding.windows import window_of
+from decoding.positions import window_of
 
 ENGINES = ("auto", "eager", "transformers")
 SPARE_STORES = 3  # KV buffers kept for the next decoding

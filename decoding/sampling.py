@@ -16,11 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from decoding.arrays import FloatArray, IntArray
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 DICE_BLOCK = 256
 _TINY = 1e-300  # anything below may overflow as a divisor

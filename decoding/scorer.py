@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor
 from decoding.cache import ForestCache, Placement
 from decoding.forest import TokenForest
 from decoding.forward import Forward, PassInputs
+from decoding.layer_states import LayerStates
+from decoding.node_scorer import Process
 from decoding.runner import runner_of
 from decoding.sampling import FloatArray, IntArray, log_probabilities, top_entries
 from decoding.vocabulary import VocabularyMap
 
-Process = Callable[[int, Sequence[int], Tensor], Tensor]
 PREFILL_CHUNK = 512  # prompt tokens in a pass: bounds the memory of its mask and its activations
 
 
@@ -54,6 +55,8 @@ class ForestScorer:
         keep_hidden: also keep the last hidden state of scored nodes.
         process: (row, nodes, logits [N, V] float32) -> their log-probabilities; None: log-softmax.
         vocabulary: makes the model's token ids the forest's; None where they are the same.
+        layers: also keep these hidden states of all prompt tokens and living nodes, for `layer_states`; numbered as
+            transformers numbers them.
         engine: "auto": fused where the model's family is known, as CUDA graphs on a GPU; "eager": without graphs;
             "transformers": the model's own forward.
     """
@@ -70,6 +73,7 @@ class ForestScorer:
         engine: str = "auto",
         process: Process | None = None,
         vocabulary: VocabularyMap | None = None,
+        layers: tuple[int, ...] = (),
     ) -> None:
         weight = next(model.parameters())
         self.model, self.temperature, self.device = model, temperature, weight.device
@@ -88,6 +92,8 @@ class ForestScorer:
         )
         self._store = self.runner.borrow(rows, self.cache.capacity)
         self.cache.reserve(self._store.capacity)
+        self._layers = layers
+        self._states = LayerStates(rows, self.cache.capacity) if layers else None
         self._prompts: list[_Prompt | None] = [None] * rows
 
     def close(self) -> None:
@@ -116,6 +122,8 @@ class ForestScorer:
             source, first = shared
             if source != row:
                 self._store.copy_slots(source, row, first)
+                if self._states is not None:
+                    self._states.copy_slots(source, row, first)
         known = prompt if self._vocabulary is None else self._vocabulary.to_draft(prompt)
         tokens = torch.tensor(known).to(self.device)
         while first < len(prompt):
@@ -129,6 +137,7 @@ class ForestScorer:
                 first_row=row,
                 last_only=True,
                 hidden=self._keep_hidden,
+                layers=self._layers,
             )
             scored = [(row, 0)] if last == len(prompt) else []
             self._run(inputs, scored, range(len(scored)), self.runner.prompts)
@@ -161,6 +170,8 @@ class ForestScorer:
         placement = self.cache.place(fresh)
         if self.cache.capacity > self._store.capacity:
             self._store.grow(self.cache.capacity)
+            if self._states is not None:
+                self._states.grow(self.cache.capacity)
         inputs, at = self._inputs(placement)
         self._run(inputs, placement.order, at, self.runner.forward)
         return len(placement.order)
@@ -192,7 +203,8 @@ class ForestScorer:
                 slots = _laid_out(at, slots, fillers)
         flat = self._to_device([tokens, positions, slots, base_rows, mask_rows, placement.bits, *pads])
         mask = self.cache.masks(flat[3], flat[4], flat[5], rows, placement.read)
-        inputs = PassInputs(flat[0], flat[1], flat[2], mask, placement.first_row, hidden=self._keep_hidden)
+        inputs = PassInputs(flat[0], flat[1], flat[2], mask, placement.first_row)
+        inputs.hidden, inputs.layers = self._keep_hidden, self._layers
         if pads:
             inputs.pad, inputs.unpad = flat[6], flat[7]
         return inputs, at
@@ -207,7 +219,9 @@ class ForestScorer:
         began = time.perf_counter()
         if self.cache.keeps_positions:
             self._look_back(inputs)
-        logits, hidden = forward(inputs, self._store)
+        logits, hidden, states = forward(inputs, self._store)
+        if self._states is not None and states is not None:
+            self._states.write(inputs.slots, states)
         if not order:  # a part of a prompt
             self.model_seconds += time.perf_counter() - began
             return
@@ -288,11 +302,21 @@ class ForestScorer:
         found = [self._held(row).scored[node] for node in nodes]
         return _gather([(scored.log_probs, i) for scored, i in found if scored.log_probs is not None])
 
-    def hidden(self, row: int, nodes: Sequence[int]) -> FloatArray | None:
-        """Mean of the last hidden states at those of `nodes` that have been scored, [H]; None if none was."""
+    def hidden(self, row: int, nodes: Sequence[int]) -> Tensor | None:
+        """Last hidden states at those of `nodes` that have been scored, [N, H]; None if none was."""
         known = self._held(row).hidden
         found = [known[node] for node in nodes if node in known]
-        return _gather(found).float().mean(0).cpu().numpy() if found else None
+        return _gather(found) if found else None
+
+    def layer_states(self, row: int, nodes: Sequence[int]) -> Tensor:
+        """Hidden states of `layers` at scored nodes that live, their layers in that order; [N, K, H]."""
+        assert self._states is not None, "the scorer was made with `layers`"
+        return self._states.read(row, [self.cache.slot(row, node) for node in nodes])
+
+    def prompt_states(self, row: int) -> Tensor:
+        """Hidden states of `layers` at the tokens of the row's prompt; [P, K, H]."""
+        assert self._states is not None, "the scorer was made with `layers`"
+        return self._states.read(row, range(len(self._held(row).tokens)))
 
     def forget(self, row: int, dead: Sequence[int], live: Sequence[int]) -> None:
         """Free the slots of dead nodes, and all log-probabilities except at `live` nodes."""

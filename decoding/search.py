@@ -13,8 +13,8 @@ import numpy as np
 
 from decoding.config import DecodingConfig
 from decoding.dense import DenseJoint
-from decoding.drafts import DraftScorer
 from decoding.errors import UserError
+from decoding.node_scorer import NodeScorer
 from decoding.prompt_run import Beam, DraftedLayer, Hypothesis, PromptRun, Proposal
 from decoding.results import LayerEvent
 from decoding.sampling import FloatArray, IntArray, Joint, nan_message, nothing_left_message
@@ -41,7 +41,7 @@ class SearchRun(PromptRun):
     the lower token id. Where transformers' float32 sums tie or differ by rounding alone, it may keep another beam.
     """
 
-    def _joint(self, scorer: DraftScorer, beams: list[Beam], name: str) -> Joint:
+    def _joint(self, scorer: NodeScorer, beams: list[Beam], name: str) -> Joint:
         nodes, weights = [beam.node for beam in beams], [beam.weight for beam in beams]
         count = self.config.draft_width + len(self.eos) * len(beams)  # so many live ones are among them
         count = max(count, candidates_per_beam(len(self.eos)) * self.config.target_width)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from decoding.baselines import Generate
-from decoding.measure import prompt_stream
+from decoding.methods import Generate
 from decoding.pair import ModelPair
 from decoding.runner import runner_of
 from decoding.tasks.base import Prompt
+from decoding.turns import prompt_stream
 
 _CHECKPOINTS = 10
 

@@ -24,12 +24,11 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from decoding.builtin import TINY_DIR, load_tiny
 from decoding.tasks.stdlib import split_of, stdlib_modules
 
-TINY_DIR = Path(__file__).parent / "tiny_weights"
 EOS = "<|endoftext|>"
 VOCABULARY = 2048
 CONTEXT = 512  # tokens, also the length of the training sequences
@@ -122,14 +121,14 @@ def cut_rows(tokens: Tensor) -> Tensor:
     return tokens[: tokens.numel() // CONTEXT * CONTEXT].view(-1, CONTEXT)
 
 
-Forward = Callable[[Tensor], Tensor]  # tokens [B, T] -> logits [B, T, V] float32
+Logits = Callable[[Tensor], Tensor]  # tokens [B, T] -> logits [B, T, V] float32
 
 
 def fit_model(
     model: LlamaForCausalLM,
     batches: Iterator[Tensor],
     fit: FitConfig,
-    loss_of: Callable[[Forward, Tensor, float], Tensor],
+    loss_of: Callable[[Logits, Tensor, float], Tensor],
     title: str,
     compiled: bool = False,
 ) -> None:
@@ -172,9 +171,9 @@ def fit_model(
     model.eval()
 
 
-def next_token_loss(forward: Forward, batch: Tensor, done: float) -> Tensor:
+def next_token_loss(logits_of: Logits, batch: Tensor, done: float) -> Tensor:
     """Cross entropy of the next token; batch [B, T]."""
-    return F.cross_entropy(forward(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    return F.cross_entropy(logits_of(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
 
 @dataclass(frozen=True)
@@ -199,14 +198,14 @@ class Lessons:
             probs.append(top.values.bfloat16())
         return cls(rows, torch.cat(likely), torch.cat(probs))
 
-    def loss(self, forward: Forward, batch: Tensor, done: float) -> Tensor:
+    def loss(self, logits_of: Logits, batch: Tensor, done: float) -> Tensor:
         """KL(p || q), then, from the middle of the run, mostly the total variation distance; batch [B] of rows.
 
         The accept probability of a draft is Σ min(p, q) = 1 - TV(p, q) (2211.17192, theorem 3.5), so the total
         variation is what the draft is for; it gives no useful gradient far from the target, hence the KL first.
         """
         likely, p = self.likely[batch].long(), self.probs[batch].float()  # [B, T, K]
-        log_q = forward(self.rows[batch]).log_softmax(-1).gather(-1, likely)
+        log_q = logits_of(self.rows[batch]).log_softmax(-1).gather(-1, likely)
         kl = (p * (p.clamp_min(1e-9).log() - log_q)).sum(-1).mean()
         if done < 0.5:
             return kl
@@ -275,22 +274,6 @@ def measure_pair(
 def save_model(model: LlamaForCausalLM, folder: Path) -> None:
     """Write bf16 safetensors."""
     model.bfloat16().save_pretrained(folder)
-
-
-def load_tiny(folder: Path = TINY_DIR) -> tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Load (target, draft, tokenizer) of the built-in pair, in float32 on the CPU."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # for 24 MB
-    try:
-        target, draft = (
-            AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, local_files_only=True)
-            for name in ("target", "draft")
-        )
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
-    return target.eval(), draft.eval(), tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:

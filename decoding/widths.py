@@ -10,19 +10,60 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from decoding.acceptance import accept_probabilities, accepted_count_table, align
+from decoding.acceptance import align
+from decoding.closed_form import accept_probabilities, accepted_count_table
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.sampling import Distribution, FloatArray, IntArray
 
 
 LEAST_SHARE = 0.05  # of the parents' weight: for less the draft is not run
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A setting that is worth sweeping, of a policy or of the decoding config it runs under.
+
+    Args:
+        name: of the setting, and of the policy's argument unless `argument` names another.
+        symbol: what stands for it in the names of rows; None: its name; "": nothing does.
+        kind: of its values: int, float, str or bool.
+        grid: values that an evaluation tries where it is not told which; (): none but the policy's default.
+        axis: key of evaluate.py's `grid` that its values are given under; None: its name.
+        argument: of the policy; None: its name.
+        of_config: it is a field of DecodingConfig and no argument of the policy.
+        within_width: it is a width, and a row that asks for more than its target width cannot be.
+        of_drafts: it changes nothing where nothing is drafted.
+    """
+
+    name: str
+    symbol: str | None = None
+    kind: type = float
+    grid: tuple[Any, ...] = ()
+    axis: str | None = None
+    argument: str | None = None
+    of_config: bool = False
+    within_width: bool = False
+    of_drafts: bool = False
+
+    @property
+    def on_axis(self) -> str:
+        """Key of `grid`."""
+        return self.axis or self.name
+
+
+TARGET_WIDTH = Knob("target_width", "", int, axis="widths", of_config=True)  # every row's name has M
+DRAFT_WIDTH = Knob("draft_width", "w", int, axis="draft_widths", of_config=True, of_drafts=True)
+DRAFT_DEPTH = Knob("draft_depth", "γ", int, axis="depths", of_config=True)
+SURPLUS = Knob("surplus", kind=str, axis="surpluses", of_config=True, of_drafts=True)
+ASKED_WIDTH = Knob("asked_width", "", int, axis="asked_widths", argument="target_width", within_width=True)
+FINAL_WIDTH = Knob("final_width", "last", int, axis="final_widths", within_width=True)
 
 
 @dataclass(frozen=True)
@@ -140,9 +181,15 @@ class WidthPolicy:
     on its neighbours; forks of policies that learn on line may share what they learn. A policy that keeps state must
     not let `target_width` of a layer depend on what it was shown of deeper layers (they are drafted before this one is
     verified): contexts hold nothing of them, but memory could. That would bias the output.
+
+    What tables, plots and command lines need to know of a policy stands on its class: `name`, `knobs`, `family`.
     """
 
-    name = "fixed"
+    name: ClassVar[str] = "widest"
+    knobs: ClassVar[tuple[Knob, ...]] = (DRAFT_WIDTH, DRAFT_DEPTH)  # in the order of a row's name
+    # "hand-set": someone would tune its knobs, and learned widths are compared with the best of them; "learned";
+    # "control": a yardstick that nobody tunes.
+    family: ClassVar[str] = "hand-set"
     needs_hidden = False  # ask the decoder for hidden states in the contexts
     chooses = False  # asked for drafts by `choose` and `send` in place of `draft_width`; under shared noise only
 
@@ -209,6 +256,9 @@ class FixedWidth(WidthPolicy):
         final_width: M of the layer that ends an iteration, where nothing can be rejected: more beams there cost what
             they cost to carry, and no pass. None: M.
     """
+
+    name = "fixed"
+    knobs = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH, ASKED_WIDTH, FINAL_WIDTH, SURPLUS)
 
     fixed_target_width: int | None
     fixed_draft_width: int | None
@@ -282,9 +332,11 @@ class ThresholdWidth(WidthPolicy):
             comparison only; the verification stays exact either way.
     """
 
+    name = "threshold"
+    knobs = (DRAFT_WIDTH, DRAFT_DEPTH, Knob("threshold", grid=(0.5, 0.7, 0.9), axis="thresholds"), SURPLUS)
+
     threshold: float = 0.9
     as_shipped: bool = False
-    name: str = field(default="threshold", init=False)
 
     def __post_init__(self) -> None:
         check_share("threshold", self.threshold, hint="the paper uses 0.7 to 0.9")
@@ -334,9 +386,11 @@ class RandomWidth(WidthPolicy):
         full_share: share of the prompts decoded at full width, so that survivor ranks are seen uncensored.
     """
 
+    name = "random"
+    family = "control"
+
     seed: int = 0
     full_share: float = 0.1
-    name: str = field(default="random", init=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:

@@ -12,13 +12,24 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from decoding import DecodingConfig, EntropyWidth, FixedWidth, GapWidth, MassWidth, RandomWidth, ThresholdWidth
-from decoding.entry import CONF_DIR, build_all, check_settings
+from decoding import (
+    DecodingConfig,
+    EntropyWidth,
+    FixedWidth,
+    GapWidth,
+    MassWidth,
+    RandomWidth,
+    ThresholdWidth,
+    UserError,
+)
+from decoding.entry import CONF_DIR, build_all, opened
+from decoding.settings import check_settings
+from decoding.tasks.base import Prompt
 
-COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency", "room")
+COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency", "depth_room")
 GLOBAL = ("experiment", "debug", "sweep")  # set values of other groups; each is for the commands that it names
 MISSING = {
     "pair=local": ["pair.target=a", "pair.draft=b"],
@@ -39,7 +50,7 @@ def options_of(group: str) -> list[str]:
 
 def commands_named_in(path: Path) -> list[str]:
     head = "".join(re.findall(r"^#.*\n", path.read_text(), re.MULTILINE))
-    named = {"train": "train.py", "evaluate": "evaluate.py", "room": "controller.room"}
+    named = {"train": "train.py", "evaluate": "evaluate.py", "depth_room": "studies.depth_room"}
     named |= {name: f"decoding.{name}" for name in ("collect", "bench", "generate", "latency")}
     return [command for command, name in named.items() if name in head or "All commands" in head]
 
@@ -93,7 +104,7 @@ def test_first_lines_name_a_command(path: Path) -> None:
 def commands_in_comments() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(file, command, settings) of every command line in a comment of conf/, once, but for those composed above."""
     named = "|".join(COMMANDS)
-    line = re.compile(rf"python (?:-m (?:decoding|controller)\.)?({named})(?:\.py)?((?: +[+\w.@/]+=[^\s\"']+)+)")
+    line = re.compile(rf"python (?:-m (?:decoding|studies)\.)?({named})(?:\.py)?((?: +[+\w.@/]+=[^\s\"']+)+)")
     seen = {(command, (choice,)) for command, choice in combinations()}
     for path in sorted(CONF_DIR.rglob("*.yaml")):
         for comment in re.findall(r"#.*", path.read_text()):
@@ -110,9 +121,57 @@ def test_commands_in_comments_compose(where: str, command: str, given: tuple[str
     settings = [text.replace("<directory>", "outputs") for text in given if "..." not in text]
     settings = [text if "[" in text else text.split(",")[0] for text in settings]
     settings += [text for choice in MISSING if choice in settings for text in MISSING[choice]]
-    if command in ("evaluate", "room"):  # as their entry points rename it
+    if command in ("evaluate", "depth_room"):  # as their entry points rename it
         settings = [re.sub(r"^controller=", "controller_path=", text) for text in settings]
-    check_settings(composed(command, *settings), composed(command))
+    settings = opened(settings, groups_of(command), ("grid",))
+    check_settings(composed(command, *settings), composed(command), ("grid",))
+
+
+def test_a_class_of_ones_own_stands_for_the_choice_of_a_group() -> None:
+    """As `python -m decoding.collect policy=mine.HalfWidth policy.fraction=0.25 data=mine.Poems` is read."""
+    half, poems = "tests.decoding.test_rows.HalfWidth", "tests.test_configs.Poems"
+    given = [f"policy={half}", "policy.fraction=0.25", "seed=3", f"data={poems}", "data.lines=2"]
+    settings = opened(given, groups_of("collect"), ())
+    cfg = composed("collect", *settings)
+    check_settings(cfg, composed("collect"))
+    assert instantiate(cfg.policy).fraction == 0.25 and cfg.policy == {"_target_": half, "fraction": 0.25}
+    assert instantiate(cfg.data).lines == 2 and cfg.seed == 3
+    wrong = composed("collect", *opened([f"policy={half}", "policy.fractions=1"], groups_of("collect"), ()))
+    with pytest.raises(UserError, match=r"policy.fractions is not a setting of .*HalfWidth; choose among fraction"):
+        check_settings(wrong)
+
+
+class Poems:
+    """A user's task: prompts, metrics and a description are all that it takes."""
+
+    name = "poems"
+
+    def __init__(self, lines: int = 1) -> None:
+        self.lines = lines
+
+    def prompts(self, split: str, limit: int | None, tokenizer: Any) -> list[Prompt]:
+        tokens = tokenizer("def rose(x):\n" * self.lines)["input_ids"]
+        return [Prompt(f"{split}-{i}", tokens) for i in range(min(limit or 4, 4))]
+
+    def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
+        return {"lines": float(prediction.count("\n") >= self.lines)}
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "lines": self.lines}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoding.latency.LatencyTable.measure",
+        "decoding.latency.LatencyTable.load",
+        "decoding.energy.measure_joules",
+        "decoding.device_model.modelled",
+    ],
+)
+def test_older_names_in_configs_are_found(name: str) -> None:
+    """Users' own configs name what has moved since."""
+    assert callable(get_method(name))
 
 
 def test_decoding_lists_every_field() -> None:
@@ -166,7 +225,7 @@ def run(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     [
         (("train.py", "controller.hiden=3"), "Did you mean controller.hidden?"),
         (("train.py", "decoding.draft_width=2"), "draft_width (2) is less than target_width (4)"),
-        (("evaluate.py", "policies=[foo]"), "foo"),
+        (("evaluate.py", "policies=[foo]"), "policies holds 'foo'; choose among"),
         (("-m", "decoding.collect", "pair=foo"), "pair=foo is not known; choose one of inflated, llama2_13b,"),
     ],
 )

@@ -14,7 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ABOVE = {"decoding": {"controller", "train", "evaluate", "conf"}, "controller": {"train", "evaluate", "conf"}}
+ABOVE = {
+    "decoding": {"controller", "studies", "train", "evaluate", "conf"},
+    "controller": {"studies", "train", "evaluate", "conf"},
+}
 
 
 def modules(package: str) -> list[str]:
@@ -22,7 +25,9 @@ def modules(package: str) -> list[str]:
     return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
 
 
-@pytest.mark.parametrize("name", [*modules("decoding"), *modules("controller"), "train", "evaluate"])
+@pytest.mark.parametrize(
+    "name", [*modules("decoding"), *modules("controller"), *modules("studies"), "train", "evaluate"]
+)
 def test_imports(name: str) -> None:
     importlib.import_module(name)
 

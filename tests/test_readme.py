@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from decoding import report
 from decoding.entry import CONF_DIR
 from decoding.generate import read_arguments
 
@@ -39,6 +40,9 @@ def test_commands_compose(command: str) -> None:
     words = [word for word in shlex.split(command)[1:] if word != "-m"]
     if words[0] == "decoding.generate":
         _, words[1:] = read_arguments(words[1:])
+    if words[0] == "decoding.report":
+        assert report.read_arguments(words[1:]).files
+        return
     overrides = []
     for word in words[1:]:
         key, _, value = word.partition("=")

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from decoding.checks import choice
 from decoding.errors import UserError
 from decoding.tasks.metrics import line_metrics
 
@@ -229,8 +230,7 @@ def text_field(row: Mapping[str, Any], name: str, path: str | Path, number: int)
 
 def check_split(split: str) -> None:
     """UserError unless the split is one that prompts may be taken from."""
-    if split not in SPLITS:
-        raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}.")
+    choice("split", split, SPLITS)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, task: str) -> PreTrainedTokenizerBase:

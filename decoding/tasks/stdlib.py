@@ -22,7 +22,7 @@ from decoding.tasks.metrics import first_line, line_metrics
 
 # Shares of the module names, in per cent. `model` trains the built-in pair; the other three are held out
 # from it and serve the width controller: `train` and `val` for traces, `test` for evaluation.
-SPLITS = {"model": 62, "train": 16, "val": 8, "test": 14}
+SHARES = {"model": 62, "train": 16, "val": 8, "test": 14}
 
 # Generated tables: they would make the loss look better than it is.
 _GENERATED = ("encodings.", "pydoc_data.", "lib2to3.pgen2.", "_sysconfigdata", "sre_constants", "token", "symbol")
@@ -32,11 +32,11 @@ _TEST_PARTS = {"test", "tests", "idle_test", "test_asyncio"}
 def split_of(module: str) -> str:
     """Name the split of a module: 'model', 'train', 'val' or 'test'; depends on the name alone."""
     bucket = stable_hash(module) % 100
-    for split, share in SPLITS.items():
+    for split, share in SHARES.items():
         if bucket < share:
             return split
         bucket -= share
-    raise AssertionError("SPLITS must add up to 100")
+    raise AssertionError("SHARES must add up to 100")
 
 
 def stdlib_modules(tests: bool = False) -> Iterator[tuple[str, str]]:

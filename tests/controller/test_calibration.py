@@ -20,8 +20,8 @@ from controller.calibration import (
     survivor_events,
     width_events,
 )
-from controller.counts import regret_steps
 from controller.data import Batch, TraceDataModule
+from controller.losses import regret_steps
 from controller.module import ControllerModule
 from controller.network import WidthNet
 from tests.controller.synthetic import write_traces

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from controller import LearnedWidth, WidthNet
+from controller.experience import Throughput
 from controller.features import ContextFeatures
-from controller.planner import Throughput, UnitCosts
 from decoding import DecodeResult, DecodingConfig, DSBDDecoder, ModelPair
+from decoding.cost_table import UnitCosts, iteration_seconds
 from decoding.forest import TokenForest
-from decoding.pricing import iteration_seconds
 from decoding.results import LayerEvent
 from decoding.widths import TargetContext
 from tests.controller.test_policy import network, provenance

@@ -11,9 +11,10 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from controller.calibration import calibrate, inputs, reliability, survivor_events, width_events
-from controller.counts import bernoulli_nll, count_table, tails
 from controller.data import TraceDataModule
-from controller.module import ControllerModule, accept_rates
+from controller.losses import bernoulli_nll, count_table, tails
+from controller.metrics import accept_rates
+from controller.module import ControllerModule
 from decoding.errors import UserError
 from tests.controller.synthetic import CONFIG, U, V, survivor_shares, write_traces
 

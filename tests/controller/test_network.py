@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from controller import kernels
-from controller.network import _CALIBRATED, CONFIG, WEIGHTS, HostNet, WidthNet, load_controller, save_controller
+from controller.checkpoint import CONFIG, WEIGHTS, load_controller, save_controller
+from controller.features import NAMES, TARGET_NAMES
+from controller.host import EarlyWeights, HostNet, LateWeights, early, late
+from controller.network import CALIBRATED, WidthNet
 from decoding.errors import UserError
 
 PROVENANCE = {"features": {"version": 2, "names": ["a", "b", "c"]}, "pair": {"name": "x"}, "decoding": {}}
@@ -35,7 +37,7 @@ def net(**changes: int) -> WidthNet:
 
 @pytest.mark.parametrize(("draft_hidden", "target_hidden"), [(0, 0), (128, 256), (2048, 8192)])
 def test_small_whatever_the_pair(draft_hidden: int, target_hidden: int) -> None:
-    made = WidthNet(24, 32, 16, draft_hidden, target_hidden, 36)
+    made = WidthNet(len(NAMES), 32, 16, draft_hidden, target_hidden, len(TARGET_NAMES))
     assert made.parameter_count() <= 300_000
 
 
@@ -50,7 +52,7 @@ def odd_start(made: WidthNet) -> None:
         torch.rand(ranks),
         torch.rand(ranks - 1),
     )
-    for name, value in zip(_CALIBRATED, (1.7, 0.6, 2.3, -0.4, 0.9), strict=True):
+    for name, value in zip(CALIBRATED, (1.7, 0.6, 2.3, -0.4, 0.9), strict=True):
         made.get_buffer(name).fill_(value)
 
 
@@ -89,10 +91,10 @@ def test_early_heads_do_not_see_p_and_late_ones_see_nothing_else() -> None:
 
 def host_says(host: HostNet, row: list[torch.Tensor]) -> list[np.ndarray]:
     """Accept logits, and both qualities."""
-    *early, late = (vector.numpy() for vector in row)
+    *before, after = (vector.numpy() for vector in row)
     return [
-        *kernels.early(*early, kernels.EarlyWeights(*host.early)),
-        kernels.late(late, kernels.LateWeights(*host.late)),
+        *early(*before, EarlyWeights(*host.early)),
+        late(after, LateWeights(*host.late)),
     ]
 
 
@@ -135,7 +137,7 @@ def test_save_and_load_are_bit_equal(tmp_path: Path) -> None:
     odd_start(made)
     save_controller(made, tmp_path / "controller", PROVENANCE)
     loaded, provenance = load_controller(tmp_path / "controller")
-    assert provenance["pair"] == {"name": "x"} and set(provenance["calibration"]) == set(_CALIBRATED)
+    assert provenance["pair"] == {"name": "x"} and set(provenance["calibration"]) == set(CALIBRATED)
     assert provenance["calibration"]["late_regret_shift"] == pytest.approx(0.9)
     for (name, ours), theirs in zip(made.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -203,12 +205,12 @@ def test_what_is_not_a_controller_is_refused(tmp_path: Path) -> None:
 
 def test_hub_ids_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_controller(net(), tmp_path / "controller", PROVENANCE)
-    monkeypatch.setattr("controller.network.snapshot_download", lambda *_, **__: str(path))
+    monkeypatch.setattr("controller.checkpoint.snapshot_download", lambda *_, **__: str(path))
     assert load_controller("someone/a-controller")[0].sizes["draft_width"] == 6
 
     def offline(*_: object, **__: object) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("controller.network.snapshot_download", offline)
+    monkeypatch.setattr("controller.checkpoint.snapshot_download", offline)
     with pytest.raises(UserError, match="no network"):
         load_controller("someone/a-controller")

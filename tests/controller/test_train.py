@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,20 +20,25 @@ from omegaconf import DictConfig
 
 import train
 from controller import LearnedWidth
+from controller.checkpoint import load_controller
 from controller.features import ContextFeatures
-from controller.network import load_controller
-from controller.report import calibration_curves
 from decoding import UserError
 from decoding.entry import CONF_DIR
+from decoding.plots import calibration_curves
 from tests.controller.synthetic import CONFIG, PAIR, draft_context, target_context, write_traces
 from tests.controller.test_data import rewrite
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up traces, which no test changes."""
+    return write_traces(tmp_path_factory.mktemp("traces"), prompts=20)
+
+
 @pytest.fixture(autouse=True)
-def traces(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = write_traces(tmp_path_factory.mktemp("traces"), prompts=20)
-    monkeypatch.setattr(train, "ensure_traces", lambda cfg: directory)
-    return directory
+def traces(written: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(train, "ensure_traces", lambda cfg: written)
+    return written
 
 
 def config(directory: Path, *overrides: str) -> DictConfig:
@@ -50,6 +56,8 @@ def test_trains_calibrates_saves_and_returns_the_loss(tmp_path: Path, capsys: py
     assert {"argv", "git_sha", "versions", "traces", "training", "metrics", "reliability", "calibration"} <= set(about)
     assert about["metrics"]["val/loss"] <= loss + 1e-6  # calibrated on the same rows
     assert about["features"]["target_names"] == ContextFeatures().target_names
+    text = (tmp_path / "controller" / "config.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     for name, value in about["calibration"].items():
         assert value == pytest.approx(float(net.get_buffer(name)))
     learned = LearnedWidth.load(tmp_path / "controller", pair=PAIR)
@@ -228,12 +236,6 @@ def test_a_crash_closes_the_run_and_leaves_no_controller(tmp_path: Path, monkeyp
     assert wandb.run is None and not (tmp_path / "controller").exists()
 
 
-def test_config_json_has_no_nan(tmp_path: Path) -> None:
-    train.main(config(tmp_path, "trainer.max_epochs=1"))
-    text = (tmp_path / "controller" / "config.json").read_text()
-    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-
-
 def test_what_is_saved_of_the_curves(tmp_path: Path) -> None:
     train.main(config(tmp_path, "trainer.max_epochs=1"))
     _, about = load_controller(tmp_path / "controller")
@@ -247,8 +249,12 @@ def test_what_is_saved_of_the_curves(tmp_path: Path) -> None:
         assert about["metrics"][f"val/{name}_rps"] == pytest.approx(curve["score"])
 
 
-def test_test_rows_are_what_reliability_is_measured_on(tmp_path: Path, traces: Path) -> None:
-    rewrite(traces, split=[("val", "test")[i // 20 % 2] if i < 80 else "train" for i in range(400)])
+def test_test_rows_are_what_reliability_is_measured_on(
+    tmp_path: Path, traces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = Path(shutil.copytree(traces, tmp_path / "traces"))
+    monkeypatch.setattr(train, "ensure_traces", lambda cfg: held_out)
+    rewrite(held_out, split=[("val", "test")[i // 20 % 2] if i < 80 else "train" for i in range(400)])
     train.main(config(tmp_path / "run", "trainer.max_epochs=1"))
     _, about = load_controller(tmp_path / "run" / "controller")
     assert about["reliability"]["split"] == "test"

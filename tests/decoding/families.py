@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from decoding.alibi import has_alibi
+from decoding.families import has_alibi
 from decoding.fused import can_fuse
 
 MARK = "<!-- python -m tests.decoding.families -->"

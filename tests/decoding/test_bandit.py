@@ -11,7 +11,7 @@ import torch
 
 from decoding import BanditWidth, DecodingConfig, DSBDDecoder, FixedWidth, UserError
 from decoding.bandit import Arm
-from decoding.pricing import iteration_seconds
+from decoding.cost_table import iteration_seconds
 from decoding.widths import IterationRecord, LayerRecord, RootContext
 from tests.decoding.stubs import random_pair
 from tests.decoding.test_widths import FLAT, context
@@ -27,13 +27,13 @@ class Costs:
     per_node: float = 0.01
     host: float = 0.05
 
-    def draft_seconds(self, nodes: float) -> float:
+    def draft_cost(self, nodes: float) -> float:
         return self.draft + self.per_node * nodes
 
-    def target_seconds(self, nodes: float) -> float:
+    def target_cost(self, nodes: float) -> float:
         return 1.0 + self.per_node * nodes
 
-    def host_seconds(self, layers: int) -> float:
+    def host_cost(self, layers: int) -> float:
         return self.host * (1 + layers)
 
 
@@ -239,7 +239,7 @@ def test_one_arm_is_fixed_width() -> None:
         ({"exploration": -1}, "exploration is -1"),
         ({"exploration": float("nan")}, "exploration is nan"),
         ({"memory": 0}, "memory is 0"),
-        ({"latency": 3}, "latency is 'int' without draft_seconds, target_seconds, host_seconds"),
+        ({"latency": 3}, "latency is 'int' without draft_cost, target_cost, host_cost"),
     ],
     ids=str,
 )

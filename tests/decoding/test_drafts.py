@@ -16,11 +16,13 @@ from controller.data import TraceDataModule
 from controller.features import ContextFeatures
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, UserError, bench
 from decoding.collect import ensure_traces
-from decoding.drafts import DraftScorer
-from decoding.entry import CONF_DIR, check_settings
-from decoding.latency import LatencyTable
-from decoding.lookup import NgramScorer
+from decoding.cost_table import LatencyTable
+from decoding.drafts import NodeScorer
+from decoding.drafts.ngram import NgramScorer
+from decoding.entry import CONF_DIR
 from decoding.scorer import ForestScorer
+from decoding.settings import check_settings
+from tests.decoding.feature_draft import FeatureScorer
 from tests.decoding.stubs import small_llama
 from tests.decoding.test_bench import config as bench_config
 from tests.decoding.test_bench import read
@@ -42,10 +44,10 @@ def pair_with(draft: str) -> ModelPair:
     return ModelPair(small_llama(40), others.get(draft, draft), name="small")
 
 
-@pytest.mark.parametrize("scorer", [ForestScorer, NgramScorer])
+@pytest.mark.parametrize("scorer", [ForestScorer, NgramScorer, FeatureScorer])
 def test_scorers_keep_to_the_protocol(scorer: type) -> None:
     """The type checker sees this where they are used; here, that names and parameters are the protocol's."""
-    for name, asked in inspect.getmembers(DraftScorer, inspect.isfunction):
+    for name, asked in inspect.getmembers(NodeScorer, inspect.isfunction):
         if not name.startswith("_"):
             assert list(inspect.signature(getattr(scorer, name)).parameters) == list(
                 inspect.signature(asked).parameters

@@ -26,8 +26,8 @@ from transformers import (
 
 import decoding.sampling
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
-from decoding.baselines import METHODS
-from decoding.early_layers import first_layers
+from decoding.drafts.early_layers import first_layers
+from decoding.methods import METHODS
 from decoding.runner import runner_of
 from tests.decoding.stubs import Reference, chi_square_p, small_llama
 from tests.decoding.test_exactness import PASS, PROMPT, count_sets, decode_often, settings

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from decoding import ModelPair, UserError, energy, latency
-from decoding.costs import described
-from decoding.energy import EnergyMeter, measure_joules
-from decoding.latency import NODE_COUNTS, LatencyTable
+from decoding import ModelPair, UserError, joules, store
+from decoding import meter as meter_module
+from decoding.cost_table import NODE_COUNTS, LatencyTable
+from decoding.joules import measure_joules
+from decoding.latency import described
+from decoding.meter import EnergyMeter
 from tests.decoding.stubs import small_llama
 
 
@@ -29,7 +31,7 @@ def meter(monkeypatch: pytest.MonkeyPatch, readings: list[Any]) -> EnergyMeter:
         return value
 
     nvml = SimpleNamespace(NVMLError=NVMLError, nvmlDeviceGetTotalEnergyConsumption=read)
-    monkeypatch.setattr(energy, "_open", lambda device: (nvml, object()))
+    monkeypatch.setattr(meter_module, "_open", lambda device: (nvml, object()))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     return EnergyMeter("cuda")
 
@@ -75,21 +77,21 @@ class FakeMeter(EnergyMeter):
         return self._able
 
     def __enter__(self) -> FakeMeter:
-        self._began = energy.time.perf_counter()
+        self._began = joules.time.perf_counter()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._windows.append(energy.time.perf_counter() - self._began)
+        self._windows.append(joules.time.perf_counter() - self._began)
         self.joules = self._watts * self._windows[-1] if self._tells else None
 
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModelPair:
     """A small pair whose tables are kept for this test only, and whose host takes 2 and 1 milliseconds."""
-    monkeypatch.setattr(latency, "_measured", {})
+    monkeypatch.setattr(store, "_measured", {})
     monkeypatch.setenv("DSBD_CACHE", str(tmp_path))
     seconds = LatencyTable((1, 2), (0.1, 0.1), (0.1, 0.1), iteration=0.002, layer=0.001)
-    monkeypatch.setattr(LatencyTable, "measure", lambda *arguments, **settings: seconds)
+    monkeypatch.setattr(joules, "measure_seconds", lambda *arguments, **settings: seconds)
     return ModelPair(small_llama(40), small_llama(40, seed=1))
 
 
@@ -102,23 +104,23 @@ def test_passes_are_repeated_until_the_counter_has_moved(pair: ModelPair) -> Non
     assert table.draft[0] > 0
     # Idle watts are joules over the time that waiting took, which is no more than the window was open: 100 or above.
     assert table.iteration >= 100 * 0.002 and table.layer == pytest.approx(table.iteration / 2)
-    assert "target joules" in described(table) and table.host_seconds(2) == table.iteration + 2 * table.layer
+    assert "target joules" in described(table) and table.host_cost(2) == table.iteration + 2 * table.layer
 
 
 def test_joules_of_one_call_and_watts(pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that moves by a quarter second a look: open at 0, began at 0.25, three calls, over at 1.25, shut."""
     ticks = iter(range(100))
-    monkeypatch.setattr(energy, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 4))
+    monkeypatch.setattr(joules, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 4))
     calls: list[int] = []
-    joules, watts = energy._window_joules(lambda: calls.append(1), FakeMeter([], watts=4.0), 1.0, pair)
+    spent, watts = joules._window_joules(lambda: calls.append(1), FakeMeter([], watts=4.0), 1.0, pair)
     assert len(calls) == 3
-    assert joules == 4.0 * 1.5 / 3 and watts == 4.0 * 1.5 / 1.0
+    assert spent == 4.0 * 1.5 / 3 and watts == 4.0 * 1.5 / 1.0
 
 
 def test_joules_are_kept_apart_from_seconds(pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
     windows: list[float] = []
     table = measure_joules(pair, 8, window_seconds=0.001, meter=FakeMeter(windows))
-    monkeypatch.setattr(latency, "_measured", {})
+    monkeypatch.setattr(store, "_measured", {})
     assert measure_joules(pair, 8, window_seconds=0.001, meter=FakeMeter(windows)) == table
     assert len(windows) == 2 * len(NODE_COUNTS) + 1
     measure_joules(pair, 8, window_seconds=0.002, meter=FakeMeter(windows))

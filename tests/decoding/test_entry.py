@@ -13,7 +13,8 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from decoding import UserError
-from decoding.entry import build_all, check_settings, entry_point
+from decoding.entry import build_all, entry_point
+from decoding.settings import check_settings
 
 Cli = Callable[..., tuple[int, str]]
 

@@ -122,7 +122,8 @@ def fused_pass(model: Any, tokens: list[int], row: int = 1) -> tuple[Tensor, Ten
             torch.tensor(tokens[first:last]), positions, positions + row * 64, mask[None, None], row, hidden=True
         )
         found.append(forward(inputs, store))
-    return torch.cat([logits for logits, _ in found]), torch.cat([states for _, states in found if states is not None])
+    hidden_states = [output.hidden for output in found if output.hidden is not None]
+    return torch.cat([output.logits for output in found]), torch.cat(hidden_states)
 
 
 # float32: sums of up to 40 terms in other orders, through three layers, on logits of some units: at worst 3e-5 is seen.

@@ -19,7 +19,7 @@ import decoding.graphs
 import decoding.scorer
 from decoding import DecodeResult, DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, ThresholdWidth
 from decoding.cache import QUERY_BUCKETS, SLOT_BUCKET, ForestCache
-from decoding.forward import PassInputs, TransformersStore
+from decoding.forward import PassInputs, PassOutput, TransformersStore
 from decoding.fused import FusedStore
 from decoding.graphs import GRAPH_LIMIT, GraphedForward
 from decoding.runner import Runner, runner_of
@@ -48,7 +48,7 @@ class Static:
     def new_store(self, rows: int, capacity: int) -> Any:
         return self.forward.new_store(rows, capacity)
 
-    def __call__(self, inputs: PassInputs, store: Any) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, inputs: PassInputs, store: Any) -> PassOutput:
         assert inputs.pad is None and inputs.unpad is None
         assert inputs.first_row == 0 and inputs.rows == store.rows, "always all rows"
         queries = inputs.tokens.numel() // inputs.rows
@@ -65,8 +65,8 @@ class Static:
         inputs.tokens[filler] = torch.randint(7, (count,), generator=self._random)
         inputs.positions = inputs.positions.clone()
         inputs.positions[filler] = torch.randint(64, (count,), generator=self._random)
-        logits, hidden = self.forward(inputs, store)
-        return without(logits, filler), without(hidden, filler) if hidden is not None else None
+        logits, hidden, states = self.forward(inputs, store)
+        return PassOutput(without(logits, filler), without(hidden, filler) if hidden is not None else None, states)
 
 
 def without(values: Tensor, filler: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def static_runs(pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> list[Static
     """Let both models of a pair run in static shapes."""
     pair.check_forest_passes()
     forwards = []
-    for model in (pair.target, pair.draft):
+    for model in pair.models.values():
         runner = runner_of(model, pair.engine)
         runner._spare.clear()  # of capacities that are no bucket
         forwards.append(Static(runner.prompts))
@@ -140,14 +140,14 @@ class Overwriting:
 
     def __init__(self, forward: Any) -> None:
         self.forward = forward
-        self.outputs: dict[Any, tuple[Tensor, Tensor | None]] = {}
+        self.outputs: dict[Any, PassOutput] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.forward, name)
 
-    def __call__(self, inputs: PassInputs, store: Any) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, inputs: PassInputs, store: Any) -> PassOutput:
         found = self.forward(inputs, store)
-        held = self.outputs.setdefault(found[0].shape, tuple(None if x is None else x.clone() for x in found))
+        held = self.outputs.setdefault(found[0].shape, PassOutput(*(None if x is None else x.clone() for x in found)))
         for place, value in zip(held, found, strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
@@ -201,7 +201,7 @@ class Replayed:
         self._key = (id(store), store.capacity)
         self._outputs = forward(inputs, store)
 
-    def __call__(self, inputs: PassInputs) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, inputs: PassInputs) -> PassOutput:
         for name in ("tokens", "positions", "slots", "mask"):
             assert getattr(inputs, name).shape == getattr(self._inputs, name).shape, "one graph, one shape"
         (store,) = [s for s in stores() if (id(s), s.capacity) == self._key]
@@ -232,7 +232,7 @@ def graphed(pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> list[GraphedFor
 
     monkeypatch.setattr(Runner, "borrow", noted)
     forwards = []
-    for model in (pair.target, pair.draft):
+    for model in pair.models.values():
         runner = runner_of(model, pair.engine)
         runner._spare.clear()
         forwards.append(GraphedForward(runner.prompts))

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from decoding import DecodingConfig, DSBDDecoder, EntropyWidth, GapWidth, MassWidth, UserError, WidthPolicy
-from decoding.baselines import METHODS
 from decoding.hand_set import HandSetWidth, entropy
-from decoding.measure import make_rows
+from decoding.rows import make_rows
 from tests.decoding.stubs import Beams, Reference, chi_square_p, random_pair
 from tests.decoding.test_exactness import PASS, PROMPT, SlotRecorder, count_sets, decode_often, settings
 from tests.decoding.test_widths import CONFIG, FLAT, STEEP, context, joint
@@ -176,10 +175,10 @@ def test_what_is_no_setting_is_refused(make: Any, sentence: str) -> None:
 def test_every_axis_reaches_the_policy() -> None:
     grid = {"shares": [0.5], "gaps": [0.7], "scales": [0.3], "stop_entropies": [0.9], "final_widths": [2]}
     pair, built = random_pair(5), {}
-    for row in make_rows(["mass", "gap", "entropy"], METHODS, CONFIG, grid, references=()):
+    for row in make_rows(["mass", "gap", "entropy"], CONFIG, grid, references=()):
         assert "stop=0.9" in row.name and "last=2" in row.name
-        call: Any = METHODS[row.method](pair, row.config, row.settings)
-        built[row.method] = call.__self__.policy.describe()
+        call: Any = row.build(pair)
+        built[row.method.name] = call.__self__.policy.describe()
     common = {"final_width": 2, "stop_entropy": 0.9}
     assert built == {
         "mass": {"name": "mass", **common, "share": 0.5},
@@ -190,7 +189,7 @@ def test_every_axis_reaches_the_policy() -> None:
 
 def test_a_grid_without_drafts_has_no_stops() -> None:
     grid = {"gaps": [0.5, 1.0], "depths": [0, 2], "stop_entropies": [0.5, 1.0]}
-    rows = make_rows(["gap"], METHODS, CONFIG, grid, references=())
+    rows = make_rows(["gap"], CONFIG, grid, references=())
     depths = [row.config.draft_depth for row in rows]
     assert depths.count(0) == 2 and depths.count(2) == 4
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, UserError, beam_sample, inflate
-from decoding.entry import CONF_DIR, check_settings
+from decoding.entry import CONF_DIR
 from decoding.inflate import SHAPES, Shape, shape_of
+from decoding.settings import check_settings
 
 GROUPED = Shape(
     384, 9, 16, 4, 64, 704, 3000
@@ -219,7 +220,7 @@ def llama_like(**changes: Any) -> dict[str, Any]:
         (llama_like(heads=3), "heads is unknown"),
         (llama_like(head_dim=0), "head_dim of a shape is 0; give a whole number"),
         (llama_like(head_dim=64.0), r"head_dim of a shape is 64\.0; give a whole number"),
-        (llama_like(tie_word_embeddings=1), "tie_word_embeddings of a shape is 1; give true or false"),
+        (llama_like(tie_word_embeddings=1), "tie_word_embeddings of a shape is 1; choose one of True, False"),
         (llama_like(num_key_value_heads=3), r"num_attention_heads \(16\) is no multiple of num_key_value_heads \(3\)"),
         (llama_like(hidden_size=390), r"hidden_size \(390\) is no multiple of num_attention_heads \(16\)"),
         (llama_like(head_dim=65), "head_dim is 65; rotary positions turn pairs"),

@@ -17,11 +17,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from decoding import ModelPair, UserError, latency, table_cache
-from decoding.costs import cost_table, described, main
-from decoding.device_model import modelled
-from decoding.entry import CONF_DIR, check_settings
-from decoding.latency import NODE_COUNTS, LatencyTable, rising
+from decoding import ModelPair, UserError, seconds, store
+from decoding.choose import cost_table
+from decoding.cost_table import BUSY, NODE_COUNTS, LatencyTable
+from decoding.entry import CONF_DIR
+from decoding.latency import described, main
+from decoding.modelled import modelled
+from decoding.passes import rising
+from decoding.settings import check_settings
 from tests.decoding.stubs import small_llama
 
 TABLE = LatencyTable((1, 8, 32), (0.010, 0.012, 0.020), (0.002, 0.003, 0.006), "a device", 0.001, 0.0005)
@@ -31,7 +34,7 @@ PLAIN: dict[str, Any] = {"nodes": [1, 2], "target": [0.1, 0.2], "draft": [0.01, 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is kept from another test, in this process or on disk."""
-    monkeypatch.setattr(latency, "_measured", {})
+    monkeypatch.setattr(store, "_measured", {})
     monkeypatch.setenv("DSBD_CACHE", str(tmp_path / "cache"))
 
 
@@ -46,35 +49,35 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[LatencyTable]:
 
     def measure(*arguments: object) -> LatencyTable:
         host = (len(tables) + 1) / 1000
-        tables.append(replace(TABLE, iteration=host, spread=0.1, measured=latency.now()))
+        tables.append(replace(TABLE, iteration=host, spread=0.1, measured=store.timestamp()))
         return tables[-1]
 
-    monkeypatch.setattr(latency, "_measure", measure)
+    monkeypatch.setattr(seconds, "_measure", measure)
     return tables
 
 
 def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "_measured", {})
+    monkeypatch.setattr(store, "_measured", {})
 
 
 # ------------------------------------------------------------------------------------------- the table
 
 
 def test_linear_between_and_beyond() -> None:
-    assert TABLE.target_seconds(8) == 0.012
-    assert TABLE.target_seconds(20) == pytest.approx(0.016)
-    assert TABLE.draft_seconds(32 + 24) == pytest.approx(0.009)
-    assert TABLE.draft_seconds(0) == TABLE.target_seconds(-1) == 0.0
-    assert TABLE.host_seconds(0) == 0.001 and TABLE.host_seconds(3) == pytest.approx(0.0025)
+    assert TABLE.target_cost(8) == 0.012
+    assert TABLE.target_cost(20) == pytest.approx(0.016)
+    assert TABLE.draft_cost(32 + 24) == pytest.approx(0.009)
+    assert TABLE.draft_cost(0) == TABLE.target_cost(-1) == 0.0
+    assert TABLE.host_cost(0) == 0.001 and TABLE.host_cost(3) == pytest.approx(0.0025)
 
 
 def test_a_table_without_host_costs_is_still_read() -> None:
     table = LatencyTable.from_dict({**PLAIN, "device": "cpu"})
-    assert table.host_seconds(5) == 0.0 and table.unit == "seconds" and table.spread is None
+    assert table.host_cost(5) == 0.0 and table.unit == "seconds" and table.spread is None
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    table = replace(TABLE, unit="joules", spread=0.1, measured=latency.now(), file=tmp_path)
+    table = replace(TABLE, unit="joules", spread=0.1, measured=store.timestamp(), file=tmp_path)
     kept = json.loads(json.dumps(table.to_dict()))
     assert LatencyTable.from_dict(kept) == table and "file" not in kept
     (tmp_path / "table.json").write_text(json.dumps(kept))
@@ -143,8 +146,8 @@ def test_measures_passes_and_the_host() -> None:
 
 
 def test_a_draft_that_proposes_nothing_still_has_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "_host_of", lambda decoder, prompt, seed: (2.0, 8, 0))
-    assert latency._host_seconds(pair_of(draft="ngram"), [1, 2, 3]) == (0.25, 0.25)
+    monkeypatch.setattr(seconds, "_host_of", lambda decoder, prompt, seed: (2.0, 8, 0))
+    assert seconds._host_seconds(pair_of(draft="ngram"), [1, 2, 3]) == (0.25, 0.25)
 
 
 def test_a_layer_is_what_drafting_adds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +155,8 @@ def test_a_layer_is_what_drafting_adds(monkeypatch: pytest.MonkeyPatch) -> None:
         deep = decoder.policy.fixed_draft_depth
         return (8 * 0.5 + 16 * 0.125, 8, 16) if deep else (24 * 0.5, 24, 0)
 
-    monkeypatch.setattr(latency, "_host_of", host)
-    assert latency._host_seconds(pair_of(), [1, 2, 3]) == (0.5, 0.125)
+    monkeypatch.setattr(seconds, "_host_of", host)
+    assert seconds._host_seconds(pair_of(), [1, 2, 3]) == (0.5, 0.125)
 
 
 def test_what_cannot_be_measured() -> None:
@@ -209,7 +212,7 @@ def test_old_entries_are_measured_again(
     days: int, times: int, measured: list[LatencyTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     then = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds")
-    monkeypatch.setattr(latency, "now", lambda: then)
+    monkeypatch.setattr(store, "timestamp", lambda: then)
     LatencyTable.measure(pair_of())
     another_process(monkeypatch)
     LatencyTable.measure(pair_of())
@@ -217,8 +220,8 @@ def test_old_entries_are_measured_again(
 
 
 def test_a_busy_machine_is_not_remembered(measured: list[LatencyTable], monkeypatch: pytest.MonkeyPatch) -> None:
-    quiet = latency._measure
-    monkeypatch.setattr(latency, "_measure", lambda *a: replace(quiet(*a), spread=2 * latency.BUSY))
+    quiet = seconds._measure
+    monkeypatch.setattr(seconds, "_measure", lambda *a: replace(quiet(*a), spread=2 * BUSY))
     table = LatencyTable.measure(pair_of())
     assert table.file is None and "not kept" in described(table)
     LatencyTable.measure(pair_of())
@@ -259,13 +262,13 @@ def test_keys_tell_apart_what_costs_differently(measured: list[LatencyTable]) ->
 def test_where_tables_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.setenv("DSBD_CACHE", "/own")
-    assert table_cache.cache_root() == Path("/own")
+    assert store.cache_root() == Path("/own")
     monkeypatch.delenv("DSBD_CACHE")
-    assert table_cache.cache_root() == Path("/x/dsbd")
+    assert store.cache_root() == Path("/x/dsbd")
     for nothing in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", nothing)
         monkeypatch.setenv("HOME", "/home/somebody")
-        assert table_cache.cache_root() == Path("/home/somebody/.cache/dsbd")
+        assert store.cache_root() == Path("/home/somebody/.cache/dsbd")
 
 
 # ------------------------------------------------------------------------------------ modelled devices
@@ -276,21 +279,21 @@ def test_a_modelled_pass_is_its_bytes() -> None:
     weights = 32 * 218_112_000 + 4096 + 128_256 * 4096
     table = modelled("8b", "1b", 4.8e12, 989e12, bandwidth_share=0.65, context_tokens=0)
     slot = 2 * 2 * 32 * 8 * 128  # bytes of the one node's keys and values
-    assert table.target_seconds(1) == pytest.approx((2 * weights + slot) / (4.8e12 * 0.65))
+    assert table.target_cost(1) == pytest.approx((2 * weights + slot) / (4.8e12 * 0.65))
     assert 2 * weights == pytest.approx(15.0e9, rel=0.01)
     tied = 1_235_814_400  # all weights of Llama-3.2-1B: its table is the head
-    assert table.draft_seconds(1) == pytest.approx((2 * tied + 2 * 2 * 16 * 8 * 64) / (4.8e12 * 0.65))
+    assert table.draft_cost(1) == pytest.approx((2 * tied + 2 * 2 * 16 * 8 * 64) / (4.8e12 * 0.65))
 
 
 def test_arithmetic_counts_where_it_takes_longer() -> None:
     table = modelled("8b", "1b", 4.8e12, 1e12, compute_share=0.5, context_tokens=0, launch=0.001)
     weights = 32 * 218_112_000 + 4096 + 128_256 * 4096
-    assert table.target_seconds(32) == pytest.approx(2 * 32 * weights / 0.5e12 + 0.001)
+    assert table.target_cost(32) == pytest.approx(2 * 32 * weights / 0.5e12 + 0.001)
 
 
 def test_a_longer_context_takes_longer() -> None:
     short, long = (modelled("8b", "1b", 4.8e12, 989e12, context_tokens=tokens) for tokens in (0, 8000))
-    assert long.target_seconds(1) - short.target_seconds(1) == pytest.approx(8000 * 131_072 / (4.8e12 * 0.65))
+    assert long.target_cost(1) - short.target_cost(1) == pytest.approx(8000 * 131_072 / (4.8e12 * 0.65))
 
 
 @pytest.mark.parametrize(
@@ -319,7 +322,7 @@ def test_options_compose_with_known_settings(option: str) -> None:
 
 def test_the_shipped_device() -> None:
     table = instantiate(composed("latency=h200_8b_1b").latency)
-    assert 0.004 < table.target_seconds(1) < 0.006 and table.host_seconds(1) > 0 and "modelled" in table.device
+    assert 0.004 < table.target_cost(1) < 0.006 and table.host_cost(1) > 0 and "modelled" in table.device
 
 
 def test_every_way_to_give_a_table(measured: list[LatencyTable], tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import decoding.prompt_run
 import decoding.sampling
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
+from decoding.drafts.ngram import BACKOFF, NgramDraft, NgramIndex, NgramScorer
 from decoding.forest import TokenForest
-from decoding.lookup import BACKOFF, NgramDraft, NgramIndex, NgramScorer
 from decoding.rejection_run import judge_layer
 from decoding.results import DecodeResult
 from decoding.rules import Rules

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, UserError, WidthPolicy
-from decoding.baselines import METHODS, hf_generate
+from decoding.methods import METHODS
 from decoding.oracles import SurvivorOracle, hindsight_seconds, modelled_seconds
 from decoding.results import DecodeStats, LayerEvent
+from decoding.transformers_generate import hf_generate
 from decoding.widths import FixedWidth, IterationRecord, LayerRecord, TargetContext
 from tests.decoding.stubs import Reference, llama_pair, random_pair
 from tests.decoding.test_bandit import Costs
@@ -163,9 +164,9 @@ def test_hindsight_charges_the_layers_that_the_decoder_saw_pass(case: str, polic
 
 
 def by_hand(costs: Costs, roots: int, widths: list[int]) -> float:
-    seconds, above = costs.host_seconds(len(widths)) + costs.target_seconds(roots + sum(widths)), roots
+    seconds, above = costs.host_cost(len(widths)) + costs.target_cost(roots + sum(widths)), roots
     for width in widths:
-        seconds, above = seconds + costs.draft_seconds(above), width
+        seconds, above = seconds + costs.draft_cost(above), width
     return seconds
 
 

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError, beam_sample
-from decoding.pair import check_architecture, end_tokens
+from decoding.architecture import check_architecture
+from decoding.pair import end_tokens
 from tests.decoding.stubs import random_pair, small_llama
 
 

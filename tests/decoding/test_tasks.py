@@ -25,8 +25,7 @@ from decoding.tasks.metrics import edit_similarity, first_line, levenshtein, lin
 from decoding.tasks.spec_bench import MtBenchTask, SpecBenchTask
 from decoding.tasks.spider import SpiderTask
 from decoding.tasks.squad import SquadTask
-from decoding.tasks.stdlib import SPLITS as SHARES
-from decoding.tasks.stdlib import StdlibTask, split_of, stdlib_modules
+from decoding.tasks.stdlib import SHARES, StdlibTask, split_of, stdlib_modules
 from tests.small_pair import small_tokenizer
 
 DATA = Path(os.environ.get("DSBD_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -18,14 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from controller import WidthNet
+from controller.checkpoint import save_controller
 from controller.features import ContextFeatures
-from controller.network import save_controller
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, UserError
 from decoding.acceptance import joint_keys
 from decoding.bandit import BanditWidth
 from decoding.collect import Collection, ensure_traces, trace_key
+from decoding.cost_table import LatencyTable
 from decoding.forest import TokenForest
-from decoding.latency import LatencyTable
 from decoding.results import LayerEvent
 from decoding.tasks.base import Prompt
 from decoding.tasks.stdlib import StdlibTask

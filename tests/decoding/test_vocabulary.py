@@ -225,8 +225,8 @@ def test_a_turned_copy_of_the_target_is_the_target(sound: bool, engine: str) -> 
     turned = tokenizer([words[i] for i in order.tolist()])
     pair = ModelPair(target, draft, tokenizer(words), engine=engine, draft_tokenizer=turned)
     if not sound:
-        assert pair.vocabulary is not None
-        pair.vocabulary = shifted(pair.vocabulary)
+        assert pair.drafter is not None and pair.vocabulary is not None
+        pair.drafter.vocabulary = shifted(pair.vocabulary)
     results = decode_often(pair, settings(1, 1, 2, 6), 20)
     iterations = [result.stats.iterations for result in results]
     assert set(iterations) == {2} if sound else np.mean(iterations) > 3

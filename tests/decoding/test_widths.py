@@ -17,7 +17,7 @@ from decoding import (
     UserError,
     WidthPolicy,
 )
-from decoding.acceptance import accept_probabilities, accepted_count_table
+from decoding.closed_form import accept_probabilities, accepted_count_table
 from decoding.sampling import Joint
 from decoding.widths import DraftContext, IterationRecord, RootContext, TargetContext
 from tests.decoding.stubs import random_pair
