@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from decoding.arrays import FloatVector
 from decoding.errors import UserError
 from decoding.widths import DraftContext, RootContext
-
-FloatVector = NDArray[np.float32]
 
 VERSION = 3
 LAYER = (
@@ -38,8 +38,8 @@ class ContextFeatures:
     """Computes the columns of a row of traces, and what a policy gives the network."""
 
     version = VERSION
-    names = list(LAYER)
-    candidate_names = list(CANDIDATE)
+    names: ClassVar[list[str]] = list(LAYER)
+    candidate_names: ClassVar[list[str]] = list(CANDIDATE)
 
     def of_layer(self, context: DraftContext) -> FloatVector:
         """What is known of a layer as a whole, [F] float32."""

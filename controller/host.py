@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from controller.features import FloatVector
 from controller.network import CUT, LEAST, LIMIT, SOFT, PassRule, WidthNet
+from decoding.arrays import FloatVector
 from decoding.compiled import COMPILED, compiled
 
 
@@ -81,7 +82,7 @@ class HostNet:
 
     def __init__(self, net: WidthNet) -> None:
         linears = [block[0] for block in list(net.mlp)[:-1]]  # type: ignore[index]
-        last = net.mlp[-1]
+        last: Any = net.mlp[-1]
         self.target_width = net.target_width
         self._hidden = tuple((_host(linear.weight.T), _host(linear.bias)) for linear in linears)
         self._top = _host(last.weight.T / net.temperature)

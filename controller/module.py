@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from controller.data import SPLITS, Batch, TraceDataModule
 from controller.losses import Predicted, after_events, before_events, candidate_events, loss_of
-from controller.metrics import StageMetrics
+from controller.metrics import CURVES, Reliability, StageMetrics
 from controller.network import WidthNet
 from decoding.errors import UserError
 
@@ -116,6 +116,10 @@ class ControllerModule(LightningModule):
         metrics.reset()
         metrics.update(self.events(rows))
         return self._compute(stage)
+
+    def curves(self, stage: str) -> dict[str, Reliability]:
+        """Reliability of each kind of chance in a split, as last evaluated."""
+        return {name: self._stage(stage).reliability(name) for name in CURVES}
 
     def _stage(self, stage: str) -> StageMetrics:
         metrics: StageMetrics = getattr(self, f"{stage}_metrics")

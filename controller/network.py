@@ -7,6 +7,7 @@ of the selection: one before the layer is drafted, one with the candidates in ha
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
         self.target_width = target_width
         self.arguments: dict[str, Any] = dict(zip(ARGUMENTS, (target_width, hidden, layers), strict=True))
         widths = [len(INPUTS), *[hidden] * layers]
-        blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(widths, widths[1:], strict=False)]
+        blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
         self.mlp = nn.Sequential(*blocks, nn.Linear(widths[-1], 1))
         self.before = PassRule(len(BEFORE), target_width, evidence=1)
         self.after = PassRule(len(AFTER), target_width, evidence=2)

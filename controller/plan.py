@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from controller.features import FloatVector
-from decoding.arrays import FloatArray
+from decoding.arrays import FloatArray, FloatVector
 from decoding.compiled import compiled
 from decoding.cost_table import Costs
 
@@ -72,6 +71,6 @@ class Plan:
         lost = reach * (1.0 - (1.0 - share) ** target_width)
         return lost * self.skip >= rate * float(self.draft[min(nodes, NODES - 1)])
 
-    def count(self, values: FloatVector, nodes: int, rate: float, both: bool = False) -> int:
+    def count(self, values: FloatArray | FloatVector, nodes: int, rate: float, both: bool = False) -> int:
         """How many of the fresh drafts of falling value to send; `both`: a draft pass over them may follow."""
         return int(best_count(values.astype(np.float64), nodes, self.both if both else self.target, rate))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -13,16 +13,30 @@ from numpy.typing import NDArray
 
 from controller.checkpoint import load_controller
 from controller.experience import Experience
-from controller.features import ContextFeatures, FloatVector, candidate_features, check_features, layer_features
-from controller.features import root_features
+from controller.features import (
+    ContextFeatures,
+    candidate_features,
+    check_features,
+    layer_features,
+    root_features,
+)
 from controller.host import HostNet, leftovers
 from controller.network import SOFT, WidthNet
 from controller.plan import LEAST_CHANCE, Plan
-from decoding.arrays import IntArray
+from decoding.arrays import FloatVector, IntArray
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, LatencyTable, UnitCosts
 from decoding.errors import UserError
-from decoding.widths import DraftContext, IterationRecord, Parents, RootContext, WidthPolicy
+from decoding.widths import (
+    DRAFT_DEPTH,
+    DRAFT_WIDTH,
+    TARGET_WIDTH,
+    DraftContext,
+    IterationRecord,
+    Parents,
+    RootContext,
+    WidthPolicy,
+)
 
 CLOCKS = ("wall", "table")
 # Settings that shape P and Q: a controller trained under others is used out of its element.
@@ -60,6 +74,8 @@ class LearnedWidth(WidthPolicy):
     """
 
     name = "learned"
+    knobs = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH)
+    family = "learned"
     chooses = True
 
     def __init__(
@@ -186,8 +202,8 @@ class LearnedWidth(WidthPolicy):
             nodes = len(fresh)
             above = np.log(last.left_out + SOFT), last.missing, float(fresh.sum() / max(last.chances.sum(), 1e-6))
         width = widths[-1] if widths else context.config.draft_width
-        chance = self._host.expects((float(layer == 1), float(layer), *self._root, *above), width)
-        chance = chance[context.config.target_width - 1]
+        seen = (float(layer == 1), float(layer), *self._root, *above)
+        chance = self._host.expects(seen, width)[context.config.target_width - 1]
         return self.plan.goes_deeper(self._reach * chance, nodes, self._rate)
 
     def ask_draft(self, context: RootContext, layer: int, parents: Parents) -> bool:
@@ -263,7 +279,7 @@ def _in_words(pair: dict[str, Any]) -> str:
     return f"{pair.get('name')!r}{by} ({pair.get('fingerprint')})"
 
 
-def _costs(latency: Costs | Mapping[str, Any] | str | Path | None) -> Costs:
+def _costs(latency: Costs | dict[str, Any] | str | Path | None) -> Costs:
     if latency is None:
         return UnitCosts()
     if isinstance(latency, str | Path):

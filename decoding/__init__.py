@@ -5,7 +5,9 @@ from decoding.config import DecodingConfig
 from decoding.custom_generate import dsbd_generate
 from decoding.decoder import DSBDDecoder, beam_sample
 from decoding.errors import UserError
+from decoding.exploration import ExploringWidth
 from decoding.hand_set import EntropyWidth, GapWidth, MassWidth
+from decoding.key_gap import KeyGapWidth
 from decoding.pair import ModelPair
 from decoding.results import DecodeResult, DecodeStats
 from decoding.widths import FixedWidth, RandomWidth, ThresholdWidth, WidthPolicy
@@ -17,8 +19,10 @@ __all__ = [
     "DecodeStats",
     "DecodingConfig",
     "EntropyWidth",
+    "ExploringWidth",
     "FixedWidth",
     "GapWidth",
+    "KeyGapWidth",
     "MassWidth",
     "ModelPair",
     "RandomWidth",

@@ -52,6 +52,8 @@ class Batch:
         self._runs: dict[int, PromptRun] = {}  # row -> the prompt in it
         processed = config.min_new_tokens > 0 or any(r is not None and r.processors is not None for r in rules)
         self._make = run_type(config)
+        top: int | None
+        draft_top: int | None
         if config.mode == "beam_search":
             top = draft_top = entries_searched(config, len(self.ends), pair.vocab_size)
         else:

@@ -20,7 +20,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from decoding.architecture import text_config
 from decoding.checks import whole
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder

@@ -23,6 +23,7 @@ from decoding.decoder import DSBDDecoder, Prompts
 from decoding.entry import CONF_DIR
 from decoding.errors import UserError
 from decoding.hand_set import EntropyWidth, GapWidth, MassWidth
+from decoding.key_gap import KeyGapWidth
 from decoding.names import is_dotted, locate
 from decoding.oracles import SurvivorOracle
 from decoding.pair import ModelPair
@@ -226,7 +227,7 @@ _PAPER: dict[str, Any] = {
 }
 POLICIES: dict[str, type[WidthPolicy]] = {
     policy.name: policy
-    for policy in (FixedWidth, ThresholdWidth, MassWidth, GapWidth, EntropyWidth, BanditWidth, RandomWidth)
+    for policy in (FixedWidth, ThresholdWidth, MassWidth, GapWidth, EntropyWidth, KeyGapWidth, BanditWidth, RandomWidth)
 }
 METHODS: dict[str, Method] = {
     method.name: method

@@ -106,7 +106,7 @@ class NoiseRun(PromptRun):
     ) -> DraftContext:
         assert isinstance(proposal, Guess)
         context = super()._draft_context(root, layer, proposal, widths)
-        seen = self.policy.chooses or self.recorder is not None
+        seen = self.policy.chooses or self.policy.needs_candidates or self.recorder is not None
         return replace(
             context,
             known=np.array(proposal.known),
@@ -131,7 +131,9 @@ class NoiseRun(PromptRun):
         order = order[: self.config.target_width if guess.certain else RANKED]
         known = {beam.node for beam, is_known in zip(guess.parents, guess.known, strict=True) if is_known}
         scored = np.zeros(len(order), dtype=np.bool_)
-        for i, (parent, token) in enumerate(zip(race.parents[order].tolist(), race.tokens[order].tolist(), strict=True)):
+        for i, (parent, token) in enumerate(
+            zip(race.parents[order].tolist(), race.tokens[order].tolist(), strict=True)
+        ):
             if parent in known:  # a node is scored after its parent
                 node = forest.find(parent, token)
                 scored[i] = node is not None and self.target.knows(self.row, node)

@@ -154,7 +154,9 @@ class ModelPair:
         drafter = self.drafter if drafting else None
         layers = drafter.target_layers if drafter is not None else ()
         target = ForestScorer(self.target, **vars(options), layers=layers)
-        return {"target": target} | ({"draft": drafter.scorer(target, replace(options, top=draft_top))} if drafter is not None else {})
+        return {"target": target} | (
+            {"draft": drafter.scorer(target, replace(options, top=draft_top))} if drafter is not None else {}
+        )
 
     def check_forest_passes(self) -> None:
         """Make sure, once, that both models score forests as they score sequences (UserError otherwise)."""

@@ -182,8 +182,8 @@ class PromptRun(ABC):
         contexts, layers = [layer.context for layer in layers], self._sent(layers)
         drafted = [node for layer in layers for node in layer.nodes]
         if self.recorder is not None:
-            drafts = [list(zip(layer.nodes, layer.weights, strict=True)) for layer in layers]
-            self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], drafts, contexts)
+            weighted = [list(zip(layer.nodes, layer.weights, strict=True)) for layer in layers]
+            self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], weighted, contexts)
         wanted = dict.fromkeys([beam.node for beam in self.beams] + [n for n in drafted if not self._ended(n)])
         scored = sum(not self.target.cache.holds(self.row, node) for node in wanted)
         yield Request("target", list(wanted))
@@ -239,9 +239,7 @@ class PromptRun(ABC):
             widths = (*widths, len(drafted.picks))
         return layers
 
-    def _proposal(
-        self, root: RootContext, layer: int, beams: list[Beam]
-    ) -> Generator[Request, None, Proposal | None]:
+    def _proposal(self, root: RootContext, layer: int, beams: list[Beam]) -> Generator[Request, None, Proposal | None]:
         """Q after `beams`; None where it has nothing to propose."""
         nodes, scorer = [beam.node for beam in beams], cast(NodeScorer, self.draft)
         self._asked.append(len(nodes))
@@ -250,9 +248,7 @@ class PromptRun(ABC):
             return None
         return Proposal(self._joint(scorer, beams, "draft"), beams)
 
-    def _draft_layer(
-        self, root: RootContext, layer: int, proposal: Proposal, widths: tuple[int, ...]
-    ) -> DraftedLayer:
+    def _draft_layer(self, root: RootContext, layer: int, proposal: Proposal, widths: tuple[int, ...]) -> DraftedLayer:
         """Draw a layer's drafts from Q, as many as the policy wants."""
         context = self._draft_context(root, layer, proposal, widths)
         picks = self._chosen(context, proposal)

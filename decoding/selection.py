@@ -48,7 +48,9 @@ def run_race(joint: Joint | DenseJoint, noise: PathNoise, count: int) -> Race:
     with np.errstate(over="ignore"):  # a probability near the smallest float: never drawn before any other
         keys = drawn / joint.probs
     picks = smallest(keys, count)
-    return Race(picks, keys[picks], joint.probs[picks], joint.parents[picks], joint.tokens[picks], joint.weights[picks], drawn)
+    return Race(
+        picks, keys[picks], joint.probs[picks], joint.parents[picks], joint.tokens[picks], joint.weights[picks], drawn
+    )
 
 
 def smallest(keys: FloatArray, count: int) -> IntArray:

@@ -22,6 +22,7 @@ from decoding.errors import UserError
 from decoding.files import write_whole
 from decoding.forest import TokenForest
 from decoding.results import LayerEvent
+from decoding.sampling import Dice
 from decoding.verdict import NEVER, needs
 from decoding.widths import DraftContext
 
@@ -98,7 +99,7 @@ class TraceRecorder:
     """
 
     needs_hidden = False
-    shadow = None  # under shared noise there are no coins
+    shadow: Dice | None = None  # under shared noise there are no coins
 
     def __init__(self, features: ContextFeatures) -> None:
         self._features = features

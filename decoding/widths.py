@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decoding.acceptance import align
+from decoding.checks import number
 from decoding.closed_form import accept_probabilities, accepted_count_table
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.sampling import Distribution, FloatArray, IntArray
-
 
 LEAST_SHARE = 0.05  # of the parents' weight: for less the draft is not run
 
@@ -64,6 +64,7 @@ DRAFT_DEPTH = Knob("draft_depth", "γ", int, axis="depths", of_config=True)
 SURPLUS = Knob("surplus", kind=str, axis="surpluses", of_config=True, of_drafts=True)
 ASKED_WIDTH = Knob("asked_width", "", int, axis="asked_widths", argument="target_width", within_width=True)
 FINAL_WIDTH = Knob("final_width", "last", int, axis="final_widths", within_width=True)
+SKIP = Knob("least_share", "skip", axis="least_shares", of_drafts=True)
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ class WidthPolicy:
     # "control": a yardstick that nobody tunes.
     family: ClassVar[str] = "hand-set"
     needs_hidden = False  # ask the decoder for hidden states in the contexts
+    needs_candidates = False  # ask for them in the contexts; under shared noise only
     chooses = False  # asked for drafts by `choose` and `send` in place of `draft_width`; under shared noise only
 
     def check(self, config: DecodingConfig) -> None:
@@ -255,15 +257,18 @@ class FixedWidth(WidthPolicy):
         target_width, draft_width, draft_depth: M, w and γ; at most the config's.
         final_width: M of the layer that ends an iteration, where nothing can be rejected: more beams there cost what
             they cost to carry, and no pass. None: M.
+        least_share: of the parents' weight; where those that the target has not scored hold less, the others propose
+            alone and the draft's pass is left out. Under shared noise only.
     """
 
     name = "fixed"
-    knobs = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH, ASKED_WIDTH, FINAL_WIDTH, SURPLUS)
+    knobs = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH, ASKED_WIDTH, FINAL_WIDTH, SKIP, SURPLUS)
 
     fixed_target_width: int | None
     fixed_draft_width: int | None
     fixed_draft_depth: int | None
     final_width: int | None
+    least_share: float
 
     def __init__(
         self,
@@ -271,9 +276,10 @@ class FixedWidth(WidthPolicy):
         draft_width: int | None = None,
         draft_depth: int | None = None,
         final_width: int | None = None,
+        least_share: float = LEAST_SHARE,
     ) -> None:
         self.fixed_target_width, self.fixed_draft_width, self.fixed_draft_depth = target_width, draft_width, draft_depth
-        self.final_width = final_width
+        self.final_width, self.least_share = final_width, number("least_share", least_share, least=0)
 
     def check(self, config: DecodingConfig) -> None:
         check_final_width(self.final_width, config)
@@ -301,6 +307,9 @@ class FixedWidth(WidthPolicy):
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
         return self.fixed_draft_depth is None or layer <= self.fixed_draft_depth
 
+    def ask_draft(self, context: RootContext, layer: int, parents: Parents) -> bool:
+        return parents.unknown_share >= self.least_share
+
     def draft_width(self, context: DraftContext) -> int:
         return self.fixed_draft_width or context.root.config.draft_width
 
@@ -316,6 +325,7 @@ class FixedWidth(WidthPolicy):
             "draft_width": self.fixed_draft_width,
             "draft_depth": self.fixed_draft_depth,
             "final_width": self.final_width,
+            "least_share": self.least_share,
         }
 
 
