@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 
-from controller.calibration import calibrate
+from controller.calibration import calibrate, fit_rules
 from controller.checkpoint import save_controller
 from controller.data import TraceDataModule
 from controller.metrics import CURVES, Reliability
@@ -65,6 +65,7 @@ def fit(
     load_best(trainer, module)
     loss = module.evaluate(data.rows["val"].columns)["val/loss"]
     calibrate(module.net, data.rows["val"].columns)
+    fit_rules(module.net, data.rows["train"].columns)
     metrics = final_metrics(module, data)
     held_out = "test" if len(data.rows["test"]) else "val"
     curves = module.curves(held_out)

@@ -45,8 +45,8 @@ class StageMetrics(Metric):
     @torch.no_grad()
     def update(self, events: dict[str, Predicted]) -> None:
         """Add a batch's chances and outcomes, by curve."""
-        for i, name in enumerate(CURVES):
-            chances, happened = events[name]
+        for name, (chances, happened) in events.items():
+            i = CURVES.index(name)
             if len(chances):
                 entries = torch.tensor([len(chances)], dtype=torch.float64, device=chances.device)
                 sums = loss_of(events[name]).double() * entries, happened.double().sum()[None], entries

@@ -20,8 +20,8 @@ from decoding.errors import UserError
 class ControllerModule(LightningModule):
     """Trains a WidthNet on the rows of a TraceDataModule.
 
-    The loss is the mean binary cross entropy of candidates, and of layers before and after they are drafted. The rules
-    for layers see the candidates' chances but do not move them.
+    The loss is the mean binary cross entropy of candidates. The rules for layers go by the candidates' chances and do
+    not move them: they are fitted afterwards (`fit_rules`).
 
     Args:
         target_width: R, of the traces.
@@ -69,8 +69,8 @@ class ControllerModule(LightningModule):
         }
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        events = self.events(batch)
-        loss = torch.stack([loss_of(found) for found in events.values() if len(found.chances)]).sum()
+        events = {"candidate": candidate_events(self.net(batch), batch)}
+        loss = loss_of(events["candidate"])
         if not torch.isfinite(loss):
             raise UserError(
                 f"The training loss is {loss.item()} at step {self.global_step}. Lower controller.lr ({self.lr:g}), or "
@@ -80,7 +80,7 @@ class ControllerModule(LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        self.val_metrics.update(self.events(batch))
+        self.val_metrics.update({"candidate": candidate_events(self.net(batch), batch)})
 
     def test_step(self, batch: Batch, index: int) -> None:
         self.test_metrics.update(self.events(batch))
@@ -128,8 +128,8 @@ class ControllerModule(LightningModule):
     def _compute(self, stage: str) -> dict[str, float]:
         """A stage's metrics from its sums."""
         metrics = self._stage(stage).compute()
-        loss = sum(value for name, value in metrics.items() if name.endswith("_nll"))
-        return {f"{stage}/{name}": value for name, value in ({"loss": loss} | metrics).items()}
+        loss = {"loss": metrics["candidate_nll"]} if metrics else {}
+        return {f"{stage}/{name}": value for name, value in (loss | metrics).items()}
 
     def _log(self, stage: str) -> None:
         metrics = self._compute(stage)
