@@ -1,0 +1,131 @@
+"""WidthNet: chances along paths, rules that are monotone, and the same numbers on the host, compiled and plain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from controller import host
+from controller.checkpoint import load_controller, save_controller
+from controller.data import TraceDataModule
+from controller.features import CANDIDATE, LAYER
+from controller.host import HostNet
+from controller.losses import WIDTHS, after_events, before_events, candidate_events
+from controller.network import AFTER, BEFORE, LEAST, WidthNet, leftovers
+from decoding import UserError
+from decoding.compiled import COMPILED
+from tests.controller.synthetic import ABOUT, random_net, write_traces
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TraceDataModule:
+    return TraceDataModule(write_traces(tmp_path_factory.mktemp("traces")))
+
+
+def test_no_child_is_likelier_than_its_parent(data: TraceDataModule) -> None:
+    rows = data.rows["train"].columns
+    chances = random_net()(rows)
+    below = rows["valid"][:, 1:]
+    parents = chances[:, :-1].gather(2, rows["parents"][:, 1:].clamp(min=0))
+    assert (chances[:, 1:][below] <= parents[below] + 1e-6).all() and (chances[rows["valid"]] <= 0).all()
+
+
+def test_chances_do_not_depend_on_padding_or_neighbours(data: TraceDataModule) -> None:
+    rows, net = data.rows["train"].columns, random_net()
+    together = net(rows)
+    for i in (0, 3):
+        most = int(rows["valid"][i].sum(-1).max())
+        alone = {name: column[i : i + 1] for name, column in rows.items()}
+        for name in ("candidates", "parents", "valid"):
+            alone[name] = alone[name][:, :, :most]
+        inside = alone["valid"]
+        assert torch.allclose(net(alone)[inside], together[i : i + 1, :, :most][inside], atol=1e-5)
+
+
+def test_rules_fall_in_j_and_rise_in_the_number_of_drafts(data: TraceDataModule) -> None:
+    net, rows = random_net(1), data.rows["train"].columns
+    log_chances = net(rows)
+    layers = rows["there"] & rows["reached"]
+    chances = (log_chances.exp() * rows["valid"])[layers]
+    ranks = chances.argsort(dim=-1, descending=True).argsort(-1)
+    before = None
+    for width in WIDTHS:
+        odds = net.passes(rows["features"][layers], *leftovers(chances, ranks < width, net.target_width))
+        assert (odds.diff(dim=-1) <= 0).all()
+        assert before is None or (odds >= before - 1e-5).all()
+        before = odds
+    context = torch.randn(5, len(BEFORE))
+    expected = torch.stack([net.expects(context, torch.full((5,), width)) for width in WIDTHS])
+    assert (expected.diff(dim=0) >= 0).all() and (expected.diff(dim=-1) <= 0).all()
+
+
+def test_leftovers_of_a_layer_by_hand() -> None:
+    chances, drafted = torch.tensor([[0.9, 0.5, 0.2, 0.0]]), torch.tensor([[True, False, True, False]])
+    left_out, missing = leftovers(chances, drafted, 2)
+    assert float(left_out) == pytest.approx(-np.log(0.5)) and float(missing) == pytest.approx(2 - 1.1)
+    assert host.leftovers(chances[0].numpy(), drafted[0].numpy(), 2) == pytest.approx((float(left_out), float(missing)))
+    assert torch.isfinite(leftovers(torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool), 2)[0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 11, 64])
+def test_the_host_says_what_torch_says(count: int) -> None:
+    torch.manual_seed(count)
+    net = random_net(count)
+    net.start_from(torch.randn(50, len(net.mean)) * 2, torch.randn(50, len(LAYER)))
+    net.temperature.fill_(1.3)
+    candidates = torch.randn(count, len(CANDIDATE)) * 3
+    features, log_parent = torch.randn(len(LAYER)), -torch.rand(count)
+    ours = HostNet(net)
+    odds = net.layer(candidates[None], features[None], log_parent[None], torch.ones(1, count, dtype=torch.bool))
+    expected = log_parent + torch.nn.functional.logsigmoid(odds[0])
+    found = ours.chances(candidates.numpy(), features.numpy(), log_parent.numpy())
+    assert found == pytest.approx(expected.numpy(), abs=2e-5) and found.dtype == np.float32
+    context = torch.randn(len(AFTER))
+    odds = net.passes(context[None], torch.tensor([0.7]), torch.tensor([0.4]))[0].sigmoid()
+    assert ours.passes(context.tolist(), 0.7, 0.4) == pytest.approx(odds.tolist(), abs=1e-5)
+    context = torch.randn(len(BEFORE))
+    odds = net.expects(context[None], torch.tensor([9]))[0].sigmoid()
+    assert ours.expects(context.tolist(), 9) == pytest.approx(odds.tolist(), abs=1e-5)
+
+
+@pytest.mark.skipif(not COMPILED, reason="numba is not installed, or disabled")
+def test_compiled_and_plain_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, generator = HostNet(random_net(4)), np.random.default_rng(0)
+    given = [generator.standard_normal(shape).astype(np.float32) for shape in ((40, len(CANDIDATE)), len(LAYER), 40)]
+    compiled = ours.chances(*given)
+    monkeypatch.setattr(host, "log_chances", host.log_chances.py_func)
+    monkeypatch.setattr(host, "_linear", host._multiplied)
+    assert ours.chances(*given) == pytest.approx(compiled, abs=2e-5)
+
+
+def test_a_layer_passes_in_the_events_when_its_selection_was_drafted(data: TraceDataModule) -> None:
+    """At a width that holds all candidates, what happened is whether all of the first j are candidates."""
+    net, rows = random_net(), data.rows["train"].columns
+    log_chances = net(rows)
+    found = after_events(net, log_chances, rows)
+    layers = rows["there"] & rows["reached"]
+    places, sizes = rows["places"][layers], rows["size"][layers]
+    expected = []
+    for row, size in zip(places.tolist(), sizes.tolist(), strict=True):
+        expected += [float(set(range(1, j + 1)) <= set(row)) for j in range(1, size + 1)]
+    assert found.happened[-len(expected) :].tolist() == expected  # 48 drafts: more than there are candidates
+    before = before_events(net, log_chances, rows)
+    assert len(before.chances) and 0 < float(before.happened.mean()) < 1
+    selected = candidate_events(log_chances, rows)
+    assert int(selected.happened.sum()) == int((rows["places"] > 0).sum())
+
+
+def test_small_and_saved_as_it_is(tmp_path: Path) -> None:
+    net = random_net(2)
+    assert net.parameter_count() < 5000
+    saved = save_controller(net, tmp_path / "c", {"features": ABOUT, "pair": {}, "decoding": {}})
+    loaded, about = load_controller(saved)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert about["features"] == ABOUT and loaded.target_width == net.target_width and LEAST > 0
+    (saved / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="is damaged"):
+        load_controller(saved)
+    assert isinstance(loaded, WidthNet)
