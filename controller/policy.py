@@ -117,8 +117,8 @@ class LearnedWidth(WidthPolicy):
         """
         if options.pop("width_value", None) is not None:
             raise UserError(
-                "width_value trades beams for speed, which LearnedWidth does not: it keeps target_width beams. Leave it "
-                "out, or lower decoding.target_width."
+                "width_value trades beams for speed, which LearnedWidth does not: it keeps target_width beams. Leave "
+                "it out, or lower decoding.target_width."
             )
         net, provenance = load_controller(path, revision)
         policy = cls(net, provenance, **options)

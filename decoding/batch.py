@@ -61,11 +61,12 @@ class Batch:
             # Where the target's rows stay on the device, so do the draft's: proposals are made of both.
             draft_top = top and entries_needed(draft_config(config), pair.vocab_size)
         hidden = policy.needs_hidden or any(recorder.needs_hidden for recorder in recorders if recorder is not None)
-        spare = config.max_new_tokens + config.draft_width * config.draft_depth + 2 * config.target_width
+        forest = config.draft_width * config.draft_depth
+        kept = forest if self._make is NoiseRun else 0  # of the forest before
         options = ScorerOptions(
             rows=size,
             longest_prompt=max(map(len, prompts)),
-            spare_slots=spare,
+            spare_slots=config.max_new_tokens + forest + kept + 2 * config.target_width,
             temperature=config.temperature,
             top=top,
             keep_hidden=hidden,

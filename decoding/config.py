@@ -190,8 +190,8 @@ class DecodingConfig:
             )
         if self.verification == "shared_noise" and self.replacement:
             raise UserError(
-                "replacement is True and verification is 'shared_noise', which draws without: set replacement=False, or "
-                "verification=rejection."
+                "replacement is True and verification is 'shared_noise', which draws without: set replacement=False, "
+                "or verification=rejection."
             )
         draws = self.oversample * self.target_width
         if self.draft_top_k is not None and self.warp == "joint" and self.draft_top_k < draws:

@@ -41,6 +41,7 @@ from decoding.errors import UserError
 from decoding.pair import ModelPair
 from decoding.results import DecodeResult
 from decoding.rules import Rules
+from decoding.search import candidates_per_beam
 from decoding.widths import WidthPolicy
 
 # Fields of GenerationConfig that ask for something this decoder does not do, with their neutral values.
@@ -98,10 +99,10 @@ def dsbd_generate(
 ) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
     """For transformers: `model.generate(**inputs, assistant_model=draft, num_beams=4, custom_generate=dsbd_generate)`.
 
-    Without do_sample the tokens are those of `generate` without `custom_generate`, in fewer passes. With do_sample and
-    several beams each step draws num_beams continuations without replacement from the distribution that transformers
-    draws its 2 * num_beams candidates from; with one beam it is transformers' sampling. Logits processors, stopping
-    criteria and stop strings apply to each beam; those of your own must be functions of the row they are given.
+    Without do_sample the tokens are those of `generate` without `custom_generate`, in fewer passes. With do_sample they
+    are distributed as those of `generate` are, with one beam and with several; a seed gives other tokens than there,
+    but the same ones whatever the draft. Logits processors, stopping criteria and stop strings apply to each beam;
+    those of your own must be functions of the row they are given.
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: from transformers.
@@ -310,6 +311,8 @@ def _decoding_config(
 ) -> DecodingConfig:
     """transformers' settings in this decoder's words. Warpers stay processors; they leave at most `most` tokens."""
     beams = settings["num_beams"]
+    # Of several beams transformers draws so many candidates for each one that it keeps; one beam is sampled plainly.
+    drawn = candidates_per_beam(len(_special(generation, "eos"))) if generation.do_sample and beams > 1 else 1
     return DecodingConfig(
         mode="beam_sample" if generation.do_sample else "beam_search",
         target_width=beams,
@@ -318,6 +321,8 @@ def _decoding_config(
         max_new_tokens=max_new_tokens,
         top_k=most if generation.do_sample else None,
         warp="beam",
+        oversample=drawn,
+        verification="shared_noise",
         length_penalty=settings["length_penalty"],
         early_stopping=settings["early_stopping"],
         eos_token_id=ends or -1,

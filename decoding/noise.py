@@ -99,6 +99,11 @@ def _code_row(vocabulary: int, device: torch.device) -> Tensor:
     return token_codes(torch.arange(vocabulary, dtype=torch.int64, device=device))
 
 
+@functools.lru_cache(4)
+def _code_table(vocabulary: int) -> IntArray:
+    return token_codes(np.arange(vocabulary, dtype=np.int64))
+
+
 def seed_of(stream: torch.Generator) -> int:
     """A prompt's seed, drawn from its stream."""
     return int(torch.randint(-(1 << 63), (1 << 63) - 1, (1,), generator=stream, device=stream.device))
@@ -110,10 +115,11 @@ class PathNoise:
     Args:
         seed: of the prompt.
         forest: whose paths they are.
+        vocabulary: V; token ids are less.
     """
 
-    def __init__(self, seed: int, forest: TokenForest) -> None:
-        self._forest = forest
+    def __init__(self, seed: int, forest: TokenForest, vocabulary: int) -> None:
+        self._forest, self._codes = forest, _code_table(vocabulary)
         self._hashes: dict[int, int] = {0: root_hash(seed)}
 
     def hashes(self, nodes: Sequence[int]) -> IntArray:
@@ -122,17 +128,17 @@ class PathNoise:
         missing = [node for node in dict.fromkeys(nodes) if node not in known]
         if missing:
             parents = self.hashes([self._forest.parents[node] for node in missing])
-            codes = token_codes(np.array([self._forest.tokens[node] for node in missing]))
+            codes = self._codes[[self._forest.tokens[node] for node in missing]]
             known.update(zip(missing, child_hashes(parents, codes).tolist(), strict=True))
         return np.array([known[node] for node in nodes], dtype=np.int64)
 
     def of(self, parents: IntArray, tokens: IntArray) -> FloatArray:
         """E of (parent node, token) pairs, [S]."""
-        return exponentials(child_hashes(self.hashes(parents.tolist()), token_codes(tokens)))
+        return exponentials(child_hashes(self.hashes(parents.tolist()), self._codes[tokens]))
 
-    def grid(self, parents: IntArray, vocabulary: int, device: torch.device) -> Tensor:
+    def grid(self, parents: IntArray, device: torch.device) -> Tensor:
         """E of every token after each of some nodes, [B, V] on `device`."""
-        return exponential_grid(self.hashes(parents.tolist()), vocabulary, device)
+        return exponential_grid(self.hashes(parents.tolist()), len(self._codes), device)
 
     def forget(self, dead: Iterable[int]) -> None:
         """Nodes died."""

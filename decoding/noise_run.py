@@ -49,7 +49,7 @@ class NoiseRun(PromptRun):
     """The state of one prompt while it is decoded with `verification="shared_noise"`."""
 
     def _start(self) -> None:
-        self.noise = PathNoise(seed_of(self.stream), self.forest)
+        self.noise = PathNoise(seed_of(self.stream), self.forest, self.target.vocabulary_size)
 
     # Proposals.
 
@@ -73,8 +73,8 @@ class NoiseRun(PromptRun):
             asked = scorer.proposes(self.row, nodes)
         if not known and not asked:
             return None
-        with self.clock.phase("verify"):
-            return self._guess(known, unknown if asked else [], certain=layer == 1 and not unknown)
+        # A forest's first parents are the beams themselves: where all are known, so is what the target will select.
+        return self._guess(known, unknown if asked else [], certain=layer == 1 and not unknown)
 
     def _guess(self, known: list[Beam], unknown: list[Beam], certain: bool) -> Guess:
         """Q of the target's rows at `known` parents and the draft's at `unknown` ones."""
@@ -84,9 +84,10 @@ class NoiseRun(PromptRun):
             joint = self._joint(cast(NodeScorer, self.draft), unknown, "draft")
         else:
             joint = self._mixed(known, unknown)
-        config, of_target = self.config, {beam.node for beam in known}
+        config = self.config
         count = max(_LEAST_RANKED, 2 * config.draft_width, config.oversample * config.target_width)
         parents = best_first([*known, *unknown])
+        of_target = {beam.node for beam in known}
         is_known = [beam.node in of_target for beam in parents]
         return Guess(joint, parents, is_known, certain, run_race(joint, self.noise, count))
 
@@ -173,11 +174,11 @@ class NoiseRun(PromptRun):
 
     def _draft_order(self, guess: Guess, width: int) -> IntArray:
         """Places of the race on Q in the order in which they are drafted; what cannot be continued needs no pass."""
-        config, race, probs = self.config, guess.race, guess.joint
+        config, race, joint = self.config, guess.race, guess.joint
         live = ~np.isin(race.tokens, list(self.eos)) if self.eos else np.ones(len(race), dtype=bool)
         cut = config.draft_cut(width)
-        if not guess.certain and isinstance(probs, Joint) and config.warp == "joint" and cut and cut < len(probs):
-            live &= probs.probs[race.picks] >= np.partition(probs.probs, -cut)[-cut]  # Q was cut for the widest draft
+        if not guess.certain and isinstance(joint, Joint) and config.warp == "joint" and cut and cut < len(joint):
+            live &= joint.probs[race.picks] >= np.partition(joint.probs, -cut)[-cut]  # Q was cut for the widest draft
         return draft_order(race, live, config.target_width, config.oversample)
 
     # Steps.
@@ -259,8 +260,10 @@ class NoiseRun(PromptRun):
                 living[node] = None
         return list(living)
 
-    def _forget(self, dead: list[int]) -> None:
+    def _prune(self) -> list[int]:
+        dead = super()._prune()
         self.noise.forget(dead)
+        return dead
 
 
 def _stacked(tables: list[tuple[FloatArray, IntArray]]) -> tuple[FloatArray, IntArray]:

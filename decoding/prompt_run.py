@@ -168,8 +168,9 @@ class PromptRun(ABC):
             yield from self._iterate()
         self.result = self._finish()
 
+    @abstractmethod
     def _start(self) -> None:
-        """Before the first iteration."""
+        """Take from the stream what the rule needs, before the first iteration."""
 
     # One iteration: draft, verify, commit.
 
@@ -252,9 +253,8 @@ class PromptRun(ABC):
         """Draw a layer's drafts from Q, as many as the policy wants."""
         context = self._draft_context(root, layer, proposal, widths)
         picks = self._chosen(context, proposal)
-        with self.clock.phase("verify"):
-            drafts = proposal.joint.entries(picks)
-            nodes = [self.forest.child(parent, token) for parent, token, _ in drafts]
+        drafts = proposal.joint.entries(picks)
+        nodes = [self.forest.child(parent, token) for parent, token, _ in drafts]
         return DraftedLayer(context, proposal, picks, nodes, [weight for _, _, weight in drafts])
 
     def _draft_context(
@@ -268,8 +268,7 @@ class PromptRun(ABC):
         """Entries of Q to draft, as many as the policy wants."""
         with self.clock.phase("policy"):
             width = clip(self.policy.draft_width(context), 1, self.config.draft_width)
-        with self.clock.phase("verify"):
-            return self._propose(proposal, width)
+        return self._propose(proposal, width)
 
     def _sent(self, layers: list[DraftedLayer]) -> list[DraftedLayer]:
         """What the policy has the target score of them."""
@@ -397,20 +396,17 @@ class PromptRun(ABC):
             self.rules.listener(tokens[self._told :])
             self._told = len(tokens)
 
-    def _prune(self) -> None:
-        """Free what leads to no beam."""
+    def _prune(self) -> list[int]:
+        """Free what leads to no beam; returns the nodes that died."""
         if self.config.one_beam_cache and not self.done:
             self.beams = self.beams[:1]
         live = self._living()
         dead = self.forest.release(list(set(self.touched)), set(live))
-        self._forget(dead)
         self.target.forget(self.row, dead, live)
         if self.draft is not None:
             self.draft.forget(self.row, dead, live)
         self.touched = live  # they may die before they are used again
-
-    def _forget(self, dead: list[int]) -> None:
-        """Nodes died."""
+        return dead
 
     def _living(self) -> list[int]:
         """Nodes whose paths stay."""

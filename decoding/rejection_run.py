@@ -1,4 +1,4 @@
-"""One prompt decoded by the paper's rule: drafts are accepted by coins, and open slots filled from a residual. 2409.16560."""
+"""One prompt decoded by the paper's rule: coins accept drafts, a residual fills the slots left open. 2409.16560."""
 
 from __future__ import annotations
 

@@ -278,6 +278,11 @@ class ForestScorer:
             return bool((self.log_probs(row, nodes) != -torch.inf).any())  # NaN is for others to report
         return bool((self.tops(row, nodes)[0] != -np.inf).any())
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the model's output."""
+        return int(self.model.config.get_text_config().vocab_size)
+
     def knows(self, row: int, node: int) -> bool:
         """Whether a node has been scored, and what that gave is still there."""
         return node in self._held(row).scored

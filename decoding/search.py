@@ -41,6 +41,9 @@ class SearchRun(PromptRun):
     the lower token id. Where transformers' float32 sums tie or differ by rounding alone, it may keep another beam.
     """
 
+    def _start(self) -> None:
+        """Nothing is drawn."""
+
     def _joint(self, scorer: NodeScorer, beams: list[Beam], name: str) -> Joint:
         nodes, weights = [beam.node for beam in beams], [beam.weight for beam in beams]
         count = self.config.draft_width + len(self.eos) * len(beams)  # so many live ones are among them

@@ -65,7 +65,7 @@ def smallest(keys: FloatArray, count: int) -> IntArray:
 def _race_on_device(joint: DenseJoint, noise: PathNoise, count: int) -> Race:
     """One top-k call over [B, V], one transfer; what comes to the host are the entries drawn."""
     rows, vocabulary = joint.grid.shape
-    keys = noise.grid(joint.nodes, vocabulary, joint.grid.device).div_(joint.grid).view(-1)  # inf where P is zero
+    keys = noise.grid(joint.nodes, joint.grid.device).div_(joint.grid).view(-1)  # inf where P is zero
     best, index = keys.topk(min(count, rows * vocabulary), largest=False)
     log_p = joint.log_p.reshape(-1)[index]
     probs = joint.grid.view(-1)[index]

@@ -11,8 +11,8 @@ import gc
 import itertools
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -514,26 +514,39 @@ def sample_chances(processors: list[Any], tokens: int) -> dict[tuple[int, ...], 
     return now
 
 
-def pair_chances(processors: list[Any]) -> dict[frozenset[tuple[int, ...]], float]:
-    """Exact chance of each pair of beams after two steps: two draws without replacement from the joint at each."""
+Pair = frozenset[tuple[int, ...]]
 
-    def pairs(weights: dict[tuple[int, ...], float]) -> dict[frozenset[tuple[int, ...]], float]:
-        joint, out = shares(weights), Counter[frozenset[tuple[int, ...]]]()
-        for a, b in itertools.permutations(joint, 2):
-            out[frozenset((a, b))] += joint[a] * joint[b] / (1 - joint[a])  # type: ignore[assignment]
-        return out if len(joint) > 1 else {frozenset(joint): 1.0}  # type: ignore[return-value]
+
+def pair_chances(processors: list[Any]) -> dict[Pair, float]:
+    """Exact chance of each pair of sequences after two steps of transformers' sampled beam search without EOS.
+
+    Four draws without replacement from the joint at each step; the two likeliest go on, but the last token ends all,
+    and then the first two drawn count.
+    """
+
+    def draws_of(weights: dict[tuple[int, ...], float], count: int) -> Iterator[tuple[list[tuple[int, ...]], float]]:
+        joint = shares(weights)
+        for drawn in itertools.permutations(joint, min(count, len(joint))):
+            chance, left = 1.0, 1.0
+            for child in drawn:
+                chance *= joint[child] / left
+                left -= joint[child]
+            yield list(drawn), chance
 
     first = {(v,): s for v, s in enumerate(scores_after([], processors, log=True))}
-    out: Counter[frozenset[tuple[int, ...]]] = Counter()
-    for beams, chance in pairs(first).items():
+    starts: dict[Pair, float] = defaultdict(float)
+    for drawn, chance in draws_of(first, 4):
+        starts[frozenset(sorted(drawn, key=lambda child: -first[child])[:2])] += chance
+    out: dict[Pair, float] = defaultdict(float)
+    for beams, chance in starts.items():
         second = {
             (*beam, v): first[beam] + s
             for beam in sorted(beams)
             for v, s in enumerate(scores_after(list(beam), processors, log=True))
         }
-        for both, share in pairs(second).items():
-            out[both] += chance * share  # type: ignore[assignment]
-    return out  # type: ignore[return-value]
+        for drawn, share in draws_of(second, 2):
+            out[frozenset(drawn)] += chance * share
+    return dict(out)
 
 
 class Tilt(LogitsProcessor):
@@ -611,8 +624,8 @@ def test_top_k_keeps_all_that_are_equal_at_its_edge() -> None:
 @pytest.mark.parametrize(
     ("case", "given"), [*((case, "argument") for case in WARPS), ("top-1", "config"), ("all", "config")]
 )
-def test_two_beams_are_draws_without_replacement_from_transformers_joint(case: str, given: str) -> None:
-    """softmax over (beam, token) of accumulated processed scores, which processors leave unnormalised.
+def test_two_beams_are_drawn_as_transformers_draws_them(case: str, given: str) -> None:
+    """From the softmax over (beam, token) of accumulated processed scores, which processors leave unnormalised.
 
     transformers makes its warpers for the num_beams of the config and does not see one that comes as an argument.
     """

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import decoding.prompt_run
+import decoding.rejection_run
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, WidthPolicy, beam_sample
 from decoding.acceptance import LayerVerdict, align
 from decoding.forest import TokenForest
@@ -383,7 +384,7 @@ class Coin(WidthPolicy):
 
 def leak_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Show each layer's first draft to the prompt's policy before it is asked for M."""
-    run = decoding.prompt_run.PromptRun
+    run = decoding.rejection_run.RejectionRun
     honest = run._commit_drafted
 
     def leaky(self: Any, context: TargetContext, target: Any, layer: Any) -> Any:
@@ -468,7 +469,7 @@ def test_contexts_hold_nothing_of_the_layers_drafts_or_of_what_lies_deeper(monke
     seen: list[tuple[Any, ...]] = []  # all that layer 2's context may depend on
     drafts: list[tuple[int, ...]] = []  # of layer 2, on which it must not depend
     first: list[tuple[int, ...]] = []  # of layer 1
-    run = decoding.prompt_run.PromptRun
+    run = decoding.rejection_run.RejectionRun
     honest = run._commit_drafted
 
     def listening(self: Any, context: TargetContext, target: Any, layer: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-import decoding.prompt_run
+import decoding.rejection_run
 import decoding.sampling
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
 from decoding.drafts.ngram import BACKOFF, NgramDraft, NgramIndex, NgramScorer

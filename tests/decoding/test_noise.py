@@ -27,7 +27,7 @@ def path_hash(seed: int, path: list[int]) -> int:
     forest, node = TokenForest(), 0
     for token in path:
         node = forest.child(node, token)
-    return int(PathNoise(seed, forest).hashes([node])[0])
+    return int(PathNoise(seed, forest, SIDE).hashes([node])[0])
 
 
 def rows_of(parents: list[int], tokens: int = SIDE) -> np.ndarray:
@@ -193,8 +193,8 @@ def test_seeds_come_from_the_stream() -> None:
 def test_a_forest_forgets_dead_nodes_and_knows_them_again() -> None:
     forest = TokenForest()
     node = forest.child(forest.child(0, 4), 2)
-    paths = PathNoise(1, forest)
+    paths = PathNoise(1, forest, 5)
     before = paths.of(np.array([node, 0]), np.array([3, 3]))
-    assert np.allclose(paths.grid(np.array([node, 0]), 5, torch.device("cpu"))[:, 3].numpy(), before, rtol=1e-15)
+    assert np.allclose(paths.grid(np.array([node, 0]), torch.device("cpu"))[:, 3].numpy(), before, rtol=1e-15)
     paths.forget([node])
     assert np.array_equal(paths.of(np.array([node, 0]), np.array([3, 3])), before)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import decoding.prompt_run
+import decoding.rejection_run
 import decoding.sampling
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
 from decoding.dense import dense_joint
