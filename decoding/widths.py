@@ -21,15 +21,9 @@ from decoding.checks import number
 from decoding.closed_form import accept_probabilities, accepted_count_table
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
-<<<<<<< HEAD
 from decoding.sampling import Distribution, FloatArray, IntArray
 
-LEAST_SHARE = 0.05  # of the parents' weight: for less the draft is not run
-=======
-from decoding.sampling import Distribution, FloatArray
-
 LEAST_SHARE = 0.01  # of the parents' weight: for less the draft is not run
->>>>>>> noise
 
 
 @dataclass(frozen=True)
@@ -187,15 +181,11 @@ class WidthPolicy:
     The decoder decodes each prompt with a `fork` of its own, after a `reset`, so that a prompt's widths need not depend
     on its neighbours; forks of policies that learn on line may share what they learn. A policy that keeps state must
     not let `target_width` of a layer depend on what it was shown of deeper layers (they are drafted before this one is
-<<<<<<< HEAD
-    verified): contexts hold nothing of them, but memory could. That would bias the output.
-
-    What tables, plots and command lines need to know of a policy stands on its class: `name`, `knobs`, `family`.
-=======
     verified): contexts hold nothing of them, but memory could. That would bias the output. Under shared noise a layer's
     noise is the same in the next iteration; where M may be less than target_width, w and depth must not depend on what
     an earlier iteration showed of it. With M = target_width everything may be used.
->>>>>>> noise
+
+    What tables, plots and command lines need to know of a policy stands on its class: `name`, `knobs`, `family`.
     """
 
     name: ClassVar[str] = "widest"

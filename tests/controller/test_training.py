@@ -1,4 +1,4 @@
-"""From traces to a calibrated network: splits, what is refused, that it learns, and that chances sum to what happened."""
+"""From traces to a calibrated network: splits, refusals, that it learns, and that chances sum to what happened."""
 
 from __future__ import annotations
 
