@@ -21,24 +21,33 @@ from controller import LearnedWidth
 from controller.checkpoint import load_controller, weights_sha256
 from controller.tracking import log_evaluation, tracked
 from decoding import DecodingConfig, ModelPair, UserError
-from decoding.choose import cost_table
-from decoding.compare import curve_of, undominated
 from decoding.cost_table import LatencyTable
-from decoding.entry import entry_point
-from decoding.methods import METHODS, Method, find_method, policy_method
-from decoding.oracles import modelled_seconds
-from decoding.pages import comparison_lines, console_table, tuning_lines
-from decoding.plots import calibration_curves
-from decoding.progress import RunProgress
-from decoding.provenance import run_provenance, to_plain
+from decoding.machine.choose import cost_table
+from decoding.machine.seconds import measure_seconds
+from decoding.measure.compare import curve_of, undominated
+from decoding.measure.methods import METHODS, Method, find_method, policy_method
+from decoding.measure.oracles import modelled_seconds
+from decoding.measure.pages import comparison_lines, console_table, remark_lines, tuning_lines
+from decoding.measure.plots import calibration_curves
+from decoding.measure.results_file import SCHEMA_VERSION
+from decoding.measure.rows import Row, make_rows
+from decoding.measure.summary import compare_records, summarise
+from decoding.measure.turns import (
+    Measurement,
+    Record,
+    keep_whole,
+    make_records,
+    read_prompts,
+    score_all,
+    take_turns,
+    warm_up,
+)
 from decoding.report import write_report
-from decoding.results_file import SCHEMA_VERSION
-from decoding.rows import Row, make_rows
-from decoding.seconds import measure_seconds
-from decoding.settings import check_counts
-from decoding.summary import compare_records, summarise
+from decoding.support.entry import entry_point
+from decoding.support.progress import RunProgress
+from decoding.support.provenance import run_provenance, to_plain
+from decoding.support.settings import check_counts
 from decoding.tasks.base import Prompt, Task
-from decoding.turns import Measurement, Record, keep_whole, make_records, read_prompts, score_all, take_turns, warm_up
 
 LEARNED = {"learned": "modelled", "learned_also": "also"}  # methods by the table of cost that they plan with
 _LEAST = {"batch_size": 1, "bootstrap": 1, "prompts.limit": 1, "prompts.warmup": 0}
@@ -113,12 +122,8 @@ def show(results: Mapping[str, Any], files: Mapping[str, Path]) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     console.print(console_table(results["rows"]))
-    for line in comparison_lines(results):
+    for line in [*comparison_lines(results), *remark_lines(results)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for name, sentence in results["failed"].items():
-        console.print(f"{name} failed: {sentence}", highlight=False, soft_wrap=True)
-    if results["unscored"]:
-        console.print(f"Log-probabilities are missing: {results['unscored']}", highlight=False, soft_wrap=True)
     console.print(
         "\n".join(["", *(f"{name}: {path}" for name, path in files.items())]), highlight=False, soft_wrap=True
     )
@@ -214,7 +219,7 @@ def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> Tables:
     if pair.draft is None or not asked:
         return {}
     objective, given = cfg.learned.objective, instantiate(cfg.latency)
-    if objective == "joules" and getattr(given, "func", None) in (measure_seconds, LatencyTable.measure):
+    if objective == "joules" and getattr(given, "func", None) is measure_seconds:
         given = None  # measured, in the objective's unit
     tables = {"modelled": cost_table(pair, given, objective)}
     return tables | ({"also": cost_table(pair, instantiate(cfg.also))} if cfg.get("also") else {})

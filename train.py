@@ -32,9 +32,9 @@ from controller.metrics import CURVES, Reliability
 from controller.module import ControllerModule
 from controller.tracking import is_wandb, tracked
 from decoding.collect import ensure_traces
-from decoding.entry import build_all, entry_point
 from decoding.errors import UserError
-from decoding.provenance import provenance, to_plain
+from decoding.support.entry import build_all, entry_point
+from decoding.support.provenance import provenance, to_plain
 
 _AGAIN = "Give a checkpoint that train.py wrote with these settings, or leave ckpt_path out to start afresh."
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from decoding.arrays import FloatVector
 from decoding.errors import UserError
-from decoding.widths import DraftContext, RootContext
+from decoding.policies.base import DraftContext, RootContext
+from decoding.support.arrays import FloatVector
 
 VERSION = 3
 LAYER = (

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from controller.network import CUT, LEAST, LIMIT, SOFT, PassRule, WidthNet
-from decoding.arrays import FloatVector
-from decoding.compiled import COMPILED, compiled
+from decoding.support.arrays import FloatVector
+from decoding.support.compiled import COMPILED, compiled
 
 
 @compiled

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from decoding.arrays import FloatArray, FloatVector
-from decoding.compiled import compiled
 from decoding.cost_table import Costs
+from decoding.support.arrays import FloatArray, FloatVector
+from decoding.support.compiled import compiled
 
 NODES = 512  # passes beyond cost what so many nodes do
 HOPE = 1.3  # tokens that a layer that passes is worth, with those that follow it

@@ -23,11 +23,10 @@ from controller.features import (
 from controller.host import HostNet, leftovers
 from controller.network import SOFT, WidthNet
 from controller.plan import LEAST_CHANCE, Plan
-from decoding.arrays import FloatVector, IntArray
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, LatencyTable, UnitCosts
 from decoding.errors import UserError
-from decoding.widths import (
+from decoding.policies.base import (
     DRAFT_DEPTH,
     DRAFT_WIDTH,
     TARGET_WIDTH,
@@ -37,6 +36,7 @@ from decoding.widths import (
     RootContext,
     WidthPolicy,
 )
+from decoding.support.arrays import FloatVector, IntArray
 
 CLOCKS = ("wall", "table")
 # Settings that shape P and Q: a controller trained under others is used out of its element.

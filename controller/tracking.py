@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from decoding.errors import UserError
-from decoding.provenance import provenance, to_plain
+from decoding.support.provenance import provenance, to_plain
 
 if TYPE_CHECKING:  # evaluate.py needs none of Lightning but this
     from lightning.pytorch.loggers import WandbLogger
@@ -87,7 +87,7 @@ def log_evaluation(logger: WandbLogger | None, results: Mapping[str, Any], files
         return
     import wandb
 
-    from decoding.pages import frontier_rows
+    from decoding.measure.pages import frontier_rows
 
     run = logger.experiment
     for row in results["rows"]:

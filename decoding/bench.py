@@ -19,21 +19,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from decoding.entry import entry_point
 from decoding.errors import UserError
-from decoding.headlines import REFERENCE, headlines, tables
-from decoding.pair import ModelPair
-from decoding.profiling import profile_decoding
-from decoding.progress import RunProgress
-from decoding.provenance import run_provenance
-from decoding.results_file import BENCH, SCHEMA_VERSION, write_results
-from decoding.roofline import kv_bytes_per_slot, roofline
-from decoding.rows import Row, read_rows
-from decoding.settings import check_counts
-from decoding.soak import soak
-from decoding.summary import summarise
-from decoding.tasks.base import Prompt, Task
-from decoding.turns import (
+from decoding.measure.headlines import REFERENCE, headlines, tables
+from decoding.measure.profiling import profile_decoding
+from decoding.measure.results_file import BENCH, SCHEMA_VERSION, write_results
+from decoding.measure.roofline import kv_bytes_per_slot, roofline
+from decoding.measure.rows import Row, read_rows
+from decoding.measure.soak import soak
+from decoding.measure.summary import summarise
+from decoding.measure.turns import (
     Record,
     graph_counters,
     keep_whole,
@@ -44,6 +38,12 @@ from decoding.turns import (
     take_turns,
     warm_up,
 )
+from decoding.pairs.pair import ModelPair
+from decoding.support.entry import entry_point
+from decoding.support.progress import RunProgress
+from decoding.support.provenance import run_provenance
+from decoding.support.settings import check_counts
+from decoding.tasks.base import Prompt, Task
 
 TRACE = "trace.json"
 _LEAST = {"prompts.limit": 1, "prompts.tokens": 1, "prompts.warmup": 0, "repeats": 1, "bootstrap": 1}

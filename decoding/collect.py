@@ -20,24 +20,19 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from decoding.checks import whole
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
-from decoding.entry import entry_point
 from decoding.errors import UserError
-from decoding.pair import ModelPair
-from decoding.progress import RunProgress
-from decoding.provenance import git_sha, library_versions
+from decoding.pairs.pair import ModelPair
+from decoding.policies.base import WidthPolicy
+from decoding.support.checks import whole
+from decoding.support.entry import entry_point
+from decoding.support.progress import RunProgress
+from decoding.support.provenance import git_sha, library_versions
 from decoding.tasks.base import Prompt, Task
-from decoding.traces import (
-    SCHEMA_VERSION,
-    ContextFeatures,
-    TraceRecorder,
-    read_manifest,
-    write_manifest,
-    write_shard,
-)
-from decoding.widths import WidthPolicy
+from decoding.traces.recorder import TraceRecorder
+from decoding.traces.schema import SCHEMA_VERSION, ContextFeatures
+from decoding.traces.store import read_manifest, write_manifest, write_shard
 
 SHARD_PROMPTS = 25
 

@@ -8,15 +8,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from decoding.checks import choice, is_number, is_whole, number
 from decoding.errors import UserError
-
-if TYPE_CHECKING:
-    from decoding.pair import ModelPair
+from decoding.support.checks import choice, is_number, is_whole, number
 
 NODE_COUNTS = (1, 2, 4, 8, 16, 32)  # sizes of the passes that are measured or modelled
 UNITS = ("seconds", "joules")
@@ -151,20 +148,6 @@ class LatencyTable:
                 "python -m decoding.latency output=<file> wrote."
             ) from error
         return replace(cls.from_dict(table), file=Path(path))
-
-    @classmethod
-    def measure(
-        cls,
-        pair: ModelPair,
-        prompt_tokens: int = 128,
-        repeats: int = 7,
-        cache_dir: str | Path | None = None,
-        fresh: bool = False,
-    ) -> LatencyTable:
-        """A table in seconds of what passes and the host take here: `decoding.seconds.measure_seconds`."""
-        from decoding.seconds import measure_seconds  # here: the table itself needs no decoder, and is imported by one
-
-        return measure_seconds(pair, prompt_tokens, repeats, cache_dir, fresh)
 
 
 @dataclass(frozen=True)

@@ -32,17 +32,17 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from decoding.architecture import check_architecture
-from decoding.checks import whole
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
-from decoding.drafts import Draft, named_draft
 from decoding.errors import UserError
-from decoding.pair import ModelPair
+from decoding.loop.processing import Rules
+from decoding.loop.search import candidates_per_beam
+from decoding.pairs.architecture import check_architecture
+from decoding.pairs.drafts import Draft, named_draft
+from decoding.pairs.pair import ModelPair
+from decoding.policies.base import WidthPolicy
 from decoding.results import DecodeResult
-from decoding.rules import Rules
-from decoding.search import candidates_per_beam
-from decoding.widths import WidthPolicy
+from decoding.support.checks import whole
 
 # Fields of GenerationConfig that ask for something this decoder does not do, with their neutral values.
 REFUSED: Mapping[str, tuple[Any, ...]] = {

@@ -13,14 +13,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from decoding.batch import Batch
-from decoding.checks import whole
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
-from decoding.pair import ModelPair, check_prompt
+from decoding.loop.batch import Batch
+from decoding.loop.processing import Rules
+from decoding.pairs.pair import ModelPair, check_prompt
+from decoding.policies.base import WidthPolicy
+from decoding.policies.fixed import FixedWidth
 from decoding.results import DecodeResult, Recorder
-from decoding.rules import Rules
-from decoding.widths import FixedWidth, WidthPolicy
+from decoding.support.checks import whole
 
 Prompts = Sequence[Sequence[int] | Tensor] | Tensor
 Each = TypeVar("Each")

@@ -10,10 +10,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
-from decoding.forest import TokenForest
+from decoding.dice.sampling import Dice, Distribution
+from decoding.forest.tree import TokenForest
+from decoding.policies.base import DraftContext
 from decoding.results import LayerEvent
-from decoding.sampling import Dice, Distribution
-from decoding.widths import DraftContext
 
 ACCEPTED, SURPLUS, DRAWN, REJECTED, UNJUDGED = "accepted", "surplus", "drawn", "rejected", "unjudged"
 TextOf = Callable[[Sequence[int], Sequence[int]], str]  # (tokens before, none at the prompt's end; tokens) -> text

@@ -22,14 +22,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
 
-from decoding.checks import whole
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
-from decoding.entry import entry_point
 from decoding.errors import UserError
 from decoding.forest_view import ForestRecorder, render
-from decoding.pair import ModelPair
+from decoding.pairs.pair import ModelPair
 from decoding.results import DecodeResult, DecodeStats
+from decoding.support.checks import whole
+from decoding.support.entry import entry_point
 from decoding.tasks.base import read_bytes
 
 _CONTROLS = re.compile(

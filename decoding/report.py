@@ -11,26 +11,39 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from decoding.compare import fastest_at
 from decoding.errors import UserError
-from decoding.files import write_whole
-from decoding.headlines import headlines, tables
-from decoding.pages import Node, Runs, comparison_lines, console_table, joined_rows, machine_of, results_page, spread
-from decoding.plots import FORMATS, drawn, plot_calibration, plot_frontier
-from decoding.results_file import RESULTS, read_results, write_results
-from decoding.rows import REFERENCES
+from decoding.measure.compare import fastest_at
+from decoding.measure.headlines import headlines, tables
+from decoding.measure.pages import (
+    Node,
+    Runs,
+    comparison_lines,
+    console_table,
+    joined_rows,
+    machine_of,
+    remark_lines,
+    results_page,
+    spread,
+)
+from decoding.measure.plots import FORMATS, drawn, plot_calibration, plot_frontier
+from decoding.measure.results_file import RESULTS, read_results, write_results
+from decoding.measure.rows import REFERENCES
+from decoding.support.files import write_whole
 
 FRONTIER, FRONTIER_ALSO, CALIBRATION, TABLE = "frontier", "frontier_also", "calibration", "results.md"
 _USAGE = (
     "python -m decoding.report results.json [results.json ...] [out=DIRECTORY] [format=png|svg|pdf] "
     "[quality=LOG-PROBABILITY or a row's name] [speed=METRIC]"
 )
+_FIELDS = {"complete", "failed", "unscored", "provenance"}
 _PROVENANCE = {"argv", "git_sha", "versions", "machine", "date", "pair", "task"}
 
 
@@ -51,22 +64,23 @@ def write_pages(directory: Path, runs: Runs, form: str = "png") -> dict[str, Pat
 
     Args:
         runs: results by the label of their run.
-        form: of the plots, one of `decoding.plots.FORMATS`.
+        form: of the plots, one of `decoding.measure.plots.FORMATS`.
 
     Returns:
         Path of each file by its name.
     """
-    rows, figures = joined_rows(runs), {}
+    rows = joined_rows(runs)
+    figures: dict[str, tuple[str, Callable[[], Figure]]] = {}
     for stem, speed in frontiers(runs).items():
-        figures[f"{stem}.{form}"] = ("Quality against speed", plot_frontier(rows, speed))
+        figures[f"{stem}.{form}"] = ("Quality against speed", partial(plot_frontier, rows, speed))
     for label, results in runs.items():
         if curves := results.get("calibration"):
             stem = f"{CALIBRATION}_{label}" if label else CALIBRATION
             title = f"Calibration of the controller{' of ' + label if label else ''}"
-            figures[f"{stem.replace(os.sep, '_')}.{form}"] = (title, plot_calibration(curves))
+            figures[f"{stem.replace(os.sep, '_')}.{form}"] = (title, partial(plot_calibration, curves))
     page = results_page(runs, {name: title for name, (title, _) in figures.items()})
     files = {TABLE: write_whole(directory / TABLE, page.encode())}
-    return files | {name: write_whole(directory / name, drawn(figure, form)) for name, (_, figure) in figures.items()}
+    return files | {name: write_whole(directory / name, drawn(figure(), form)) for name, (_, figure) in figures.items()}
 
 
 def frontiers(runs: Runs) -> dict[str, str]:
@@ -76,9 +90,8 @@ def frontiers(runs: Runs) -> dict[str, str]:
     modelled = all(table is not None and table.get("measured") is None for table in tables)
     plots = {FRONTIER: "modelled_tokens_per_second" if modelled else "tokens_per_second"}
     plots |= {FRONTIER_ALSO: "also_tokens_per_second"} if any(source.get("also") for source in sources) else {}
-    rows = joined_rows(runs)
-    shown = [{metric for row in rows if "log_prob" in row["summary"] for metric in row["summary"]}]
-    return {stem: speed for stem, speed in plots.items() if speed in shown[0]}
+    shown = {metric for row in joined_rows(runs) if "log_prob" in row["summary"] for metric in row["summary"]}
+    return {stem: speed for stem, speed in plots.items() if speed in shown}
 
 
 # ---------------------------------------------------------------------------------------- command line
@@ -131,19 +144,22 @@ def read_runs(files: Sequence[str]) -> dict[str, Node]:
     if len(set(paths)) < len(paths):
         twice = next(file for file, path in zip(files, paths, strict=True) if paths.count(path) > 1)
         raise UserError(f"{twice} was given twice; give each file once.")
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        labels = ["/".join(path.with_suffix("").parts[-depth - 1 : -1]) or path.stem for path in paths]
-        if len(set(labels)) < len(labels):
-            labels = ["/".join(path.with_suffix("").parts[-depth - 1 :]) for path in paths]
-        if len(set(labels)) == len(labels):
-            return dict(zip(labels, runs, strict=True))
-    raise AssertionError("different files have different paths")
+    return dict(zip(_labels(paths), runs, strict=True))
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the folders' paths that differ; of the files' where two lie in one folder."""
+    folders = [path.parent.parts for path in paths]
+    parts = folders if len(set(folders)) == len(paths) else [path.parts for path in paths]
+    longest = max(map(len, parts))
+    depth = next(depth for depth in range(1, longest + 1) if len({ends[-depth:] for ends in parts}) == len(paths))
+    return ["/".join(ends[-depth:]) for ends in parts]
 
 
 def _read(file: str) -> Node:
     results = read_results(file)
     source = results.get("provenance")
-    if not isinstance(source, Mapping) or not source.keys() >= _PROVENANCE:
+    if not (results.keys() >= _FIELDS and isinstance(source, Mapping) and source.keys() >= _PROVENANCE):
         raise UserError(
             f"The results {file!r} do not say where they came from; give what evaluate.py or the bench wrote."
         )
@@ -165,12 +181,13 @@ def command_line(words: Sequence[str]) -> None:
     for label, results in runs.items():
         if label:
             console.print(f"{label}: {machine_of(results)}, {results['provenance']['date']}", highlight=False)
-        for table in tables(results) if "roofline" in results and not label else ():
-            console.print(table)
-            console.print()
-    console.print(console_table(joined_rows(runs)))
+    of_bench = len(runs) == 1 and "roofline" in runs.get("", {})
+    for table in tables(runs[""]) if of_bench else [console_table(joined_rows(runs))]:
+        console.print(table)
+        console.print()
     for label, results in runs.items():
-        lines = headlines(results) if "roofline" in results else comparison_lines(results)
+        of_evaluation = [*comparison_lines(results), *remark_lines(results)]
+        lines = headlines(results) if "roofline" in results else of_evaluation
         for line in [label, *lines] if label and lines else lines:
             console.print(line, highlight=False, soft_wrap=True)
     for line in [*winners, *(f"{name}: {path}" for name, path in files.items())]:

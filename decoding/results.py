@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from decoding.acceptance import LayerVerdict
-from decoding.forest import TokenForest
-from decoding.sampling import Dice
-from decoding.widths import DraftContext, IterationRecord, LayerRecord, TargetContext
+from decoding.dice.acceptance import LayerVerdict
+from decoding.dice.sampling import Dice
+from decoding.forest.tree import TokenForest
+from decoding.policies.base import DraftContext, IterationRecord, LayerRecord, TargetContext
 
 PHASES = ("prompt", "draft", "target", "verify", "policy", "other")  # prompt: both models' passes over it
 

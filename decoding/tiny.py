@@ -26,7 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from decoding.builtin import TINY_DIR, load_tiny
+from decoding.pairs.builtin import TINY_DIR, load_tiny
 from decoding.tasks.stdlib import split_of, stdlib_modules
 
 EOS = "<|endoftext|>"

@@ -25,8 +25,8 @@ from decoding import (
     ThresholdWidth,
     UserError,
 )
-from decoding.entry import CONF_DIR, build_all, opened
-from decoding.settings import check_settings
+from decoding.support.entry import CONF_DIR, build_all, opened
+from decoding.support.settings import check_settings
 from decoding.tasks.base import Prompt
 
 COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency", "depth_room")
@@ -129,7 +129,7 @@ def test_commands_in_comments_compose(where: str, command: str, given: tuple[str
 
 def test_a_class_of_ones_own_stands_for_the_choice_of_a_group() -> None:
     """As `python -m decoding.collect policy=mine.HalfWidth policy.fraction=0.25 data=mine.Poems` is read."""
-    half, poems = "tests.decoding.test_rows.HalfWidth", "tests.test_configs.Poems"
+    half, poems = "tests.decoding.measure.test_rows.HalfWidth", "tests.test_configs.Poems"
     given = [f"policy={half}", "policy.fraction=0.25", "seed=3", f"data={poems}", "data.lines=2"]
     settings = opened(given, groups_of("collect"), ())
     cfg = composed("collect", *settings)

@@ -18,8 +18,8 @@ from controller import WidthNet
 from controller.checkpoint import load_controller, save_controller
 from controller.features import ContextFeatures
 from decoding import UserError
-from decoding.methods import METHODS
-from decoding.turns import Record, log_probability
+from decoding.measure.methods import METHODS
+from decoding.measure.turns import Record, log_probability
 from tests.small_pair import small_pair
 
 ROOT = Path(evaluate.__file__).parent
@@ -230,7 +230,7 @@ def test_an_interrupted_evaluation_is_scored_and_written(tmp_path: Path, monkeyp
 
 def test_a_policy_of_ones_own_is_a_row(tmp_path: Path) -> None:
     """Its own grid where the config says nothing of it, and the config's where it does."""
-    policy = "tests.decoding.test_rows.HalfWidth"
+    policy = "tests.decoding.measure.test_rows.HalfWidth"
     settings = [f"policies=[{policy}]", "references=[]", "prompts.limit=1"]
     found = evaluate.main(config(tmp_path, *settings))
     assert [row["settings"]["fraction"] for row in found["rows"]] == [0.25, 0.5]

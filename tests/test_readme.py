@@ -10,8 +10,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from decoding import report
-from decoding.entry import CONF_DIR
 from decoding.generate import read_arguments
+from decoding.support.entry import CONF_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

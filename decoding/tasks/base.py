@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from decoding.checks import choice
 from decoding.errors import UserError
+from decoding.support.checks import choice
 from decoding.tasks.metrics import line_metrics
 
 SPLITS = ("train", "val", "test")

@@ -13,7 +13,9 @@ import torch
 from controller import LearnedWidth, WidthNet
 from controller.features import ContextFeatures
 from decoding import DecodingConfig, DSBDDecoder, ExploringWidth
-from decoding.traces import SCHEMA_VERSION, TraceRecorder, write_manifest, write_shard
+from decoding.traces import TraceRecorder
+from decoding.traces.schema import SCHEMA_VERSION
+from decoding.traces.store import write_manifest, write_shard
 from tests.small_pair import small_pair
 
 CONFIG = DecodingConfig(

@@ -21,11 +21,11 @@ from controller import features, host, plan, policy
 from controller.features import NAMES, TARGET_NAMES
 from controller.losses import count_table, tails
 from controller.plan import CostTable, Prospect, Rules
-from decoding.acceptance import align
-from decoding.arrays import FloatArray
-from decoding.closed_form import accept_probabilities, accepted_count_table
-from decoding.compiled import COMPILED
-from decoding.sampling import Joint
+from decoding.dice.acceptance import align
+from decoding.dice.closed_form import accept_probabilities, accepted_count_table
+from decoding.dice.sampling import Joint
+from decoding.support.arrays import FloatArray
+from decoding.support.compiled import COMPILED
 
 needs_numba = pytest.mark.skipif(not COMPILED, reason="numba is not installed, or disabled")
 
@@ -44,7 +44,7 @@ OURS = functions_of(features, host, plan)
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What they define without numba."""
-    names = ("decoding.compiled", "controller.features", "controller.host", "controller.plan")
+    names = ("decoding.support.compiled", "controller.features", "controller.host", "controller.plan")
     kept = {name: sys.modules.pop(name) for name in names}
     try:
         with monkeypatch.context() as patch:  # no longer: numba reads it again wherever it compiles

@@ -16,7 +16,7 @@ from controller.host import HostNet
 from controller.losses import WIDTHS, after_events, before_events, candidate_events
 from controller.network import AFTER, BEFORE, LEAST, WidthNet, leftovers
 from decoding import UserError
-from decoding.compiled import COMPILED
+from decoding.support.compiled import COMPILED
 from tests.controller.synthetic import ABOUT, random_net, write_traces
 
 

@@ -10,8 +10,8 @@ import pytest
 from controller import plan
 from controller.experience import Experience, Mean
 from controller.plan import HOPE, Plan
-from decoding.compiled import COMPILED
 from decoding.cost_table import LatencyTable
+from decoding.support.compiled import COMPILED
 
 TABLE = LatencyTable((1, 4, 8, 16), (1.0, 1.0, 1.4, 3.0), (0.2, 0.2, 0.3, 0.5), iteration=0.1, layer=0.05)
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from controller.tracking import log_evaluation, tracked
 from decoding import UserError
-from decoding.entry import CONF_DIR
+from decoding.support.entry import CONF_DIR
 
 
 def config(directory: Path, *overrides: str, command: str = "train") -> DictConfig:

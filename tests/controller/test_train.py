@@ -23,8 +23,8 @@ from controller import LearnedWidth
 from controller.checkpoint import load_controller
 from controller.features import ContextFeatures
 from decoding import UserError
-from decoding.entry import CONF_DIR
-from decoding.plots import calibration_curves
+from decoding.measure.plots import calibration_curves
+from decoding.support.entry import CONF_DIR
 from tests.controller.synthetic import CONFIG, PAIR, draft_context, target_context, write_traces
 from tests.controller.test_data import rewrite
 

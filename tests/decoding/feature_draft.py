@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoding.architecture import text_config, weight_sample
-from decoding.drafts import Draft, NodeScorer, ScorerOptions
-from decoding.forest import TokenForest
-from decoding.sampling import FloatArray, IntArray, log_probabilities, top_entries
-from decoding.scorer import ForestScorer
+from decoding.dice.sampling import FloatArray, IntArray, log_probabilities, top_entries
+from decoding.forest.scorer import ForestScorer
+from decoding.forest.tree import TokenForest
+from decoding.pairs.architecture import text_config, weight_sample
+from decoding.pairs.drafts import Draft, NodeScorer, ScorerOptions
 
 
 class FeatureDraft(Draft):

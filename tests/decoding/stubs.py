@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding import DecodingConfig, ModelPair
-from decoding.sampling import Joint, compact_joint, top_entries
+from decoding.dice.sampling import Joint, compact_joint, top_entries
 
 MAX_POSITIONS = 16
 

@@ -16,13 +16,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoding import DecodingConfig, UserError, bench, turns
-from decoding import roofline as roofline_module
+from decoding import DecodingConfig, UserError, bench, report
 from decoding.decoder import OutOfDeviceMemory
-from decoding.entry import CONF_DIR
-from decoding.methods import METHODS, Method
-from decoding.results_file import SCHEMA_VERSION
-from decoding.roofline import cache_bytes, kv_bytes_per_slot, roofline, weight_bytes
+from decoding.measure import roofline as roofline_module
+from decoding.measure import turns
+from decoding.measure.methods import METHODS, Method
+from decoding.measure.results_file import SCHEMA_VERSION
+from decoding.measure.roofline import cache_bytes, kv_bytes_per_slot, roofline, weight_bytes
+from decoding.support.entry import CONF_DIR
 from decoding.tasks.base import Prompt
 from tests.small_pair import small_pair
 
@@ -112,6 +113,11 @@ def test_json_holds_every_row_and_the_tables_are_printed(tmp_path: Path, capsys:
         assert words in printed
     for words in ("Fastest that is at least as likely", "CUDA graphs:", "of the bandwidth bound", "[least, greatest]"):
         assert words in printed
+    report.command_line([str(tmp_path / "out" / "bench.json"), f"out={tmp_path / 'again'}"])
+    again = capsys.readouterr().out
+    for words in ("in neither model", "Fastest that is at least as likely", f"{FIXED}, batch 2", "is fastest"):
+        assert words in again
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {"results.md", "frontier.png"}
 
 
 def test_equal_seeds_give_equal_texts_and_repeats_differ(tmp_path: Path) -> None:

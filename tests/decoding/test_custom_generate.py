@@ -48,7 +48,7 @@ from transformers.generation.streamers import BaseStreamer
 import decoding.custom_generate
 from decoding import FixedWidth, ModelPair, UserError, dsbd_generate
 from decoding.custom_generate import REFUSED
-from decoding.prompt_run import PromptRun
+from decoding.loop.prompt_run import PromptRun
 from tests.decoding.stubs import chi_square_p, sharp_llama
 from tests.small_pair import small_pair
 

@@ -10,8 +10,8 @@ import torch
 
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, UserError, WidthPolicy, beam_sample
 from decoding.decoder import as_token_lists
+from decoding.policies.base import TargetContext
 from decoding.results import LayerEvent
-from decoding.widths import TargetContext
 from tests.decoding.stubs import MAX_POSITIONS, TableModel, llama_pair, random_pair
 
 PROMPT = [1, 2]

@@ -17,9 +17,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.console import Console
 
-from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, ThresholdWidth, UserError, sampling
-from decoding.entry import CONF_DIR
-from decoding.forest import TokenForest
+from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, ThresholdWidth, UserError
+from decoding.dice import sampling
+from decoding.forest.tree import TokenForest
 from decoding.forest_view import (
     ACCEPTED,
     DRAWN,
@@ -34,6 +34,7 @@ from decoding.forest_view import (
 )
 from decoding.generate import continuation, fit, read_arguments, read_text, run, tokenised
 from decoding.results import LayerEvent
+from decoding.support.entry import CONF_DIR
 from tests.small_pair import small_pair, small_tokenizer
 
 TEXT = "def area(width):\n"

@@ -17,14 +17,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from decoding import ModelPair, UserError, seconds, store
-from decoding.choose import cost_table
+from decoding import ModelPair, UserError
 from decoding.cost_table import BUSY, NODE_COUNTS, LatencyTable
-from decoding.entry import CONF_DIR
 from decoding.latency import described, main
-from decoding.modelled import modelled
-from decoding.passes import rising
-from decoding.settings import check_settings
+from decoding.machine import seconds, store
+from decoding.machine.choose import cost_table
+from decoding.machine.modelled import modelled
+from decoding.machine.passes import rising
+from decoding.machine.seconds import measure_seconds
+from decoding.support.entry import CONF_DIR
+from decoding.support.settings import check_settings
 from tests.decoding.stubs import small_llama
 
 TABLE = LatencyTable((1, 8, 32), (0.010, 0.012, 0.020), (0.002, 0.003, 0.006), "a device", 0.001, 0.0005)
@@ -136,7 +138,7 @@ def test_more_nodes_never_cost_less() -> None:
 def test_measures_passes_and_the_host() -> None:
     """Nothing random outside is moved, and results are what a planner needs."""
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    table = LatencyTable.measure(pair_of(), prompt_tokens=8, repeats=1)
+    table = measure_seconds(pair_of(), prompt_tokens=8, repeats=1)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.random.get_state()[1].tolist() == states[1] and random.getstate() == states[2]
     assert table.nodes == NODE_COUNTS and table.unit == "seconds"
@@ -161,9 +163,9 @@ def test_a_layer_is_what_drafting_adds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_cannot_be_measured() -> None:
     with pytest.raises(UserError, match="A latency table needs a draft"):
-        LatencyTable.measure(ModelPair(small_llama(40), None))
+        measure_seconds(ModelPair(small_llama(40), None))
     with pytest.raises(UserError, match="repeats of a latency table is 0"):
-        LatencyTable.measure(pair_of(), repeats=0)
+        measure_seconds(pair_of(), repeats=0)
 
 
 # ------------------------------------------------------------------------------------------- the cache
@@ -171,15 +173,15 @@ def test_what_cannot_be_measured() -> None:
 
 def test_measured_once(measured: list[LatencyTable], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pair = pair_of()
-    first = LatencyTable.measure(pair)
-    assert LatencyTable.measure(pair) is first
+    first = measure_seconds(pair)
+    assert measure_seconds(pair) is first
     another_process(monkeypatch)
-    again = LatencyTable.measure(pair_of())
+    again = measure_seconds(pair_of())
     assert again == first and len(measured) == 1
     assert again.file is not None and again.file.parent == tmp_path / "cache" / "latency"
-    assert LatencyTable.measure(pair, fresh=True) == measured[1]
+    assert measure_seconds(pair, fresh=True) == measured[1]
     another_process(monkeypatch)
-    assert LatencyTable.measure(pair) == measured[1] and len(measured) == 2
+    assert measure_seconds(pair) == measured[1] and len(measured) == 2
 
 
 @pytest.mark.parametrize(
@@ -196,15 +198,15 @@ def test_measured_once(measured: list[LatencyTable], monkeypatch: pytest.MonkeyP
 def test_damaged_entries_are_measured_again(
     damage: Any, measured: list[LatencyTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = LatencyTable.measure(pair_of()).file
+    file = measure_seconds(pair_of()).file
     assert file is not None
     text = file.read_text()
     assert damage(text) != text
     file.write_text(damage(text))
     another_process(monkeypatch)
-    assert LatencyTable.measure(pair_of()) == measured[-1] and len(measured) == 2
+    assert measure_seconds(pair_of()) == measured[-1] and len(measured) == 2
     another_process(monkeypatch)
-    assert LatencyTable.measure(pair_of()) == measured[-1] and len(measured) == 2, "the new one is kept"
+    assert measure_seconds(pair_of()) == measured[-1] and len(measured) == 2, "the new one is kept"
 
 
 @pytest.mark.parametrize(("days", "times"), [(29, 1), (31, 2), (-31, 2)])
@@ -213,27 +215,27 @@ def test_old_entries_are_measured_again(
 ) -> None:
     then = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds")
     monkeypatch.setattr(store, "timestamp", lambda: then)
-    LatencyTable.measure(pair_of())
+    measure_seconds(pair_of())
     another_process(monkeypatch)
-    LatencyTable.measure(pair_of())
+    measure_seconds(pair_of())
     assert len(measured) == times
 
 
 def test_a_busy_machine_is_not_remembered(measured: list[LatencyTable], monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = seconds._measure
     monkeypatch.setattr(seconds, "_measure", lambda *a: replace(quiet(*a), spread=2 * BUSY))
-    table = LatencyTable.measure(pair_of())
+    table = measure_seconds(pair_of())
     assert table.file is None and "not kept" in described(table)
-    LatencyTable.measure(pair_of())
+    measure_seconds(pair_of())
     assert len(measured) == 1, "it serves this process"
     another_process(monkeypatch)
-    LatencyTable.measure(pair_of())
+    measure_seconds(pair_of())
     assert len(measured) == 2
 
 
 def test_a_cache_that_cannot_be_written(measured: list[LatencyTable], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    table = LatencyTable.measure(pair_of(), cache_dir=tmp_path / "file" / "below")
+    table = measure_seconds(pair_of(), cache_dir=tmp_path / "file" / "below")
     assert table.file is None and len(measured) == 1
 
 
@@ -247,13 +249,13 @@ def test_keys_tell_apart_what_costs_differently(measured: list[LatencyTable]) ->
         ModelPair(small_llama(40), small_llama(40, seed=1).to(torch.bfloat16)),
     ]
     for pair in pairs:
-        LatencyTable.measure(pair)
-    LatencyTable.measure(pairs[0], prompt_tokens=16)
+        measure_seconds(pair)
+    measure_seconds(pairs[0], prompt_tokens=16)
     assert len(measured) == len(pairs) + 1
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        LatencyTable.measure(pairs[0])
+        measure_seconds(pairs[0])
     finally:
         torch.set_num_threads(threads)
     assert len(measured) == len(pairs) + 2

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from decoding import DecodeStats, DecodingConfig, UserError, report
-from decoding.methods import METHODS
-from decoding.pages import results_page
-from decoding.plots import calibration_curves, plot_frontier
+from decoding.measure.methods import METHODS
+from decoding.measure.pages import results_page
+from decoding.measure.plots import calibration_curves, plot_frontier
+from decoding.measure.results_file import SCHEMA_VERSION
+from decoding.measure.rows import Row
+from decoding.measure.summary import summarise
+from decoding.measure.turns import Measurement, Record
+from decoding.policies.base import IterationRecord, LayerRecord
 from decoding.report import write_report
-from decoding.results_file import SCHEMA_VERSION
-from decoding.rows import Row
-from decoding.summary import summarise
-from decoding.turns import Measurement, Record
-from decoding.widths import IterationRecord, LayerRecord
 
 PROVENANCE = {
     "argv": ["evaluate.py", "seed=1"],
@@ -67,7 +67,8 @@ def fake_rows(seed: int = 0, prompts: int = 30) -> list[dict[str, Any]]:
 
 
 def results() -> dict[str, Any]:
-    return {"schema_version": SCHEMA_VERSION, "provenance": PROVENANCE, "rows": fake_rows(), "complete": True}
+    head = {"schema_version": SCHEMA_VERSION, "provenance": PROVENANCE, "complete": True}
+    return head | {"failed": {}, "unscored": None, "rows": fake_rows()}
 
 
 def test_summary_is_a_ratio_of_sums() -> None:
@@ -205,6 +206,14 @@ def test_results_are_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (tmp_path / "paper" / "frontier.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_what_is_missing_is_told_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path, failed={"fixed M=8": "The device ran out of memory."}, unscored="It ran out again.")
+    printed = told(capsys, file)
+    assert "fixed M=8 failed: The device ran out of memory." in printed
+    assert "Log-probabilities are missing: It ran out again." in printed
+    assert "fixed M=8 failed:" in (tmp_path / "results.md").read_text()
+
+
 def test_the_calibration_is_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(tmp_path / "run", calibration=CALIBRATION)
     told(capsys, file, f"out={tmp_path / 'again'}")
@@ -234,7 +243,7 @@ def test_runs_are_told_apart_by_as_much_of_their_paths_as_it_takes(tmp_path: Pat
     assert list(report.read_runs(files)) == ["monday/evaluate", "tuesday/evaluate"]
     copy = Path(files[0]).with_name("copy.json")
     copy.write_bytes(Path(files[0]).read_bytes())
-    assert list(report.read_runs([files[0], str(copy)])) == ["evaluate/results", "evaluate/copy"]
+    assert list(report.read_runs([files[0], str(copy)])) == ["results.json", "copy.json"]
 
 
 def test_the_fastest_row_at_a_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

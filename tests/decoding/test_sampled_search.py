@@ -17,9 +17,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, set_seed
 
-import decoding.noise_run
+import decoding.loop.noise_run
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, dsbd_generate
-from decoding.selection import Choice, choose
+from decoding.dice.selection import Choice, choose
 from tests.decoding.stubs import Path, chi_square_p, sharp_llama
 
 PASS, CAUGHT = 1e-3, 1e-6
@@ -178,7 +178,7 @@ def paper(weights: list[float], hits: list[bool], width: int, oversample: int) -
 
 @pytest.mark.parametrize("fault", [ends_by_weight, paper])
 def test_wrong_selections_are_caught(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding.noise_run, "choose", fault)
+    monkeypatch.setattr(decoding.loop.noise_run, "choose", fault)
     assert chi_square_p(counts_of("one end", speculative("one end")), expected_of("one end")) < CAUGHT
 
 

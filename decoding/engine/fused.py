@@ -1,0 +1,326 @@
+"""A forest pass for models of Llama's shape, in few operations: projections fused, rotary embedding as one complex
+product, one write of keys and values a layer, weights laid out for the CPU's matrix kernels.
+
+What it computes is what the model's own `forward` computes; `check_forest_pass` compares the two before it is used.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from decoding.engine.families import family_of
+from decoding.engine.forward import PassInputs, PassOutput, larger
+from decoding.engine.positions import sliding_layers
+
+_PROJECTIONS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+# On a GPU without cuDNN's attention, which torch prefers on some: it plans anew, in many milliseconds, for every shape.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
+Rotation = Callable[[int], Tensor]  # positions -> e^(i * angle) of each, [positions, D/2] complex64
+Linear = Callable[[Tensor], Tensor]
+Residual = Callable[[Tensor, Tensor], Tensor]  # (input, residual) -> residual + projection, perhaps in its place
+
+
+def can_fuse(model: Any) -> bool:
+    """Whether `FusedForward` knows this model: the family, plain float weights on one device, nothing hooked in."""
+    config = model.config
+    if type(model).__name__ != family_of(config).fused or getattr(config, "hidden_act", None) != "silu":
+        return False
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in _STATIC_ROPE or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return False
+    weights = list(model.parameters())
+    one_kind = len({(weight.dtype, weight.device) for weight in weights}) == 1
+    if not one_kind or weights[0].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if hooked(model):
+        return False
+    layers = model.model.layers
+    plain = all(type(layer.get_submodule(name)) is nn.Linear for layer in layers for name in _PROJECTIONS)
+    return plain and type(model.lm_head) is nn.Linear
+
+
+def hooked(model: Any) -> bool:
+    """Whether someone watches or changes what passes between the model's modules, which a fused pass would skip."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules()
+    )
+
+
+class FusedStore:
+    """Keys beside values, [rows * capacity, 2 * heads * dim] a layer; and the rotary table for as many positions."""
+
+    def __init__(
+        self, like: Tensor, rows: int, capacity: int, layers: int, heads: int, dim: int, rotation: Rotation
+    ) -> None:
+        self.rows, self.capacity = rows, capacity
+        self._heads, self._dim, self._rotation = heads, dim, rotation
+        self.turns = rotation(capacity)  # [capacity, dim / 2]; positions are less than slots
+        self.buffers = [like.new_zeros(rows * capacity, 2 * heads * dim) for _ in range(layers)]
+        self._views: dict[tuple[int, int, int], list[tuple[Tensor, Tensor]]] = {}
+
+    def grow(self, capacity: int) -> None:
+        """More slots in each row; what is in the buffer stays."""
+        self.buffers = [larger(buffer, self.rows, self.capacity, capacity) for buffer in self.buffers]
+        self.capacity, self.turns = capacity, self._rotation(capacity)
+        self._views.clear()
+
+    def copy_slots(self, source: int, row: int, count: int) -> None:
+        """Copy the first `count` slots of one row into another."""
+        for buffer in self.buffers:
+            rows = buffer.view(self.rows, self.capacity, -1)
+            rows[row, :count] = rows[source, :count]
+
+    @property
+    def bytes(self) -> int:
+        """Memory taken."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    def views(self, inputs: PassInputs) -> list[tuple[Tensor, Tensor]]:
+        """What a pass reads of each layer: keys and values, [rows, heads, S, dim]."""
+        key = (inputs.first_row, inputs.rows, inputs.read)
+        views = self._views.get(key)
+        if views is None:
+            views = self._views[key] = [self._view(buffer, *key) for buffer in self.buffers]
+        return views
+
+    def _view(self, buffer: Tensor, first: int, rows: int, read: int) -> tuple[Tensor, Tensor]:
+        both = buffer.view(self.rows, self.capacity, 2, self._heads, self._dim)[first : first + rows, :read]
+        return both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2)
+
+
+class _Norm:
+    """RMSNorm before a projection: x -> x * w / sqrt(mean(x^2) + eps).
+
+    On the CPU it costs as much as the projection of a few tokens when it is five operations; with w folded into the
+    projection's weight it is three: x / hypot(|x|, sqrt(H eps)), since sqrt(H) is folded in too.
+    """
+
+    def __init__(self, norm: Any) -> None:
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+        self._width = len(self.weight)
+        self._folded = _packs(self.weight)
+        self._floor = torch.tensor((self._width * self.eps) ** 0.5) if self._folded else None
+
+    def then(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """The projection that follows."""
+        return _linear(weight * (self.weight * self._width**0.5) if self._folded else weight, bias)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """[T, H] both ways."""
+        if self._floor is None:
+            return F.rms_norm(states, (self._width,), self.weight, self.eps)
+        return states / torch.linalg.vector_norm(states, dim=-1, keepdim=True).hypot_(self._floor)
+
+
+class _Layer:
+    """One block's weights, as the pass wants them."""
+
+    def __init__(self, block: Any, dim: int) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        order = _pairs_together(dim)
+        turned = [_rows_reordered(attention.q_proj, order), _rows_reordered(attention.k_proj, order)]
+        self.norm = _Norm(block.input_layernorm)
+        self.qkv = self.norm.then(*_joined([*turned, (attention.v_proj.weight, attention.v_proj.bias)]))
+        self.out = _residual(attention.o_proj.weight, attention.o_proj.bias)
+        gate, up = mlp.gate_proj, mlp.up_proj
+        weight, bias = _joined([(gate.weight, gate.bias), (up.weight, up.bias)])
+        if not _packs(weight):  # the model's own projections become views: no second copy of the largest weights
+            rows = gate.weight.shape[0]
+            gate.weight.data, up.weight.data = weight[:rows], weight[rows:]
+        self.mlp_norm = _Norm(block.post_attention_layernorm)
+        self.gate_up = self.mlp_norm.then(weight, bias)
+        self.down = _residual(mlp.down_proj.weight, mlp.down_proj.bias)
+        norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))  # of each head: Qwen 3
+        self.q_norm, self.k_norm = (norm.weight[order] if norm is not None else None for norm in norms)
+
+
+_made: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], weakref.ref[Any]]] = weakref.WeakKeyDictionary()
+
+
+def _shared(module: nn.Module, weights: Iterable[Tensor], make: Callable[[], Any]) -> Any:
+    """What `make` returns, once for all models that share a module, and again when the weights have changed."""
+    weights = list(weights)
+    made_for, made = _made.get(module, (None, lambda: None))
+    thing = made() if made_for == signature(weights) else None
+    if thing is None:
+        thing = make()
+        _made[module] = signature(weights), weakref.ref(thing)  # after `make`, which may move weights
+    return thing
+
+
+def signature(weights: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Changes when a weight is replaced, moved or written to in place (not through `.data`)."""
+    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
+
+
+class FusedForward:
+    """Runs a model of one of the families that `can_fuse` knows."""
+
+    ragged, static, name = True, False, "fused"
+
+    @torch.no_grad()
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        self._heads = config.num_attention_heads
+        self._kv_heads = config.num_key_value_heads
+        self._dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        blocks = model.model.layers
+        self._layers = [_shared(block, block.parameters(), partial(_Layer, block, self._dim)) for block in blocks]
+        self._slides = sliding_layers(config)
+        self._scale = model.model.layers[0].self_attn.scaling
+        self._embedding = model.model.embed_tokens.weight
+        self._norm = _Norm(model.model.norm)
+        head = model.lm_head
+        made_from = [*head.parameters(), self._norm.weight]
+        self._head = _shared(head, made_from, lambda: self._norm.then(head.weight, head.bias))
+        self._rotary = model.model.rotary_emb
+
+    def new_store(self, rows: int, capacity: int) -> FusedStore:
+        """An empty buffer."""
+        return FusedStore(self._embedding, rows, capacity, len(self._layers), self._kv_heads, self._dim, self._rotation)
+
+    def __call__(self, inputs: PassInputs, store: FusedStore) -> PassOutput:
+        """Run a pass."""
+        if not self._embedding.is_cuda:
+            return self._pass(inputs, store)
+        with sdpa_kernel(_ATTENTION):
+            return self._pass(inputs, store)
+
+    def _pass(self, inputs: PassInputs, store: FusedStore) -> PassOutput:
+        group = self._heads // self._kv_heads
+        masks = {slides: inputs.masks[slides] for slides in set(self._slides)}
+        if group > 1:
+            masks = {slides: mask.repeat(1, 1, group, 1) for slides, mask in masks.items()}  # [B, 1, G * N, S]
+        turns = store.turns.index_select(0, inputs.positions)[:, None]  # [T, 1, D/2]
+        states = F.embedding(inputs.tokens, self._embedding)  # [T, H]
+        kept = states.new_empty(len(states), len(inputs.layers), states.shape[-1]) if inputs.layers else None
+        weights = zip(self._layers, self._slides, store.buffers, store.views(inputs), strict=True)
+        for number, (layer, slides, buffer, (keys, values)) in enumerate(weights):
+            _keep(kept, inputs.layers, number, states)
+            qkv = layer.qkv(layer.norm(states))  # [T, (heads + 2 kv) * D]
+            queries = self._turned(qkv, turns, layer)
+            buffer.index_copy_(0, inputs.slots, qkv[:, self._heads * self._dim :])
+            if inputs.pad is not None:
+                queries = queries.index_select(0, inputs.pad)
+            mixed = self._attend(queries, keys, values, masks[slides])  # [B * N, heads * D]
+            if inputs.unpad is not None:
+                mixed = mixed.index_select(0, inputs.unpad)
+            states = layer.out(mixed, states)
+            gate, up = layer.gate_up(layer.mlp_norm(states)).chunk(2, -1)
+            states = layer.down(F.silu(gate).mul_(up), states)
+        if len(self._layers) in inputs.layers:
+            _keep(kept, inputs.layers, len(self._layers), self._normed(states))
+        if inputs.last_only:
+            states = states[-1:]
+        logits = self._head(self._norm(states))
+        return PassOutput(logits, self._normed(states) if inputs.hidden else None, kept)
+
+    def _normed(self, states: Tensor) -> Tensor:
+        """What the model's own head reads, [T, H] both ways; `_norm` leaves its weight to the head."""
+        return F.rms_norm(states, states.shape[-1:], self._norm.weight, self._norm.eps)
+
+    def _turned(self, qkv: Tensor, turns: Tensor, layer: _Layer) -> Tensor:
+        """Rotate queries and keys in place; returns the queries, [T, heads * D]."""
+        tokens, heads, dim = qkv.shape[0], self._heads + self._kv_heads, self._dim
+        both = qkv[:, : heads * dim].view(tokens, heads, dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            both[:, : self._heads] = F.rms_norm(both[:, : self._heads], (dim,), layer.q_norm, layer.norm.eps)
+            both[:, self._heads :] = F.rms_norm(both[:, self._heads :], (dim,), layer.k_norm, layer.norm.eps)
+        pairs = both.unflatten(-1, (dim // 2, 2))  # [T, heads, D/2, 2]
+        if qkv.dtype == torch.float32:
+            torch.view_as_complex(pairs).mul_(turns)
+        else:
+            pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()).mul_(turns)))
+        return qkv[:, : self._heads * dim]
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Queries that share a key head are stacked: no copy of keys per query head. [B * N, heads * D] both ways."""
+        rows, kv, dim = keys.shape[0], self._kv_heads, self._dim
+        group = self._heads // kv
+        if group == 1:
+            stacked = queries.view(rows, -1, kv, dim).transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=self._scale)
+            return mixed.transpose(1, 2).reshape(-1, kv * dim)
+        stacked = queries.view(rows, -1, kv, group, dim).permute(0, 2, 3, 1, 4).reshape(rows, kv, -1, dim)
+        mixed = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=self._scale)
+        return mixed.view(rows, kv, group, -1, dim).permute(0, 3, 1, 2, 4).reshape(-1, kv * group * dim)
+
+    def _rotation(self, positions: int) -> Tensor:
+        """e^(i * angle) of every position, attention scaling included, [positions, D/2] complex64."""
+        ids = torch.arange(positions, device=self._embedding.device)[None]
+        cosine, sine = self._rotary(torch.empty(0, dtype=torch.float32, device=ids.device), ids)  # [1, P, D]
+        half = self._dim // 2
+        return torch.complex(cosine[0, :, :half].float(), sine[0, :, :half].float())
+
+
+def _keep(kept: Tensor | None, layers: tuple[int, ...], number: int, states: Tensor) -> None:
+    """Copy hidden states [T, H] of a number into `kept` [T, K, H]: the next block may add to them in place."""
+    if kept is not None:
+        for place, layer in enumerate(layers):
+            if layer == number:
+                kept[:, place] = states
+
+
+def _pairs_together(dim: int) -> Tensor:
+    """Order of a head's channels in which the two that rotate together are neighbours: 0, D/2, 1, D/2 + 1, ..."""
+    return torch.arange(dim).view(2, -1).t().flatten()
+
+
+def _rows_reordered(linear: nn.Linear, order: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A projection's weight and bias with each head's channels in `order`; scores do not change if q and k share it."""
+
+    def reorder(values: Tensor) -> Tensor:
+        return values.unflatten(0, (-1, len(order)))[:, order.to(values.device)].flatten(0, 1)
+
+    return reorder(linear.weight), reorder(linear.bias) if linear.bias is not None else None
+
+
+def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Projections of one input as a single one."""
+    biased = any(bias is not None for _, bias in parts)
+    biases = [bias if bias is not None else weight.new_zeros(len(weight)) for weight, bias in parts]
+    return torch.cat([weight for weight, _ in parts]), torch.cat(biases) if biased else None
+
+
+def _packs(weight: Tensor) -> bool:
+    """Whether this weight is laid out anew for oneDNN: 1.5 to 3 times the speed of a plain product at 4 to 32 rows."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _packed(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 16)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    if not _packs(weight):
+        return lambda x: F.linear(x, weight, bias)
+    packed, multiply = _packed(weight), torch.ops.mkldnn._linear_pointwise.default
+    bias = bias.detach() if bias is not None else None
+    return lambda x: multiply(x, packed, bias, "none", [], "")
+
+
+def _residual(weight: Tensor, bias: Tensor | None) -> Residual:
+    if not _packs(weight):
+        if bias is None:
+            return lambda x, residual: residual.addmm_(x, weight.t())  # one kernel
+        return lambda x, residual: F.linear(x, weight, bias).add_(residual)
+    packed, multiply = _packed(weight), torch.ops.mkldnn._linear_pointwise.binary
+    bias = bias.detach() if bias is not None else None
+    return lambda x, residual: multiply(x, residual, packed, bias, "add")

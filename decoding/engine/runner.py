@@ -1,0 +1,90 @@
+"""Runner: what a model keeps between decodings: how it is run, its CUDA graphs, and KV buffers to use again."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from decoding.engine.families import has_alibi
+from decoding.engine.forward import Forward, TransformersForward
+from decoding.engine.fused import FusedForward, can_fuse, hooked, signature
+from decoding.engine.graphs import GraphedForward
+from decoding.engine.positions import window_of
+
+ENGINES = ("auto", "eager", "transformers")
+SPARE_STORES = 3  # KV buffers kept for the next decoding
+
+
+class Runner:
+    """One model under one engine.
+
+    Args:
+        engine: as for `ModelPair`.
+        fused: the model's fused forward, where another engine made one already.
+
+    Attributes:
+        prompts: runs passes over prompts, whose shapes do not repeat.
+        forward: runs passes over nodes.
+        window: tokens that its sliding layers see; None where there are none.
+        alibi: its passes need the positions of keys.
+        checked: `check_forest_pass` has compared it with the model's own passes.
+    """
+
+    def __init__(self, model: Any, engine: str, fused: FusedForward | None = None) -> None:
+        if engine != "transformers" and can_fuse(model):
+            self.prompts: Forward = fused or FusedForward(model)
+        else:
+            self.prompts = TransformersForward(model)
+        self._graphs = engine == "auto" and next(model.parameters()).device.type == "cuda"
+        self.forward = self._with_graphs()
+        self.window, self.alibi = window_of(model.config), has_alibi(model.config)
+        self.checked = False
+        self._spare: list[Any] = []  # KV buffers that no scorer uses
+
+    def _with_graphs(self) -> Forward:
+        return GraphedForward(self.prompts) if self._graphs else self.prompts
+
+    def unfuse(self, model: Any) -> None:
+        """Run the model's own forward from now on."""
+        self.free()
+        self.prompts = TransformersForward(model)
+        self.forward = self._with_graphs()
+
+    def borrow(self, rows: int, capacity: int) -> Any:
+        """A KV buffer of so many rows, with at least that capacity; its content is stale."""
+        fits = [store for store in self._spare if store.rows == rows and store.capacity >= capacity]
+        # One that is too small goes: two of a kind would add up. Those of other batch sizes stay, with their graphs.
+        self._spare = [store for store in self._spare if store.rows != rows or store in fits[1:]]
+        return fits[0] if fits else self.prompts.new_store(rows, capacity)
+
+    def give_back(self, store: Any) -> None:
+        """A scorer is done with its buffer."""
+        self._spare = [*self._spare, store][-SPARE_STORES:]
+
+    def free(self) -> None:
+        """Keep no buffer."""
+        self._spare.clear()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of the KV buffers that no scorer uses now."""
+        return sum(store.bytes for store in self._spare)
+
+
+_runners: weakref.WeakKeyDictionary[Any, dict[str, tuple[tuple[Any, ...], Runner]]] = weakref.WeakKeyDictionary()
+
+
+def runner_of(model: Any, engine: str) -> Runner:
+    """The model's runner, made when it is first asked for, and again when its weights or hooks have changed."""
+    known = _runners.setdefault(model, {})
+    now = signature(model.parameters())
+    current = {name: runner for name, (made_for, runner) in known.items() if made_for == now}
+    if engine in current and not (current[engine].prompts.name == FusedForward.name and hooked(model)):
+        return current[engine]
+    fused = next((r.prompts for r in current.values() if isinstance(r.prompts, FusedForward)), None)
+    with torch.inference_mode(False), torch.no_grad():  # weights that are moved stay trainable
+        runner = Runner(model, engine, fused)
+    known[engine] = (signature(model.parameters()), runner)  # again: fusing may have moved weights
+    return runner

@@ -1,0 +1,3 @@
+"""Which nodes, which slots: the tree knows parents, the cache knows slots, a scorer knows a model."""
+
+from decoding.forest.tree import TokenForest as TokenForest

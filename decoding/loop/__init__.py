@@ -1,0 +1,1 @@
+"""Draft, verify, commit: one prompt, then several."""

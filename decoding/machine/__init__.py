@@ -1,0 +1,1 @@
+"""What a pass takes: here by the clock or NVML, elsewhere by a data sheet."""

@@ -1,0 +1,1 @@
+"""Methods side by side: rows, turns, summaries, pages, plots."""

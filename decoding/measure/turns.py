@@ -1,0 +1,280 @@
+"""Rows that take turns over the same prompts and seeds, by the clock; then what the target says of their texts.
+
+Nothing is averaged here: a `Measurement` is one prompt decoded by one row, once.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from decoding.engine.runner import runner_of
+from decoding.errors import UserError
+from decoding.machine.meter import EnergyMeter
+from decoding.measure.methods import Generate
+from decoding.measure.rows import Row
+from decoding.pairs.pair import ModelPair
+from decoding.results import DecodeStats
+from decoding.support.clock import now
+from decoding.tasks.base import Prompt, Task, stable_hash
+
+OUT_OF_MEMORY = (
+    "The device ran out of memory: lower batch_size, target_width, draft_width, max_new_tokens or the length of the "
+    "prompts."
+)
+_COUNTERS = ("captures", "replays", "eager")
+
+
+@dataclass
+class Measurement:
+    """One prompt decoded by one row."""
+
+    prompt_id: str
+    wall_seconds: float
+    joules: float | None
+    stats: DecodeStats
+    tokens: list[int]  # best hypothesis
+    finished: bool
+    log_prob: float = math.nan  # of `tokens` under the target at temperature 1, summed; NaN until it is scored
+    metrics: dict[str, float] = field(default_factory=dict)
+    text: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, as in results.json."""
+        return vars(self) | {"stats": self.stats.to_dict()}
+
+
+@dataclass
+class Record:
+    """A row with what was measured of it."""
+
+    row: Row
+    generate: Generate
+    pair: ModelPair  # that it decodes with
+    batch_size: int = 1
+    repeats: list[list[Measurement]] = field(default_factory=list)  # prompts in order; the last may not be whole
+    counters: dict[str, dict[str, int]] = field(default_factory=dict)  # of CUDA graphs in its turns, by model
+    error: str | None = None  # a row that failed takes no further turns
+
+
+def make_records(rows: Sequence[Row], pair: ModelPair, batch_size: int = 1) -> list[Record]:
+    """Every row built, with the pair that it decodes with.
+
+    Args:
+        batch_size: of rows that have none of their own, and whose methods decode prompts together.
+
+    Raises:
+        UserError: a policy that cannot work with its row's config, or with the pair.
+    """
+    pairs = {None: pair} | {row.draft: pair.with_draft(row.draft) for row in rows if row.draft is not None}
+    sizes = [row.batch_size or (batch_size if row.method.batches else 1) for row in rows]
+    return [
+        Record(row, row.build(pairs[row.draft]), pairs[row.draft], size) for row, size in zip(rows, sizes, strict=True)
+    ]
+
+
+def read_prompts(about: Any, task: Task, pair: ModelPair) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to measure, and others to warm up with: of split val, or the same where there are no others.
+
+    Args:
+        about: split, limit and warmup, as in the `prompts` of a config.
+    """
+    prompts = task.prompts(about.split, about.limit, pair.tokenizer)
+    if not about.warmup:
+        return prompts, []
+    try:
+        return prompts, task.prompts("val", about.warmup, pair.tokenizer)
+    except UserError:
+        return prompts, prompts[: about.warmup]
+
+
+# ---------------------------------------------------------------------------------------------- turns
+
+
+def warm_up(
+    records: Sequence[Record],
+    prompts: Sequence[Prompt],
+    seed: int,
+    advance: Callable[[int], None] = lambda prompts: None,
+) -> None:
+    """Decode prompts by every row without measuring; a row with a batch size fills a batch, with some of them twice."""
+    for record in records if prompts else ():
+        count = max(len(prompts), record.row.batch_size or 1)
+        group = [prompts[i % len(prompts)] for i in range(count)]
+        _take_turn(record, group, seed, EnergyMeter("cpu"))
+        record.counters.clear()  # what is captured now is not captured while timing
+        advance(len(prompts))
+
+
+def take_turns(
+    records: Sequence[Record],
+    prompts: Sequence[Prompt],
+    seed: int,
+    repeats: int = 1,
+    advance: Callable[[int], None] = lambda prompts: None,
+) -> Iterator[int]:
+    """Every row decodes all prompts, a batch of the largest row in a turn: machine drift hits all rows alike.
+
+    The order of the rows rotates from turn to turn. A prompt has the same seed in all rows, another in each repeat.
+
+    Args:
+        records: get the measurements, not yet scored. One that fails takes no further turns, and says why.
+        advance: called with the number of prompts after each turn.
+
+    Yields:
+        Each repeat that is done.
+    """
+    meter = EnergyMeter(records[0].pair.device)  # all have one target
+    size = max(record.batch_size for record in records)
+    turn = 0
+    for repeat in range(repeats):
+        for record in records:
+            if record.error is None:
+                record.repeats.append([])
+        for group in _groups(prompts, size):
+            for j in range(len(records)):
+                record = records[(turn + j) % len(records)]
+                if record.error is None:
+                    record.repeats[-1] += _take_turn(record, group, seed + repeat, meter)
+                    if record.error is not None:
+                        record.repeats.pop()  # it was not finished
+                advance(len(group))
+            turn += 1
+        yield repeat
+
+
+def _take_turn(record: Record, prompts: Sequence[Prompt], seed: int, meter: EnergyMeter) -> list[Measurement]:
+    """Decode by one row; nothing if it failed, which the record then says."""
+    before, measured = graph_counters(record.pair), []
+    try:
+        with meter:  # one window a turn: the counter moves in steps
+            for group in _groups(prompts, record.batch_size):
+                measured += measure(record.generate, group, seed, record.pair.device)
+    except (UserError, torch.OutOfMemoryError) as error:
+        record.error = sentence(error)
+        print(f"{record.row.name} failed: {record.error}", file=sys.stderr)
+        if record.pair.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return []
+    if meter.joules is not None:
+        total = sum(measurement.wall_seconds for measurement in measured)
+        for measurement in measured:
+            measurement.joules = meter.joules * measurement.wall_seconds / total
+    _add_counters(record.counters, before, graph_counters(record.pair))
+    return measured
+
+
+def measure(generate: Generate, prompts: Sequence[Prompt], seed: int, device: torch.device) -> list[Measurement]:
+    """Decode prompts together, by the clock; seconds are split as the stats' seconds are."""
+    streams = [prompt_stream(seed, prompt) for prompt in prompts]
+    began = now(device)
+    results = generate([prompt.tokens for prompt in prompts], streams)
+    seconds = now(device) - began
+    claimed = sum(result.stats.total_seconds for result in results)
+    measured = []
+    for prompt, result in zip(prompts, results, strict=True):
+        share = seconds * result.stats.total_seconds / claimed
+        tokens, finished = list(result.sequences[0]), result.finished[0]
+        measured.append(Measurement(prompt.id, share, None, result.stats, tokens, finished))
+    return measured
+
+
+def prompt_stream(seed: int, prompt: Prompt) -> torch.Generator:
+    """The random stream of a prompt, the same for all rows."""
+    return torch.Generator().manual_seed(stable_hash(f"{seed} {prompt.id}") % 2**62)
+
+
+def keep_whole(records: Sequence[Record], count: int) -> int:
+    """Forget the unfinished repeat of an interrupted run; of the first one keep the prompts that all rows decoded.
+
+    Args:
+        count: prompts of a repeat.
+
+    Returns:
+        Prompts that are left of each repeat: `count`, or fewer where not even the first repeat is whole; 0: none.
+    """
+    alive = [record for record in records if record.error is None]
+    left = min((len(record.repeats[0]) if record.repeats else 0 for record in alive), default=count)
+    for record in records:
+        enough = [repeat[:left] for repeat in record.repeats if len(repeat) >= max(left, 1)]
+        record.repeats = enough if left == count else enough[:1] if left else []
+    return left
+
+
+def sentence(error: BaseException) -> str:
+    """What to tell the user of a failure."""
+    return str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
+
+
+def graph_counters(pair: ModelPair) -> dict[str, dict[str, int]]:
+    """Captures, replays and eager passes so far of each model that runs as CUDA graphs."""
+    counters = {}
+    for role, model in pair.models.items():
+        forward = runner_of(model, pair.engine).forward
+        if all(hasattr(forward, name) for name in _COUNTERS):
+            counters[role] = {name: int(getattr(forward, name)) for name in _COUNTERS}
+    return counters
+
+
+def _add_counters(
+    total: dict[str, dict[str, int]], before: Mapping[str, Mapping[str, int]], after: Mapping[str, Mapping[str, int]]
+) -> None:
+    for role in before.keys() & after.keys():
+        sums = total.setdefault(role, dict.fromkeys(_COUNTERS, 0))
+        for name in _COUNTERS:
+            sums[name] += after[role][name] - before[role][name]
+
+
+def _groups(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
+    """Consecutive runs of `size`; the last may be shorter."""
+    return [prompts[first : first + size] for first in range(0, len(prompts), size)]
+
+
+# -------------------------------------------------------------------------------------------- scoring
+
+
+def score_all(
+    records: Sequence[Record],
+    prompts: Sequence[Prompt],
+    pair: ModelPair,
+    task: Task,
+    advance: Callable[[int], None] = lambda prompts: None,
+) -> str | None:
+    """Fill in what the target and the task say of every text; after all timing, so that it disturbs no clock.
+
+    Returns:
+        None, or a sentence where the device's memory did not suffice for it.
+    """
+    try:
+        for record in records:
+            for repeat in record.repeats:
+                for measurement, prompt in zip(repeat, prompts, strict=False):  # an interrupted run has fewer
+                    score(measurement, prompt, pair, task)
+                    advance(1)
+    except torch.OutOfMemoryError:
+        return OUT_OF_MEMORY
+    return None
+
+
+def score(measurement: Measurement, prompt: Prompt, pair: ModelPair, task: Task) -> None:
+    """Fill in a measurement's log-probability under the target, text and metrics."""
+    measurement.log_prob = log_probability(pair.target, prompt.tokens, measurement.tokens)
+    if pair.tokenizer is not None:
+        text = pair.tokenizer.decode(measurement.tokens, skip_special_tokens=True)
+        measurement.text = text
+        measurement.metrics = task.metrics(text, prompt, measurement.finished)
+
+
+@torch.inference_mode()
+def log_probability(model: torch.nn.Module, prompt: list[int], continuation: list[int]) -> float:
+    """log p(continuation | prompt) at temperature 1, natural logarithm, teacher forced in one pass."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*prompt, *continuation]], device=device)  # [1, T]
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # [new, V]
+    picked = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])  # [new, 1]
+    return float(picked.double().sum())

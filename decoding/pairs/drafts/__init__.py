@@ -1,0 +1,82 @@
+"""Drafts, a file for each kind; and which draft a model, a text or a `Draft` stands for.
+
+In text: `layers:8`, the target's own first layers; `ngram` or `ngram:4`, what followed the same tokens before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from decoding.engine.vocabulary import match_vocabularies
+from decoding.errors import UserError
+from decoding.forest.node_scorer import NodeScorer, ScorerOptions
+from decoding.pairs.architecture import check_architecture, text_config, vocab_size_of
+from decoding.pairs.drafts import early_layers, ngram
+from decoding.pairs.drafts.base import Draft
+from decoding.pairs.drafts.model import ModelDraft
+
+__all__ = ["ALLOWED", "Draft", "ModelDraft", "NodeScorer", "ScorerOptions", "draft_of", "is_named", "named_draft"]
+
+KINDS = {kind.prefix: kind for kind in (early_layers.KIND, ngram.KIND)}  # drafts that come without a checkpoint
+ALLOWED = ", ".join(kind.usage for kind in KINDS.values())
+
+
+def is_named(text: str) -> bool:
+    """Whether a text names a draft that comes without a checkpoint of its own."""
+    return text.partition(":")[0] in KINDS
+
+
+def named_draft(text: str, target: Any) -> Draft:
+    """The draft that a text names.
+
+    Args:
+        text: `layers:8`, `ngram`, `ngram:4`.
+        target: the model that it drafts for.
+
+    Raises:
+        UserError: another text, or a number that cannot be.
+    """
+    prefix, colon, argument = text.partition(":")
+    draft = KINDS[prefix].make(argument if colon else None, target) if prefix in KINDS else None
+    if draft is None:
+        raise UserError(f"draft is {text!r}; give a model, or {ALLOWED}.")
+    return draft
+
+
+def draft_of(given: Any, target: Any, tokenizer: Any = None, draft_tokenizer: Any = None) -> Draft | None:
+    """The draft that a `ModelPair` was given.
+
+    Args:
+        given: a `Draft`; a causal language model of transformers; a text as for `named_draft`; None for no draft.
+        target: the model that it drafts for.
+        tokenizer, draft_tokenizer: of the target and of a model, whose tokens are matched.
+
+    Raises:
+        UserError: none of these, a model that cannot draft for the target, or a draft that reads layers which the
+            target does not have.
+    """
+    if isinstance(given, str):
+        return named_draft(given, target)
+    if isinstance(given, Draft):
+        _check_layers(given, target)
+        return given
+    if given is None:
+        return None
+    if not hasattr(given, "config"):
+        raise UserError(
+            f"draft is {given!r}; give a causal language model of transformers, loaded, or {ALLOWED}, or a Draft."
+        )
+    check_architecture(given.config, "draft")
+    sizes = vocab_size_of(target), vocab_size_of(given)
+    return ModelDraft(given, match_vocabularies(*sizes, tokenizer, draft_tokenizer))
+
+
+def _check_layers(draft: Draft, target: Any) -> None:
+    """Refuse a draft that reads layers which the target does not have."""
+    most = int(text_config(target).num_hidden_layers)
+    missing = [layer for layer in draft.target_layers if not 0 <= layer <= most]
+    if missing:
+        raise UserError(
+            f"The draft {draft.name!r} reads layer {missing[0]} of the target, which has {most}; its target_layers may "
+            f"be 0 (the embeddings) to {most} (what the head reads)."
+        )

@@ -1,0 +1,51 @@
+"""A draft that is a smaller language model, of the target's family or of another vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from decoding.engine.vocabulary import VocabularyMap
+from decoding.errors import UserError
+from decoding.forest.node_scorer import NodeScorer, ScorerOptions
+from decoding.forest.scorer import ForestScorer
+from decoding.pairs.architecture import device_of, text_config, weight_sample
+from decoding.pairs.drafts.base import Draft
+
+
+class ModelDraft(Draft):
+    """A causal language model of transformers drafts.
+
+    Args:
+        model: in hand; put into evaluation mode.
+        vocabulary: makes its token ids the target's; None where they are the same.
+    """
+
+    name = "model"
+
+    def __init__(self, model: Any, vocabulary: VocabularyMap | None = None) -> None:
+        model.eval()
+        self.model = model
+        self.hidden_size = int(text_config(model).hidden_size)
+        self.vocabulary = vocabulary.to(device_of(model)) if vocabulary is not None else None
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """The model, as "draft"."""
+        return {"draft": self.model}
+
+    def fingerprint(self) -> bytes:
+        """Sizes, a sample of every weight, and how ids are matched."""
+        return weight_sample(self.model) + (self.vocabulary.digest if self.vocabulary is not None else b"")
+
+    def scorer(self, target: ForestScorer, options: ScorerOptions) -> NodeScorer:
+        """Passes of the model over its own forest cache; the target's states are not read."""
+        return ForestScorer(self.model, **vars(options), vocabulary=self.vocabulary)
+
+    def assistance(self) -> dict[str, Any]:
+        """The model is transformers' `assistant_model`."""
+        if self.vocabulary is not None:
+            raise UserError(
+                "hf_assisted needs a draft with the target's token ids and as many embedding rows, as transformers' "
+                f"own generate does; the target has {self.vocabulary.size}, the draft {self.vocabulary.draft_size}."
+            )
+        return {"assistant_model": self.model}

@@ -1,0 +1,159 @@
+"""Where a pair's models come from: the package, a size to imitate, the hub or a directory.
+
+Each function returns the arguments of a `ModelPair`, whose class methods say what they mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from decoding.errors import UserError
+from decoding.pairs.architecture import check_architecture
+from decoding.pairs.builtin import load_tiny
+from decoding.pairs.drafts import ALLOWED, is_named
+from decoding.pairs.inflate import inflate, shape_of
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def tiny_parts(device: str, draft: str | None) -> dict[str, Any]:
+    """The built-in pair, on a device; `draft` in text replaces its own."""
+    check_device(device)
+    target, small, tokenizer = load_tiny()
+    torch.nn.Module.to(target, device)
+    torch.nn.Module.to(small, device)
+    return {"target": target, "draft": draft or small, "tokenizer": tokenizer, "name": _name("tiny", draft)}
+
+
+def inflated_parts(
+    target_size: str | Mapping[str, Any],
+    draft_size: str | Mapping[str, Any],
+    device: str,
+    dtype: str,
+    draft: str | None,
+) -> dict[str, Any]:
+    """The built-in pair in models of real size."""
+    if dtype not in _DTYPES[1:]:
+        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES[1:])}.")
+    if draft is not None and not draft.startswith("ngram"):
+        raise UserError(f"draft is {draft!r}; an inflated pair takes ngram, ngram:N, or null for draft_size.")
+    try:
+        check_device(device)
+    except UserError as error:
+        small = "pair.target_size=400m pair.draft_size=68m pair.device=cpu pair.dtype=float32"
+        raise UserError(f"{error} On a CPU choose small sizes: {small}.") from error
+    sizes = (target_size,) if draft else (target_size, draft_size)
+    shapes = [shape_of(size) for size in sizes]
+    names = [size if isinstance(size, str) else "custom" for size in sizes]
+    if shapes[0].vocab_size != shapes[-1].vocab_size:
+        raise UserError(
+            f"target_size {names[0]} has {shapes[0].vocab_size} tokens, draft_size {names[1]} has "
+            f"{shapes[1].vocab_size}: choose two sizes with one vocabulary, such as 8b and 1b, or 13b and 68m."
+        )
+    kind = getattr(torch, dtype)
+    _check_memory(sum(shape.parameters for shape in shapes) * kind.itemsize, device)
+    target, model, tokenizer = load_tiny()
+    wide = [inflate(model, shape, device, kind) for model, shape in zip((target, model), shapes, strict=False)]
+    note = (
+        f"The built-in pair in the shapes {' and '.join(names)}: a model of what these sizes cost, not trained "
+        "models of these sizes. Acceptance and text are the built-in pair's; draft=layers:N says nothing."
+    )
+    name = _name("-".join(["inflated", *names]), draft)
+    return {"target": wide[0], "draft": draft or wide[1], "tokenizer": tokenizer, "name": name, "note": note}
+
+
+def loaded_parts(
+    target: str,
+    draft: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    name: str | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A pair from the Hugging Face hub or from local directories."""
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
+    check_device(device)
+    sources = {"target": target} if _comes_without_model(draft) else {"target": target, "draft": draft}
+    models, tokenizers = {}, {}
+    for role, source in sources.items():
+        config = _from_hub(AutoConfig, source, role, trust_remote_code=trust_remote_code)
+        check_architecture(config, role)
+        models[role] = _from_hub(
+            AutoModelForCausalLM,
+            source,
+            role,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **options,
+        ).to(device)
+    for role, source in sources.items():
+        tokenizers[role] = _from_hub(AutoTokenizer, source, role, trust_remote_code=trust_remote_code)
+    return {
+        "target": models["target"],
+        "draft": models.get("draft", draft),
+        "tokenizer": tokenizers["target"],
+        "draft_tokenizer": tokenizers.get("draft"),
+        "name": name or _name(Path(target).name, draft if "draft" not in sources else None),
+    }
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know or this machine does not have (UserError)."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device is {device!r}; give cpu, cuda, or one of several GPUs as in cuda:1.") from error
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {device!r} but this machine has no CUDA device; set pair.device=cpu.")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device is {device!r} but this machine has {torch.cuda.device_count()}, counted from cuda:0.")
+
+
+def _check_memory(needed: int, device: str) -> None:
+    """Refuse weights of `needed` bytes that do not fit a GPU."""
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if needed > free:
+            raise UserError(
+                f"The pair's weights take {needed / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB free; choose "
+                "smaller sizes, or a 16-bit dtype."
+            )
+
+
+def _name(base: str, draft: str | None) -> str:
+    """A pair's name that tells drafts apart and can be a directory's: tiny, tiny-layers2."""
+    return base if draft is None else f"{base}-{draft.replace(':', '')}"
+
+
+def _comes_without_model(draft: str) -> bool:
+    """Whether a text names a draft that is not loaded; what looks like one and is not is refused."""
+    if is_named(draft):
+        return True
+    if re.fullmatch(r"\w+:\w*", draft) and not Path(draft).exists():
+        raise UserError(f"draft is {draft!r}; give a directory written by save_pretrained, a hub id, or {ALLOWED}.")
+    return False
+
+
+def _from_hub(loader: Any, source: str, role: str, **options: Any) -> Any:
+    """`from_pretrained` with a clear sentence when it fails."""
+    if source.startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
+        raise UserError(f"The {role} model {source!r} could not be loaded: there is no such directory.")
+    try:
+        return loader.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()
+        first = reason[0] if reason else type(error).__name__
+        raise UserError(
+            f"The {role} model {source!r} could not be loaded: {first} Give a directory written by save_pretrained, or "
+            "a hub id that this machine can reach (pair.target=..., pair.draft=...)."
+        ) from error

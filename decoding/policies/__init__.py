@@ -1,0 +1,1 @@
+"""Who decides how wide and how deep, before the target has spoken."""

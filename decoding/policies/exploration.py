@@ -1,0 +1,128 @@
+"""Widths and depths at random, for traces."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from decoding.config import DecodingConfig
+from decoding.errors import UserError
+from decoding.policies.base import DraftContext, Parents, RootContext, TargetContext, WidthPolicy
+
+
+@dataclass
+class RandomWidth(WidthPolicy):
+    """Widths and depth drawn at random: exploration while traces are logged.
+
+    Most prompts have a limit on M of their own, small ones as often as large ones (log-uniform), and M is uniform below
+    it: with M uniform over its whole range forests would seldom get past their first layer, and a controller goes
+    deeper. Half of the iterations draft as deep as they may, half of the layers as wide as they may, and the layer that
+    ends an iteration is as wide as it may be three times out of four; all else is uniform.
+
+    Args:
+        seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the prompt's seed.
+        full_share: share of the prompts decoded at full width, so that survivor ranks are seen uncensored.
+    """
+
+    name = "random"
+    family = "control"
+
+    seed: int = 0
+    full_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise UserError(f"seed is {self.seed!r}; give a whole number of 0 or more.")
+        share = self.full_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise UserError(f"full_share is {share!r}; give a number in [0, 1] (0.1 shows survivors now and then).")
+        self._random = np.random.default_rng(self.seed)
+        self._full, self._most, self._depth = False, 1, 0  # of the prompt, of the iteration
+
+    def fork(self, seed: int) -> RandomWidth:
+        forked = copy.copy(self)
+        forked._random = np.random.default_rng([self.seed, seed])
+        return forked
+
+    def reset(self, config: DecodingConfig) -> None:
+        self._full = self._chance(self.full_share)
+        least, most = config.min_width, config.target_width
+        self._most = min(most, int(least * math.exp(self._random.random() * math.log((most + 1) / least))))
+        self._depth = config.draft_depth
+
+    def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
+        if layer == 1:
+            deepest = context.config.draft_depth
+            self._depth = deepest if self._chance(0.5) else int(self._random.integers(1, deepest + 1))
+        return layer <= self._depth
+
+    def draft_width(self, context: DraftContext) -> int:
+        config = context.root.config
+        wide = self._full or self._chance(0.5)
+        return config.draft_width if wide else int(self._random.integers(1, config.draft_width + 1))
+
+    def target_width(self, context: TargetContext) -> int:
+        config = context.draft.root.config
+        if self._full or (context.draft_width == 0 and self._chance(0.75)):
+            return config.target_width
+        return int(self._random.integers(config.min_width, self._most + 1))
+
+    def _chance(self, share: float) -> bool:
+        return bool(self._random.random() < share)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "seed": self.seed, "full_share": self.full_share}
+
+
+class ExploringWidth(WidthPolicy):
+    """Full target widths, and drafts whose number, depth and source are drawn at random.
+
+    Half of the layers are as wide as they may be and half of the iterations as deep, so that most of what a controller
+    may do later is seen; the draft's pass is left out now and then where the parents that need it hold little weight.
+
+    Args:
+        seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the prompt's seed.
+    """
+
+    name = "exploring"
+
+    def __init__(self, seed: int = 0) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise UserError(f"seed is {seed!r}; give a whole number of 0 or more.")
+        self.seed = seed
+        self._random = np.random.default_rng(seed)
+        self._depth = 0  # of this iteration
+
+    def check(self, config: DecodingConfig) -> None:
+        if config.verification != "shared_noise" or config.mode != "beam_sample":
+            raise UserError(
+                "ExploringWidth logs traces of shared noise: set decoding.mode=beam_sample and "
+                "decoding.verification=shared_noise."
+            )
+
+    def fork(self, seed: int) -> ExploringWidth:
+        forked = copy.copy(self)
+        forked._random = np.random.default_rng([self.seed, seed])
+        return forked
+
+    def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
+        if layer == 1:
+            deepest = context.config.draft_depth
+            self._depth = deepest if self._random.random() < 0.5 else int(self._random.integers(1, deepest + 1))
+        return layer <= self._depth
+
+    def ask_draft(self, context: RootContext, layer: int, parents: Parents) -> bool:
+        return parents.unknown_share > 0.3 * self._random.random() ** 2
+
+    def draft_width(self, context: DraftContext) -> int:
+        config = context.root.config
+        if self._random.random() < 0.5:
+            return config.draft_width
+        return int(self._random.integers(config.target_width, config.draft_width + 1))
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "seed": self.seed}

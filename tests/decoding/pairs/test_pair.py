@@ -1,0 +1,235 @@
+"""ModelPair: what loads, what is refused and in which words, what describes a pair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    RecurrentGemmaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError, beam_sample
+from decoding.pairs.architecture import check_architecture
+from decoding.pairs.pair import end_tokens
+from tests.decoding.stubs import random_pair, small_llama
+
+
+def llama(vocabulary: int = 8, hidden: int = 16, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
+
+
+def tokenizer(words: str = "abcdefgh") -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, words[0])))
+
+
+def save(model: torch.nn.Module, words: str | None, directory: Path) -> str:
+    model.save_pretrained(directory)  # type: ignore[operator]
+    if words is not None:
+        tokenizer(words).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Directories as save_pretrained writes them."""
+    root = tmp_path_factory.mktemp("models")
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=4))
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    return {
+        "target": save(llama(seed=1), "abcdefgh", root / "target"),
+        "draft": save(llama(hidden=8, seed=2), "abcdefgh", root / "draft"),
+        "wide": save(llama(vocabulary=9), "abcdefgh", root / "wide"),
+        "foreign": save(llama(), "abcxyfgh", root / "foreign"),
+        "turned": save(llama(), "habcdefg", root / "turned"),
+        "fewer": save(llama(vocabulary=6), "hgfed", root / "fewer"),
+        "mute": save(llama(), None, root / "mute"),
+        "mamba": save(mamba, "abcdefgh", root / "mamba"),
+        "t5": save(t5, "abcdefgh", root / "t5"),
+        "missing": str(root / "missing"),
+    }
+
+
+def load(saved: dict[str, str], target: str = "target", draft: str = "draft", **options: Any) -> ModelPair:
+    return ModelPair.load(saved[target], saved.get(draft, draft), **{"device": "cpu", "dtype": "float32", **options})
+
+
+def test_a_saved_pair_loads_and_decodes(saved: dict[str, str]) -> None:
+    pair = load(saved)
+    assert pair.name == "target"
+    assert pair.tokenizer is not None
+    assert pair.vocab_size == 8
+    assert pair.context == 64
+    assert str(pair.device) == "cpu"
+    (result,) = DSBDDecoder(pair, DecodingConfig(max_new_tokens=5)).generate([[1, 2]], torch.Generator().manual_seed(0))
+    assert len(result.sequences[0]) == 5
+    assert load(saved, dtype="bfloat16", name="mine").describe()["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"draft": "foreign"}, r"2 of the draft's 8 tokens are not among the target's 8, such as 'x' \(3\), 'y' \(4\)"),
+        ({"draft": "layers:1"}, r"'layers:1', but the target \(llama\) has 1 layers; it has none to leave out"),
+        ({"draft": "layers"}, "draft is 'layers'; give a model, or layers:N"),
+        ({"draft": "ngram:0"}, "draft is 'ngram:0'; give a model, or layers:N"),
+        ({"draft": "layer:2"}, "'layer:2'; give a directory written by save_pretrained, a hub id, or layers:N"),
+        ({"target": "missing"}, "The target model '.*missing' could not be loaded"),
+        ({"draft": "missing"}, "The draft model '.*missing' could not be loaded"),
+        ({"draft": "mamba"}, r"The draft model \(mamba\) keeps a recurrent state"),
+        ({"target": "t5"}, r"The target model \(t5\) is an encoder-decoder"),
+        ({"dtype": "int8"}, "dtype is 'int8'; choose one of auto, float32, bfloat16, float16"),
+        ({"device": "gpu"}, "device is 'gpu'; give cpu, cuda, or one of several GPUs"),
+        ({"device": "cuda:99"}, "device is 'cuda:99' but this machine has"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_a_pair_is_refused(saved: dict[str, str], options: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as refusal:
+        load(saved, **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_truncated_checkpoint_is_refused(saved: dict[str, str], tmp_path: Path) -> None:
+    directory = save(llama(), "abcdefgh", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"The draft model .* could not be loaded"):
+        ModelPair.load(saved["target"], directory, device="cpu", dtype="float32")
+
+
+def test_a_model_without_a_tokenizer_is_refused(saved: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"The draft model .* could not be loaded"):
+        load(saved, draft="mute")
+
+
+def test_models_in_hand_are_checked_too() -> None:
+    with pytest.raises(UserError, match="encoder-decoder"):
+        ModelPair(T5ForConditionalGeneration(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1)), llama())
+    assert ModelPair(llama(), None).vocab_size == 8
+
+
+@pytest.mark.parametrize("config", [MambaConfig(), RecurrentGemmaConfig()], ids=lambda config: config.model_type)
+def test_recurrent_configs_are_refused(config: Any) -> None:
+    with pytest.raises(UserError, match="recurrent state"):
+        check_architecture(config, "draft")
+
+
+def test_a_model_that_ignores_masks_is_refused() -> None:
+    """A forest pass must equal a sequential pass; one that lets beams see each other does not."""
+
+    class Unmasked(LlamaForCausalLM):
+        def forward(self, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+            if attention_mask is not None:
+                attention_mask = torch.zeros_like(attention_mask)
+            return super().forward(*args, attention_mask=attention_mask, **kwargs)
+
+    torch.manual_seed(0)
+    config = llama().config
+    config.initializer_range = 0.5
+    pair = ModelPair(Unmasked(config), llama())
+    with pytest.raises(UserError, match=r"target model .* scores a forest of beams differently"):
+        DSBDDecoder(pair, DecodingConfig(max_new_tokens=3)).generate([[1, 2]])
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_nan_weights_name_their_model(role: str) -> None:
+    pair = ModelPair(llama(seed=1), llama(seed=2))
+    with torch.no_grad():
+        getattr(pair, role).lm_head.weight[3] = torch.nan
+    with pytest.raises(UserError, match=f"The {role} model returned NaN"):
+        DSBDDecoder(pair, DecodingConfig(max_new_tokens=3)).generate([[1, 2]])
+
+
+def test_the_target_alone_is_checked_too() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(UserError, match="The target model returned NaN"):
+        beam_sample(model, [[1, 2]], DecodingConfig(max_new_tokens=3))
+
+
+def test_describe_is_json_and_tells_pairs_apart() -> None:
+    first, again = (ModelPair(llama(seed=1), llama(seed=2)) for _ in range(2))
+    other = ModelPair(llama(seed=1), llama(seed=3))
+    about = json.loads(json.dumps(first.describe()))
+    assert about == again.describe()
+    assert about["fingerprint"] != other.describe()["fingerprint"]
+    assert about["vocab_size"] == 8
+    assert about["models"]["target"]["parameters"] == sum(p.numel() for p in first.target.parameters())
+    assert set(ModelPair(llama(), None).describe()["models"]) == {"target"}
+
+
+@pytest.mark.parametrize("name", ["q_proj", "down_proj", "post_attention_layernorm"])
+def test_a_fingerprint_sees_every_weight(name: str) -> None:
+    """As a merged adapter changes them: a little, in one kind of weight of one layer."""
+    base, tuned = llama(seed=1), llama(seed=1)
+    weight = next(w for key, w in tuned.named_parameters() if name in key)
+    with torch.no_grad():
+        weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    assert ModelPair(base, None).fingerprint != ModelPair(tuned, None).fingerprint
+    assert ModelPair(llama(seed=1), None).fingerprint == ModelPair(base, None).fingerprint
+
+
+def test_ends_that_no_model_can_reach_are_refused() -> None:
+    pair = ModelPair(llama(), None)
+    with pytest.raises(UserError, match="eos_token_id holds 8, 99; the target knows the ids 0 to 7"):
+        end_tokens(pair, DecodingConfig(eos_token_id=[3, 8, 99]))
+    assert end_tokens(pair, DecodingConfig(eos_token_id=7)) == {7}
+    with pytest.raises(UserError, match=r"eos_token_id is \[-1\]"):
+        DecodingConfig(eos_token_id=[-1])
+
+
+def test_models_are_put_into_evaluation_mode() -> None:
+    target = llama().train()
+    ModelPair(target, llama())
+    assert not target.training
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "expected"),
+    [(None, 3, {3}), (None, [1, 2], {1, 2}), (None, None, set()), (-1, 3, set()), (4, 3, {4}), ([4, 5], 3, {4, 5})],
+)
+def test_end_tokens(given: Any, own: Any, expected: set[int]) -> None:
+    pair = random_pair(6)
+    pair.target.config.eos_token_id = own
+    assert end_tokens(pair, DecodingConfig(eos_token_id=given)) == expected
+
+
+@pytest.mark.parametrize("draft", [3, {}, ModelPair], ids=str)
+def test_what_is_no_draft_is_refused(draft: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"draft is .*; give a causal language model of transformers, loaded, or layers:N"
+    ):
+        ModelPair(small_llama(), draft)
+
+
+def test_a_path_that_is_not_there_is_said_to_be_missing() -> None:
+    with pytest.raises(UserError, match="'/nowhere/large' could not be loaded: there is no such directory"):
+        ModelPair.load("/nowhere/large", "/nowhere/small", device="cpu")
