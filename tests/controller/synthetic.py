@@ -56,9 +56,11 @@ def rows(count: int = 8) -> tuple[dict[str, Any], ...]:
     return tuple(row for recorder in recorders for row in recorder.take_rows())
 
 
-def write_traces(directory: Path, count: int = 8, **changes: Any) -> Path:
-    """Traces as `decoding.collect` leaves them; `changes` of the manifest."""
-    shard = write_shard(directory, "traces-00000.parquet", list(rows(count)), {"trace_key": "k", "feature_names": []})
+def write_traces(directory: Path, count: int = 8, tested: int | None = None, **changes: Any) -> Path:
+    """Traces as `decoding.collect` leaves them; `changes` of the manifest. Prompt `tested` is of split test."""
+    directory.mkdir(exist_ok=True)
+    chosen = [row | ({"split": "test"} if row["prompt_id"] == f"p{tested}" else {}) for row in rows(count)]
+    shard = write_shard(directory, "traces-00000.parquet", chosen, {"trace_key": "k", "feature_names": []})
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "trace_key": "k",
