@@ -9,7 +9,11 @@ from decoding.support.arrays import FloatArray, FloatVector
 from decoding.support.compiled import compiled
 
 NODES = 512  # passes beyond cost what so many nodes do
-HOPE = 1.3  # tokens that a layer that passes is worth, with those that follow it
+# Tokens that things are worth, tuned on validation prompts of the built-in pair:
+HOPE = 1.5  # a layer that passes, with those that follow it
+REUSE = 0.3  # a layer whose drafts are all selected, whether it is reached or not: the next iteration knows them
+KEPT = 0.5  # share of a draft's worth that it has where its layer is not reached
+SKIP = 6.0  # a layer that fails for want of the draft: what would have been drafted below it is lost too
 LEAST_CHANCE = 0.003  # of a candidate that is worth a place
 
 
@@ -40,7 +44,6 @@ class Plan:
     """
 
     def __init__(self, costs: Costs) -> None:
-        self.hope, self.skip = HOPE, HOPE
         nodes = range(NODES)
         self.draft: FloatArray = np.array([costs.draft_cost(n) if n else 0.0 for n in nodes], dtype=np.float64)
         self.target: FloatArray = np.array([costs.target_cost(n) if n else 0.0 for n in nodes], dtype=np.float64)
@@ -59,9 +62,17 @@ class Plan:
         """What an iteration costs that drafts nothing: one token."""
         return self.seconds(roots, (), 0)
 
-    def goes_deeper(self, chance: float, draft_nodes: int, rate: float) -> bool:
-        """Whether to draft a layer that is reached and passes with a chance, and whose parents need a draft pass."""
-        return chance * self.hope >= rate * (float(self.draft[min(draft_nodes, NODES - 1)]) + self.layer)
+    def goes_deeper(self, chance: float, covered: float, draft_nodes: int, rate: float) -> bool:
+        """Whether to draft a further layer.
+
+        Args:
+            chance: that it is reached and passes.
+            covered: share of the selection above that is expected among its parents.
+            draft_nodes: parents that need a draft pass.
+            rate: ρ.
+        """
+        worth = HOPE * chance + REUSE * covered
+        return worth >= rate * (float(self.draft[min(draft_nodes, NODES - 1)]) + self.layer)
 
     def asks_draft(self, reach: float, share: float, target_width: int, nodes: int, rate: float) -> bool:
         """Whether to run the draft for parents that hold a share of what will be selected.
@@ -69,8 +80,12 @@ class Plan:
         Without it the layer can only pass if the whole selection comes from the others.
         """
         lost = reach * (1.0 - (1.0 - share) ** target_width)
-        return lost * self.skip >= rate * float(self.draft[min(nodes, NODES - 1)])
+        return lost * SKIP >= rate * float(self.draft[min(nodes, NODES - 1)])
+
+    def worth(self, chances: FloatVector, reach: float) -> FloatVector:
+        """Tokens that drafts are worth, by their chances to be selected and the chance that their layer is reached."""
+        return chances * np.float32(KEPT + (1.0 - KEPT) * reach)
 
     def count(self, values: FloatArray | FloatVector, nodes: int, rate: float, both: bool = False) -> int:
-        """How many of the fresh drafts of falling value to send; `both`: a draft pass over them may follow."""
+        """How many of the fresh drafts of falling worth to send; `both`: a draft pass over them may follow."""
         return int(best_count(values.astype(np.float64), nodes, self.both if both else self.target, rate))

@@ -195,16 +195,16 @@ class LearnedWidth(WidthPolicy):
             self._rate = self.experience.rate()
             if not self._drafting:
                 return False
-            nodes, above = len(context.weights), (0.0, 0.0, context.unknown_share)
+            nodes, above, covered = len(context.weights), (0.0, 0.0, context.unknown_share), 0.0
         else:
             last = self._layers[-1]
             fresh = last.chances[~last.scored]
-            nodes = len(fresh)
+            nodes, covered = len(fresh), 1.0 - last.missing / context.config.target_width
             above = np.log(last.left_out + SOFT), last.missing, float(fresh.sum() / max(last.chances.sum(), 1e-6))
         width = widths[-1] if widths else context.config.draft_width
         seen = (float(layer == 1), float(layer), *self._root, *above)
         chance = self._host.expects(seen, width)[context.config.target_width - 1]
-        return self.plan.goes_deeper(self._reach * chance, nodes, self._rate)
+        return self.plan.goes_deeper(self._reach * chance, covered, nodes, self._rate)
 
     def ask_draft(self, context: RootContext, layer: int, parents: Parents) -> bool:
         shares = np.exp(parents.weights - parents.weights.max())
@@ -228,7 +228,7 @@ class LearnedWidth(WidthPolicy):
         order = order[chances[order] >= LEAST_CHANCE][: config.draft_width]
         order = order if len(order) else np.argsort(-chances)[:1]
         fresh = order[~found.scored[order]]
-        count = self.plan.count(chances[fresh] * self._reach, self._nodes, self._rate, both=True)
+        count = self.plan.count(self.plan.worth(chances[fresh], self._reach), self._nodes, self._rate, both=True)
         picks = order[found.scored[order] | (chances[order] >= (chances[fresh[count - 1]] if count else 2.0))]
         picks = picks if len(picks) else order[:1]
         drafted = found.scored.copy()
@@ -241,7 +241,7 @@ class LearnedWidth(WidthPolicy):
         return picks
 
     def send(self, layers: Sequence[DraftContext]) -> list[NDArray[np.bool_]]:
-        values = np.concatenate([layer.chances * layer.reach for layer in self._layers])
+        values = np.concatenate([self.plan.worth(layer.chances, layer.reach) for layer in self._layers])
         fresh = np.concatenate([~layer.scored for layer in self._layers])
         order = np.argsort(-values[fresh], kind="stable")
         count = self.plan.count(values[fresh][order], self._nodes, self._rate)

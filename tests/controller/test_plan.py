@@ -9,7 +9,7 @@ import pytest
 
 from controller import plan
 from controller.experience import Experience, Mean
-from controller.plan import HOPE, Plan
+from controller.plan import HOPE, REUSE, Plan
 from decoding.cost_table import LatencyTable
 from decoding.support.compiled import COMPILED
 
@@ -41,9 +41,10 @@ def test_free_nodes_are_all_sent_and_dear_ones_are_not() -> None:
 
 def test_goes_deeper_where_a_layer_gives_more_than_it_takes() -> None:
     ours = Plan(TABLE)
-    for chance, nodes, rate in itertools.product((0.05, 0.2, 0.5), (0, 4, 16), (0.5, 2.0)):
+    for chance, covered, nodes, rate in itertools.product((0.05, 0.2, 0.5), (0.0, 0.8), (0, 4, 16), (0.5, 2.0)):
         cost = (TABLE.draft_cost(nodes) if nodes else 0.0) + 0.05
-        assert ours.goes_deeper(chance, nodes, rate) == (chance * HOPE >= rate * cost)
+        expected = chance * HOPE + covered * REUSE >= rate * cost
+        assert ours.goes_deeper(chance, covered, nodes, rate) == expected
 
 
 def test_leaves_out_the_draft_where_the_unknown_hold_little() -> None:
