@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from controller.checkpoint import load_controller
 from controller.experience import Experience
 from controller.features import (
+    CANDIDATE,
+    LAYER,
     ContextFeatures,
     candidate_features,
     check_features,
@@ -101,6 +103,7 @@ class LearnedWidth(WidthPolicy):
         self.clock, self.share = clock, share
         self.use_latency(latency)
         self._checked: DecodingConfig | None = None
+        self._compile()
 
     @classmethod
     def load(cls, path: str | Path, pair: Any = None, revision: str | None = None, **options: Any) -> Self:
@@ -267,6 +270,11 @@ class LearnedWidth(WidthPolicy):
     def _reach(self) -> float:
         """The chance that all layers drafted so far pass."""
         return self._layers[-1].reach * self._passing if self._layers else 1.0
+
+    def _compile(self) -> None:
+        """Ask everything once, so that no prompt waits for numba: 20 seconds on a new machine, then a blink."""
+        nothing = np.zeros((1, len(CANDIDATE)), np.float32), np.zeros(len(LAYER), np.float32), np.zeros(1, np.float32)
+        self.plan.count(self._host.chances(*nothing), 1, 1.0)
 
     def _forget(self) -> None:
         self.experience = Experience(self.plan.plain_seconds(1), wall=self._wall)
