@@ -1,8 +1,9 @@
 """Log decoding traces: `python -m decoding.collect pair=... data=...`. Design section 7.
 
-Prompts are decoded under a randomised width policy; a trace directory is named after everything that
-decides its content, so the same settings find it again, and an interrupted run goes on where it stopped.
-What decides is what the built objects say of themselves: paths of files and of modules do not count.
+Prompts are decoded under a randomised width policy; a trace directory is named after everything
+that decides its content, so the same settings find it again, and an interrupted run goes on where
+it stopped. What decides is what the built objects say of themselves: paths of files and of modules
+do not count.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Collection:
 
     @property
     def hidden(self) -> bool:
-        """Whether hidden states are logged."""
+        """True where hidden states are logged."""
         return bool(self.cfg.collect.get("hidden", False))
 
     def describe(self) -> dict[str, Any]:
@@ -104,7 +105,7 @@ class Collection:
 
 
 def ensure_traces(cfg: DictConfig, pair: ModelPair | None = None) -> Path:
-    """The directory of the traces that `cfg` describes; collected now if they are absent or incomplete.
+    """The directory of the traces that `cfg` describes; what is absent of them is collected now.
 
     Args:
         cfg: with pair, data, decoding, policy, features, collect and seed, as in conf/collect.yaml.
@@ -132,7 +133,9 @@ def trace_key(about: dict[str, Any]) -> str:
 
 
 def _said_by(part: Any, inherited: bool) -> dict[str, Any]:
-    """What an object says of itself; UserError where its class, or with `inherited` no base of it, says anything."""
+    """The description that an object gives of itself; UserError where its class, or with
+    `inherited` no base of it, has any.
+    """
     classes = type(part).__mro__ if inherited else (type(part),)
     if not any("describe" in vars(one) for one in classes):
         raise UserError(

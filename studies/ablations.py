@@ -1,7 +1,8 @@
-"""Compare controllers trained with different settings: python -m studies.ablations outputs/ablation.
+"""Compare controllers of different settings: python -m studies.ablations outputs/ablation.
 
-Prints Markdown (docs/ablations.md): what each controller found under the folder scores on validation rows, and, of the
-results of evaluate.py found there, how fast its widths are without any clock: the policy's own time is left out.
+Prints Markdown (docs/ablations.md): what each controller found under the folder scores on
+validation rows, and, of the results of evaluate.py found there, how fast its widths are without any
+clock: the policy's own time is left out.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def training_table(trained: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Markdown: validation metrics of each controller after calibration, and what the constants score.
+    """Markdown: validation metrics of each calibrated controller, and what the constants score.
 
     Args:
         trained: provenance of each, by name.
@@ -66,20 +67,22 @@ def training_table(trained: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def decision_table(evaluated: Mapping[str, Mapping[str, Any]], seed: int = 0) -> list[str]:
-    """Markdown: tokens per modelled second of learned widths at the log-probability of the narrowest beam sampling.
+    """Markdown: tokens per modelled second of learned widths at the log-probability of the
+    narrowest beam sampling.
 
     Args:
-        evaluated: what results.json holds, by name. A row's speed is read off its learned rows, linear in between.
-            Those that cannot stand beside the first that can be in the table are named below it.
+        evaluated: what results.json holds, by name. A row's speed is read off its learned rows,
+            linear in between. Those that cannot stand beside the first that can be in the table are
+            named below it.
         seed: of the resamples.
     """
     able = [name for name, results in evaluated.items() if _has_what_it_takes(results)]
     names = [name for name in able if _about(evaluated[name]) == _about(evaluated[able[0]])]
-    if left := [name for name in evaluated if name not in names]:
+    if omitted := [name for name in evaluated if name not in names]:
         reason = "learned widths, beam sampling and a modelled device are needed, all on the same prompts"
-        left = ["", f"Left out: {', '.join(left)} ({reason})."]
+        omitted = ["", f"Left out: {', '.join(omitted)} ({reason})."]
     if not names:
-        return left[1:]
+        return omitted[1:]
     count = len(evaluated[names[0]]["rows"][0]["prompts"])
     draws = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))  # [B, P] the same for all
     draws = np.concatenate([np.arange(count)[None], draws])
@@ -89,11 +92,12 @@ def decision_table(evaluated: Mapping[str, Mapping[str, Any]], seed: int = 0) ->
         ratio = found / speeds[names[0]]
         cells = [_with_interval(found, ".0f"), _with_interval(ratio, ".3f")]
         body.append([name, ", ".join(f"{value:g}" for value in _width_values(evaluated[name])), *cells])
-    return markdown(["evaluation", "width values", "tokens/s", f"x {names[0]}"], body) + left
+    return markdown(["evaluation", "width values", "tokens/s", f"x {names[0]}"], body) + omitted
 
 
 def _speeds(results: Mapping[str, Any], draws: NDArray[np.int64]) -> FloatArray:
-    """Speed of the learned rows at the reference's quality, on all prompts and under each resample; [B + 1].
+    """Speed of the learned rows at the reference's quality, on all prompts and under each resample;
+    [B + 1].
 
     NaN where they do not reach it.
     """
@@ -101,13 +105,13 @@ def _speeds(results: Mapping[str, Any], draws: NDArray[np.int64]) -> FloatArray:
     references = [row for row in results["rows"] if row["method"] == _REFERENCE]
     reference = min(references, key=lambda row: row["config"]["target_width"])
     ours = [row for row in results["rows"] if row["method"] == _OURS]
-    target = _quality(reference, draws)  # [B + 1]
+    asked = _quality(reference, draws)  # [B + 1]
     quality = np.stack([_quality(row, draws) for row in ours])  # [rows, B + 1]
     seconds = [np.array([_seconds(prompt["stats"], table) for prompt in row["prompts"]]) for row in ours]
     tokens = [np.array([prompt["stats"]["new_tokens"] for prompt in row["prompts"]]) for row in ours]
     speed = np.stack([t[draws].sum(1) / s[draws].sum(1) for t, s in zip(tokens, seconds, strict=True)])
-    reached = quality.max(axis=0) >= target  # elsewhere there is no speed at that quality
-    at = [speed_at(speed[:, b], quality[:, b], target[b]) for b in range(len(draws))]
+    reached = quality.max(axis=0) >= asked  # elsewhere there is no speed at that quality
+    at = [speed_at(speed[:, b], quality[:, b], asked[b]) for b in range(len(draws))]
     return np.where(reached, at, np.nan)
 
 
@@ -139,13 +143,11 @@ def _width_values(results: Mapping[str, Any]) -> list[float]:
 
 
 def _with_interval(values: FloatArray, form: str) -> str:
-    return f"{values[0]:{form}} {interval(values, form)}" if math.isfinite(values[0]) else "-"
-
-
-def interval(values: FloatArray, form: str) -> str:
-    """95% over resamples that have a value; [B + 1], of which the first is the value itself."""
+    """A value and 95% over the resamples that have one; [B + 1], of which the first is the value itself."""
+    if not math.isfinite(values[0]):
+        return "-"
     low, high = np.nanpercentile(values[1:], [2.5, 97.5])
-    return f"[{low:{form}}, {high:{form}}]"
+    return f"{values[0]:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _number(value: float | None) -> str:

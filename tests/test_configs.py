@@ -29,7 +29,7 @@ from decoding.support.entry import CONF_DIR, build_all, opened
 from decoding.support.settings import check_settings
 from decoding.tasks.base import Prompt
 
-COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency", "depth_room")
+COMMANDS = ("train", "collect", "evaluate", "bench", "generate", "latency")
 GLOBAL = ("experiment", "debug", "sweep")  # set values of other groups; each is for the commands that it names
 MISSING = {
     "pair=local": ["pair.target=a", "pair.draft=b"],
@@ -50,7 +50,7 @@ def options_of(group: str) -> list[str]:
 
 def commands_named_in(path: Path) -> list[str]:
     head = "".join(re.findall(r"^#.*\n", path.read_text(), re.MULTILINE))
-    named = {"train": "train.py", "evaluate": "evaluate.py", "depth_room": "studies.depth_room"}
+    named = {"train": "train.py", "evaluate": "evaluate.py"}
     named |= {name: f"decoding.{name}" for name in ("collect", "bench", "generate", "latency")}
     return [command for command, name in named.items() if name in head or "All commands" in head]
 
@@ -121,7 +121,7 @@ def test_commands_in_comments_compose(where: str, command: str, given: tuple[str
     settings = [text.replace("<directory>", "outputs") for text in given if "..." not in text]
     settings = [text if "[" in text else text.split(",")[0] for text in settings]
     settings += [text for choice in MISSING if choice in settings for text in MISSING[choice]]
-    if command in ("evaluate", "depth_room"):  # as their entry points rename it
+    if command == "evaluate":  # as its entry point renames it
         settings = [re.sub(r"^controller=", "controller_path=", text) for text in settings]
     settings = opened(settings, groups_of(command), ("grid",))
     check_settings(composed(command, *settings), composed(command), ("grid",))

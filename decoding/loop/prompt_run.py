@@ -171,8 +171,8 @@ class PromptRun(ABC):
         layers = (yield from self._draft_forest(root)) if self.draft is not None else []
         drafted = [node for layer in layers for node in layer.nodes]
         if self.recorder is not None:
-            drafts = [list(zip(layer.nodes, layer.weights, strict=True)) for layer in layers]
-            self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], drafts)
+            weighted = [list(zip(layer.nodes, layer.weights, strict=True)) for layer in layers]
+            self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], weighted)
         wanted = dict.fromkeys([beam.node for beam in self.beams] + [n for n in drafted if not self._ended(n)])
         yield Request("target", list(wanted))
         roots, drafts = len(self.beams), tuple(len(layer.nodes) for layer in layers)

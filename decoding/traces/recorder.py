@@ -10,16 +10,17 @@ import torch
 
 from decoding.dice.sampling import Dice
 from decoding.forest.tree import TokenForest
-from decoding.results import LayerEvent
+from decoding.results import LayerEvent, Recorder
 from decoding.traces.schema import Column, ContextFeatures
 
 
-class TraceRecorder:
+class TraceRecorder(Recorder):
     """A decoder's recorder that turns layers into rows.
 
     Args:
         features: computes the feature columns.
-        hidden_sizes: (H_p, H_q), for zeros where a state is unknown; None: hidden states are not logged.
+        hidden_sizes: (H_p, H_q), for zeros where a state is unknown; None: hidden states are not
+            logged.
         shadow_seed: seed of the coins that judge the drafts a decoder no longer needs.
         columns: of one's own.
     """
@@ -36,7 +37,8 @@ class TraceRecorder:
         self.needs_hidden = hidden_sizes is not None
         self._hidden_sizes = hidden_sizes or (0, 0)
         self.rows: list[dict[str, Any]] = []
-        # This prompt's rows, with the kept beams and their slots: no more, since events hold whole distributions.
+        # This prompt's rows, with the kept beams and their slots: no more, since events hold whole
+        # distributions.
         self._open: list[tuple[dict[str, Any], list[tuple[int, float]], list[int]]] = []
         self._forest = TokenForest()
         self._prompt_id, self._split = "", ""
@@ -95,11 +97,12 @@ class TraceRecorder:
 def deficits(
     layers: Sequence[Sequence[tuple[int, float]]], parents: Sequence[int], best_path: Sequence[int]
 ) -> list[dict[int, float]]:
-    """How far behind the best each beam's line was when it ended, in nats.
+    """Nats by which each beam's line was behind the best when it ended.
 
-    A beam's line are its descendants. At the last layer that holds one of them, its deficit is the weight of that
-    layer's best beam less that of its heaviest descendant; beams of the best hypothesis have none. What would have been
-    lost with the others, if only some had been kept, is the least deficit among these.
+    A beam's line are its descendants. At the last layer that holds one of them, its deficit is the
+    weight of that layer's best beam less that of its heaviest descendant; beams of the best
+    hypothesis have none. What would have been lost with the others, if only some had been kept, is
+    the least deficit among these.
 
     Args:
         layers: each layer's beams as (node, weight).

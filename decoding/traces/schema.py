@@ -76,7 +76,7 @@ def own_columns(names: Iterable[str]) -> tuple[Column, ...]:
 
 
 class ContextFeatures(Protocol):
-    """What turns a context into the features of a row; the controller's own when logging for it."""
+    """Turns a context into the features of a row; the controller's own when logging for it."""
 
     names: list[str]
     target_names: list[str]

@@ -1,4 +1,4 @@
-"""Trace rows in Parquet shards beside a manifest: written whole or not at all, checked when they are read."""
+"""Traces in Parquet shards beside a manifest: written whole or not at all, checked when read."""
 
 from __future__ import annotations
 

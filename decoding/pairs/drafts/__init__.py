@@ -67,13 +67,14 @@ def draft_of(given: Any, target: Any, tokenizer: Any = None, draft_tokenizer: An
     """The draft that a `ModelPair` was given.
 
     Args:
-        given: a `Draft`; a causal language model of transformers; a text as for `named_draft`; None for no draft.
+        given: a `Draft`; a causal language model of transformers; a text as for `named_draft`; None
+            for no draft.
         target: the model that it drafts for.
         tokenizer, draft_tokenizer: of the target and of a model, whose tokens are matched.
 
     Raises:
-        UserError: none of these, a model that cannot draft for the target, or a draft that reads layers which the
-            target does not have.
+        UserError: none of these, a model that cannot draft for the target, or a draft that reads
+            layers which the target does not have.
     """
     if isinstance(given, str):
         given = named_draft(given, target)

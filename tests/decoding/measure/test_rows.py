@@ -164,6 +164,12 @@ def test_a_row_of_the_bench_takes_every_knob(entry: dict[str, Any], name: str) -
 @pytest.mark.parametrize(
     ("entry", "sentence"),
     [
+        ({"target_width": 2}, r"rows\[0\].method is None; choose among multinomial, beam_sample, speculative,"),
+        ("fixed", r"rows\[0\] is 'fixed'; give a mapping"),
+        ({"method": "hf_sample", "batch_size": 8}, r"batch_size is not a setting of hf_sample.*one prompt at a time"),
+        ({"method": "fixed", "batch_size": 0}, "batch_size is 0; give a whole number of at least 1"),
+        ({"method": "fixed", "exact": 1}, r"rows\[0\].exact is 1; give true or false"),
+        ({"method": "fixed", "draft_width": 1}, r"rows\[0\] \(fixed\): draft_width \(1\) is less than target_width"),
         ({"method": "gap", "gap": "wide"}, r"rows\[0\].gap is 'wide'; give a number"),
         ({"method": "gap", "share": 0.5}, r"rows\[0\].share is not a setting of gap; it takes draft_width, .*gap"),
         ({"method": "fixed", "asked_width": 1.5}, r"asked_width is 1.5; give a whole number"),
@@ -175,6 +181,13 @@ def test_a_row_of_the_bench_takes_every_knob(entry: dict[str, Any], name: str) -
 def test_a_row_of_the_bench_is_refused_in_a_sentence(entry: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         read_rows([entry], CONFIG)
+
+
+def test_rows_of_the_bench_differ() -> None:
+    with pytest.raises(UserError, match="rows is empty"):
+        read_rows([], CONFIG)
+    with pytest.raises(UserError, match=r"rows\[1\] is rows\[0\] again"):
+        read_rows([{"method": "hf_sample"}] * 2, CONFIG)
 
 
 # ----------------------------------------------------------------------------- policies of one's own

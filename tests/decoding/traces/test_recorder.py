@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from controller import WidthNet
 from controller.checkpoint import save_controller
@@ -33,6 +32,7 @@ from decoding.tasks.stdlib import StdlibTask
 from decoding.traces.recorder import TraceRecorder, deficits
 from decoding.traces.schema import TRACE_FEATURES
 from decoding.traces.store import MANIFEST, load_traces
+from tests.decoding.stubs import seeded, small_llama
 
 CONFIG = DecodingConfig(target_width=3, draft_width=5, draft_depth=2, max_new_tokens=10, top_k=8, eos_token_id=-1)
 
@@ -51,27 +51,9 @@ class SimpleFeatures:
         return np.array([context.target.probs.max()], dtype=np.float32)
 
 
-def small_llama(layers: int, seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    shape = LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=16,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=None,
-        tie_word_embeddings=True,
-        initializer_range=0.4,
-    )
-    return LlamaForCausalLM(shape)
-
-
 def make_pair() -> ModelPair:
-    target = small_llama(2, 0)
-    draft = small_llama(1, 1)
+    shape = dict(num_attention_heads=2, num_key_value_heads=1, intermediate_size=16, initializer_range=0.4)
+    target, draft = (small_llama(20, n, seed, tie_word_embeddings=True, **shape) for n, seed in ((2, 0), (1, 1)))
     draft.model.embed_tokens.weight.data.copy_(target.model.embed_tokens.weight.data)
     return ModelPair(target, draft, name="small")
 
@@ -131,10 +113,6 @@ class Spy(TraceRecorder):
     def end(self, best_path: list[int]) -> None:
         self.path = best_path
         super().end(best_path)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def recorded(
