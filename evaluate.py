@@ -20,7 +20,6 @@ from rich.console import Console
 from controller import LearnedWidth
 from controller.checkpoint import load_controller, weights_sha256
 from controller.tracking import log_evaluation, tracked
-from controller.width_value import warn_of_shared_prompts
 from decoding import DecodingConfig, ModelPair, UserError
 from decoding.cost_table import LatencyTable
 from decoding.machine.choose import cost_table
@@ -71,8 +70,6 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     with tracked(cfg) as logger:
         pair: ModelPair = instantiate(cfg.pair)
         prompts, warmup = read_prompts(cfg.prompts, task, pair)
-        if cfg.learned.results is not None and cfg.controller_path is not None:
-            warn_of_shared_prompts(cfg.learned.results, task.describe(), [prompt.id for prompt in prompts])
         tables |= cost_tables(cfg, pair, any(row.method.name in LEARNED for row in rows))
         kept, tuned = tune(cfg, candidates, pair, task, tables) if candidates and tables else ([], None)
         records = make_records([*rows, *kept], pair, cfg.batch_size)
@@ -174,13 +171,6 @@ def chosen_policies(cfg: DictConfig) -> list[str]:
             )
     if "learned_also" in {*names, *cfg.references} and not cfg.get("also"):
         raise UserError("'learned_also' plans for a second device: give it as latency@also=<a config of conf/latency>.")
-    choices = ("results", "min_logprob_drop", "target_tokens_per_second")
-    choosing = [name for name in choices if cfg.learned[name] is not None]
-    if choosing and cfg.grid.width_values:
-        raise UserError(
-            f"learned.{choosing[0]} chooses a width_value, and grid.width_values={to_plain(cfg.grid.width_values)} "
-            "gives some; give grid.width_values=[] to have it chosen."
-        )
     return names
 
 

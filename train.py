@@ -26,10 +26,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 
-from controller.calibration import BINS, Curve, Reliability, calibrate, reliability_curves, reliability_from_sums
+from controller.calibration import calibrate, fit_rules
 from controller.checkpoint import save_controller
 from controller.data import TraceDataModule
-from controller.features import describe_features
+from controller.metrics import CURVES, Reliability
 from controller.module import ControllerModule
 from controller.tracking import is_wandb, tracked
 from decoding.collect import ensure_traces
@@ -43,7 +43,6 @@ _AGAIN = "Give a checkpoint that train.py wrote with these settings, or leave ck
 @entry_point(config_name="train")
 def main(cfg: DictConfig) -> float:
     """Train the controller that the config describes; returns the best `val/loss`, for sweeps."""
-    check_hidden(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = read_checkpoint(cfg.ckpt_path)
     with tracked(cfg) as wandb_logger:  # before traces are collected for hours; a crash closes its run too
@@ -53,12 +52,9 @@ def main(cfg: DictConfig) -> float:
 def fit(
     cfg: DictConfig, traces: Path, checkpoint: dict[str, Any] | None, wandb_logger: WandbLogger | None = None
 ) -> float:
-    """Train on a directory's traces, calibrate, save to `output_dir`; returns the best `val/loss`."""
-    features = instantiate(cfg.features)
-    names = [*features.names, *features.target_names]
-    sizes = cfg.controller.get("batch_size", 512), cfg.controller.get("use_hidden", False), cfg.max_train_rows
-    data = TraceDataModule(traces, names, *sizes)
-    module: ControllerModule = instantiate(cfg.controller, **data.sizes)
+    """Train on the traces of a directory, calibrate, save to `output_dir`; returns the best `val/loss`."""
+    data = TraceDataModule(traces, cfg.controller.get("batch_size", 64), cfg.max_train_rows)
+    module: ControllerModule = instantiate(cfg.controller, target_width=data.target_width)
     check_checkpoint(checkpoint, module, cfg)
     loggers = build_loggers(cfg, wandb_logger)
     callbacks = [*build_all(cfg.callbacks), GoOn()]
@@ -69,24 +65,16 @@ def fit(
     seconds = time.perf_counter() - started
     load_best(trainer, module)
     loss = module.evaluate(data.rows["val"].columns)["val/loss"]
-    calibrate(module.net, data.rows["val"].columns, module.soft_labels)
+    calibrate(module.net, data.rows["val"].columns)
+    fit_rules(module.net, data.rows["train"].columns)
+    metrics = final_metrics(module, data)
     held_out = "test" if len(data.rows["test"]) else "val"
-    curves = reliability_curves(module.net, data.rows[held_out].columns)
-    metrics = final_metrics(module, data) | curve_metrics(curves, held_out)
-    about = describe(cfg, data, features, metrics, seconds) | {"reliability": describe_curves(curves, held_out)}
+    curves = module.curves(held_out)
+    about = describe(cfg, data, metrics, seconds) | {"reliability": describe_curves(curves, held_out)}
     saved = save_controller(module.net, Path(cfg.output_dir) / "controller", about)
     log_results(loggers, wandb_logger, data, metrics, curves)
     print_results(saved, metrics)
     return loss
-
-
-def check_hidden(cfg: DictConfig) -> None:
-    """Refuse to learn from hidden states that are not logged."""
-    if cfg.controller.get("use_hidden", False) and not cfg.collect.get("hidden", False):
-        raise UserError(
-            "controller.use_hidden is true, but collect.hidden is false: traces would be logged without hidden states. "
-            "Set collect.hidden=true, or leave controller.use_hidden=false."
-        )
 
 
 def read_checkpoint(path: str | None) -> dict[str, Any] | None:
@@ -198,34 +186,19 @@ def final_metrics(module: ControllerModule, data: TraceDataModule) -> dict[str, 
     return metrics
 
 
-def curve_metrics(curves: dict[str, Curve], split: str) -> dict[str, float]:
-    """Calibration error and score of every curve, as metrics."""
-    errors = {f"{split}/{name}_ece": curve.bins.error for name, curve in curves.items()}
-    return errors | {f"{split}/{name}_rps": curve.score for name, curve in curves.items()}
+def describe_curves(curves: dict[str, Reliability], split: str) -> dict[str, Any]:
+    """JSON-able: the bins of the candidates' chances (predicted, observed, rows), the split, and all curves by name."""
+    described = {name: _bins(bins) | {"error": bins.error} for name, bins in curves.items()}
+    return _bins(curves[CURVES[0]]) | {"split": split, "curves": described}
 
 
-def describe_curves(curves: dict[str, Curve], split: str) -> dict[str, Any]:
-    """JSON-able: bins of P(K_w >= M) (predicted, observed, rows), the split, all curves by name."""
-    pooled = curves.get(
-        "count", Curve(reliability_from_sums(torch.zeros(3, BINS)), float("nan"))
-    )  # empty: nothing drafted
-    described = {
-        name: _bins(curve.bins) | {"error": curve.bins.error, "score": curve.score} for name, curve in curves.items()
-    }
-    return _bins(pooled.bins) | {"split": split, "curves": described}
-
-
-def describe(
-    cfg: DictConfig, data: TraceDataModule, features: Any, metrics: dict[str, float], seconds: float
-) -> dict[str, Any]:
-    """The origin of a controller and how good it is; JSON-able, saved in its config.json."""
+def describe(cfg: DictConfig, data: TraceDataModule, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
+    """Where a controller came from and how good it is; JSON-able, saved in its config.json."""
     return {
         **provenance(),
         "pair": data.manifest["pair"],
         "decoding": data.manifest["decoding"],
-        "features": describe_features(
-            features, {key: value for key, value in to_plain(cfg.features).items() if key[0] != "_"}
-        ),
+        "features": data.manifest["features"],
         "traces": [
             {name: data.manifest.get(name) for name in ("trace_key", "rows", "prompts", "policy", "task", "seed")}
         ],
@@ -244,7 +217,7 @@ def log_results(
     wandb_logger: WandbLogger | None,
     data: TraceDataModule,
     metrics: dict[str, float],
-    curves: dict[str, Curve],
+    curves: dict[str, Reliability],
 ) -> None:
     """Final metrics to every logger; histograms of the traces and the calibration tables to Weights
     & Biases.
@@ -257,18 +230,12 @@ def log_results(
     import wandb
 
     rows = data.rows["train"].columns
-    drafted = rows["draft_width"] > 0
-    counts = {
-        "accepted": rows["bits"].sum(-1)[drafted],
-        "draft_width": rows["draft_width"][drafted],
-        "target_width": rows["target_width"],
-    }
+    selected = (rows["places"] > 0).sum(-1)[rows["there"]]
+    counts = {"drafts": rows["drafts"][rows["there"]], "selected_candidates": selected}
     histograms = {f"traces/{name}": wandb.Histogram(values.tolist()) for name, values in counts.items()}
     tables = {
-        f"calibration/{name}": wandb.Table(
-            columns=list(Reliability._fields), data=np.stack(curve.bins, axis=1).tolist()
-        )
-        for name, curve in curves.items()
+        f"calibration/{name}": wandb.Table(columns=list(Reliability._fields), data=np.stack(bins, axis=1).tolist())
+        for name, bins in curves.items()
     }
     wandb_logger.experiment.log(histograms | tables)
 

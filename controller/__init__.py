@@ -1,4 +1,4 @@
-"""Everything that learns: features of a layer, the width network, its training and calibration, the learned policy."""
+"""Everything that learns: what is seen of candidates, the network, its training and calibration, the learned policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TraceDataModule: logged traces as in-memory tensors, split by prompt. Rows are read once; a batch is one index."""
+"""TraceDataModule: logged traces as in-memory tensors, split by prompt. One row is one iteration, layer by layer."""
 
 from __future__ import annotations
 
@@ -14,28 +14,26 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from controller.features import check_features
+from controller.features import CANDIDATE, LAYER, VERSION, check_features
 from decoding.errors import UserError
-from decoding.support.checks import whole
-from decoding.tasks.base import SPLITS
-from decoding.traces.store import load_traces
+from decoding.traces import load_traces
 
+SPLITS = ("train", "val", "test")
 Batch = dict[str, Tensor]
 
 
 class TraceRows(Dataset[Batch]):
-    """Rows of one split as tensors of equal length; indexed with a list it gives a batch.
+    """Iterations of one split; indexed with a list it gives a batch.
 
-    Columns: features [N, F], draft_hidden [N, H_q], target_hidden [N, H_p] float32; bits [N, W] bool;
-    target_features [N, G], accept_probs [N, W], slot_deficits [N, R] float32; layer, draft_width, target_width,
-    kept_width, survivor_slot [N] int64. W pads to the widest draft width, R to the widest target width.
+    Columns: candidates [N, L, C, G], features [N, L, F] float32; parents, places [N, L, C], need [N, L, R], drafts,
+    size [N, L] int64; valid [N, L, C], there, reached [N, L] bool. `need` is padded with 0, `size` its length.
     """
 
     def __init__(self, columns: Batch) -> None:
         self.columns = columns
 
     def __len__(self) -> int:
-        return len(self.columns["draft_width"])
+        return len(self.columns["drafts"])
 
     def __getitem__(self, index: Any) -> Batch:
         return {name: column[index] for name, column in self.columns.items()}
@@ -46,67 +44,44 @@ class TraceDataModule(LightningDataModule):
 
     Args:
         directory: with Parquet shards and manifest.json.
-        feature_names: what the network will be given when it decides; traces with others are refused. None: no check.
-        batch_size: rows per batch.
-        use_hidden: load the hidden vectors, which must have been logged; without them their sizes are 0.
-        max_train_rows: train on the first prompts only, as many as have at most so many rows together. None: on all.
+        batch_size: iterations per batch.
+        max_train_rows: train on the first prompts only, as many as have at most so many iterations together; None: all.
 
     Raises:
-        UserError: no rows, other features, no hidden vectors, values that are not finite, or a prompt in two splits.
+        UserError: no rows, other features, values that are not finite, or a prompt in two splits.
     """
 
-    def __init__(
-        self,
-        directory: str | Path,
-        feature_names: list[str] | None = None,
-        batch_size: int = 512,
-        use_hidden: bool = False,
-        max_train_rows: int | None = None,
-    ) -> None:
+    def __init__(self, directory: str | Path, batch_size: int = 64, max_train_rows: int | None = None) -> None:
         super().__init__()
-        if max_train_rows is not None:
-            whole("max_train_rows", max_train_rows, least=1, hint="or null to train on all")
-        where = str(directory)  # in messages
+        if max_train_rows is not None and max_train_rows < 1:
+            raise UserError(
+                f"max_train_rows is {max_train_rows}; give a whole number of at least 1, or null to train on all."
+            )
         rows, self.manifest = load_traces(Path(directory))
         self.batch_size = batch_size
-        if feature_names is not None:
-            features = self.manifest["features"]
-            found = [*features["names"], *features.get("target_names", [])]
-            check_features(found, feature_names, f"The traces in {where} have")
-        if use_hidden and not self.manifest.get("hidden"):
-            raise UserError(
-                f"The traces in {where} hold no hidden states, and use_hidden is true. Collect traces with "
-                "collect.hidden=true, or leave use_hidden=false."
-            )
+        features = self.manifest["features"]
+        found = [*features.get("names", []), *features.get("candidate_names", [])]
+        check_features(found, [*LAYER, *CANDIDATE], f"The traces in {directory} have")
+        if features.get("version") != VERSION:
+            raise UserError(f"The traces in {directory} are of other features; collect them again.")
         table: pa.Table = rows.with_format("arrow")[:]
-        prompts, split = table["prompt_id"].to_pylist(), np.asarray(table["split"].to_pylist())
-        _check_splits(prompts, split, where)
+        prompts, split = table["prompt_id"].to_pylist(), table["split"].to_pylist()
+        _check_splits(prompts, split, str(directory))
+        self.target_width = int(self.manifest["decoding"]["target_width"])
+        columns, first = _columns(table, self.target_width, str(directory))
+        prompts, splits = [prompts[i] for i in first], np.asarray([split[i] for i in first])
         if max_train_rows is not None:
-            split[_beyond(prompts, split == "train", max_train_rows)] = "unused"
-        columns = _columns(table, self.manifest, use_hidden, where)
+            splits[_beyond(prompts, splits == "train", max_train_rows)] = "unused"
         self.rows = {
-            name: TraceRows({key: column[torch.from_numpy(split == name)] for key, column in columns.items()})
+            name: TraceRows({key: column[torch.from_numpy(splits == name)] for key, column in columns.items()})
             for name in SPLITS
         }
         for name in ("train", "val"):
             if not len(self.rows[name]):
                 raise UserError(
-                    f"The traces in {where} have no rows in split {name!r}; a controller needs both train and val. "
+                    f"The traces in {directory} have no rows in split {name!r}; a controller needs both train and val. "
                     f"Raise collect.{name}_prompts and collect again."
                 )
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Sizes of a WidthNet for these traces."""
-        columns = self.rows["train"].columns
-        return {
-            "features": columns["features"].shape[1],
-            "draft_width": columns["bits"].shape[1],
-            "target_width": columns["slot_deficits"].shape[1],
-            "draft_hidden": columns["draft_hidden"].shape[1],
-            "target_hidden": columns["target_hidden"].shape[1],
-            "target_features": columns["target_features"].shape[1],
-        }
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self._loader("train", shuffle=True)
@@ -132,9 +107,9 @@ def _beyond(prompts: list[str], train: np.ndarray, limit: int) -> np.ndarray:
     return train & np.asarray([prompt not in kept for prompt in prompts])
 
 
-def _check_splits(prompts: list[str], split: np.ndarray, directory: str) -> None:
+def _check_splits(prompts: list[str], split: list[str], directory: str) -> None:
     home: dict[str, str] = {}
-    for prompt, name in zip(prompts, split.tolist(), strict=True):
+    for prompt, name in zip(prompts, split, strict=True):
         if name not in SPLITS:
             raise UserError(f"The traces in {directory} have a split {name!r}; allowed are {', '.join(SPLITS)}.")
         if home.setdefault(prompt, name) != name:
@@ -144,47 +119,42 @@ def _check_splits(prompts: list[str], split: np.ndarray, directory: str) -> None
             )
 
 
-def _columns(table: pa.Table, manifest: dict[str, Any], use_hidden: bool, directory: str) -> Batch:
-    """All rows as tensors."""
-    decoding = manifest.get("decoding", {})
-    counts = {
-        name: torch.from_numpy(table[name].to_numpy().astype(np.int64))
-        for name in ("layer", "draft_width", "target_width", "kept_width", "survivor_slot")
+def _columns(table: pa.Table, target_width: int, directory: str) -> tuple[Batch, list[int]]:
+    """All iterations as tensors, and the first row of each."""
+    layer = table["layer"].to_numpy().astype(np.int64)
+    first = np.flatnonzero(layer == 1)
+    iteration = np.cumsum(layer == 1) - 1  # [rows]
+    counts = np.asarray([len(row) for row in table["places"]])
+    needs = np.asarray([len(row) for row in table["need"]])
+    shape = len(first), int(layer.max()), int(counts.max())
+    at = torch.from_numpy(iteration), torch.from_numpy(layer - 1)
+
+    def laid_out(name: str, trailing: tuple[int, ...], lengths: np.ndarray | None, dtype: torch.dtype) -> Tensor:
+        flat = table[name].combine_chunks()
+        values = (flat if lengths is None and not trailing else flat.flatten()).to_numpy(zero_copy_only=False)
+        if not np.isfinite(np.asarray(values, dtype=np.float64)).all():
+            raise UserError(f"Column {name} of the traces in {directory} is not finite. Collect the traces again.")
+        rows = torch.zeros(len(table), *trailing, dtype=dtype)
+        if lengths is None:
+            rows.copy_(torch.from_numpy(np.array(values)).view(rows.shape))
+        else:
+            inside = torch.arange(trailing[0]) < torch.from_numpy(lengths)[:, None]
+            rows[inside] = torch.from_numpy(np.array(values)).to(dtype).view(-1, *trailing[1:])
+        made = torch.zeros(*shape[:2], *trailing, dtype=dtype)
+        made[at] = rows
+        return made
+
+    numbers = torch.int64
+    columns = {
+        "features": laid_out("features", (len(LAYER),), None, torch.float32),
+        "candidates": laid_out("candidates", (shape[2], len(CANDIDATE)), counts, torch.float32),
+        "parents": laid_out("parents", shape[2:], counts, numbers),
+        "places": laid_out("places", shape[2:], counts, numbers),
+        "need": laid_out("need", (target_width,), needs, numbers),
+        "drafts": laid_out("drafts", (), None, numbers),
+        "reached": laid_out("reached", (), None, torch.bool),
     }
-    widest = max(int(decoding.get("target_width", 1)), int(counts["kept_width"].max()))  # R
-    width = max(int(decoding.get("draft_width", 1)), int(counts["draft_width"].max()))  # W
-    columns = counts | {
-        "features": _matrix(table, "features", directory),
-        "target_features": _matrix(table, "target_features", directory),
-        "slot_deficits": _padded(table, "slot_deficits", counts["kept_width"], widest, directory),
-        "bits": _padded(table, "accept_bits", counts["draft_width"], width, directory).bool(),
-        "accept_probs": _padded(table, "accept_probs", counts["draft_width"], width, directory),
-    }
-    for name in ("draft_hidden", "target_hidden"):
-        columns[name] = _matrix(table, name, directory) if use_hidden else torch.zeros(len(table), 0)
-    return columns
-
-
-def _matrix(table: pa.Table, name: str, directory: str) -> Tensor:
-    """A column of equally long lists; [N, length] float32."""
-    flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    if len(flat) % len(table) or not np.isfinite(flat).all():
-        raise UserError(
-            f"Column {name} of the traces in {directory} has rows of unequal length or values that are not finite. "
-            "Collect the traces again."
-        )
-    return torch.from_numpy(flat.reshape(len(table), -1))
-
-
-def _padded(table: pa.Table, name: str, lengths: Tensor, width: int, directory: str) -> Tensor:
-    """A column of lists of the given lengths, padded with zeros; [N, width] float32."""
-    flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    inside = torch.arange(width) < lengths[:, None]  # [N, width]
-    if int(inside.sum()) != len(flat):
-        raise UserError(
-            f"Column {name} of the traces in {directory} does not match its widths: {len(flat)} entries, "
-            f"{int(inside.sum())} expected. Collect the traces again."
-        )
-    padded = torch.zeros(len(lengths), width)
-    padded[inside] = torch.from_numpy(flat)
-    return padded
+    lengths, sizes = torch.zeros(2, *shape[:2], dtype=numbers)
+    lengths[at], sizes[at] = torch.from_numpy(counts), torch.from_numpy(needs)
+    columns |= {"valid": torch.arange(shape[2]) < lengths[..., None], "size": sizes, "there": lengths > 0}
+    return columns, first.tolist()

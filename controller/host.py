@@ -1,198 +1,136 @@
-"""WidthNet on the host: one row at a time, in compiled functions, at a fraction of the call overhead.
-
-A policy is asked for a few small numbers between passes of large models, when little of Python and numpy is left in a
-processor's caches: each call costs several times what it does in a loop. Compiled, a decision is one call.
-"""
+"""WidthNet on the host: one layer at a time, compiled where numba is installed, the same numbers where it is not."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from controller.features import Packed
-from controller.network import LIMIT, WidthNet
-from decoding.support.arrays import FloatArray, FloatVector
+from controller.network import CUT, LEAST, LIMIT, SOFT, PassRule, WidthNet
+from decoding.support.arrays import FloatVector
 from decoding.support.compiled import COMPILED, compiled
 
-NATS = 0.5  # share of the loss that is in nats; the rest is in the chance that the best hypothesis is lost
+
+@compiled
+def _looped(state, weight, bias):  # type: ignore[no-untyped-def]
+    """state @ weight + bias; numba would ask scipy for the product."""
+    made = np.empty((state.shape[0], weight.shape[1]), np.float32)
+    for row in range(state.shape[0]):
+        made[row] = bias
+        for k in range(state.shape[1]):
+            value = state[row, k]
+            for column in range(weight.shape[1]):
+                made[row, column] += value * weight[k, column]
+    return made
+
+
+def _multiplied(state: FloatVector, weight: FloatVector, bias: FloatVector) -> FloatVector:
+    return state @ weight + bias
+
+
+_linear = _looped if COMPILED else _multiplied
+
+
+@compiled
+def log_chances(candidates, features, log_parent, target_width, mean, inverse, hidden, top, bias):  # type: ignore[no-untyped-def]
+    """log π of a layer's candidates, [C] float32; see `WidthNet.layer`.
+
+    Args:
+        candidates, features, log_parent: [C, G], [F], [C] float32.
+        target_width: R.
+        mean, inverse: [I] of the inputs.
+        hidden: (weight [a, b], bias [b]) of each layer but the last.
+        top, bias: [h, 1] and [1], of the last; divided by the temperature.
+    """
+    count = len(candidates)
+    log_q, log_key = candidates[:, 0], candidates[:, 1]
+    chance, race = log_q + log_parent, log_key - log_parent
+    by_chance, by_race = np.argsort(-chance, kind="mergesort"), np.argsort(race, kind="mergesort")
+    nth, cut = min(target_width, count) - 1, min(CUT, count) - 1
+    inputs = np.empty((count, len(mean)), np.float32)
+    first = candidates.shape[1]
+    inputs[:, :first] = candidates
+    inputs[:, first] = log_parent
+    inputs[:, first + 1] = log_key - np.sort(log_key)[nth]
+    inputs[:, first + 3] = chance
+    inputs[:, first + 4] = chance - chance[by_chance[cut]]
+    inputs[:, first + 6] = race - race[by_race[nth]]
+    inputs[:, first + 8] = log_key + log_q
+    for place in range(count):
+        rank = math.log(place + 1.0)
+        inputs[place, first + 2] = rank
+        inputs[by_chance[place], first + 5] = rank
+        inputs[by_race[place], first + 7] = rank
+    for place in range(len(features)):
+        inputs[:, first + 9 + place] = features[place]
+    state = np.minimum(np.maximum((inputs - mean) * inverse, np.float32(-LIMIT)), np.float32(LIMIT))
+    for weight, shift in hidden:
+        state = np.maximum(_linear(state, weight, shift), np.float32(0.0))
+    odds = _linear(state, top, bias)[:, 0]
+    return log_parent - np.log1p(np.exp(np.minimum(-odds, np.float32(80.0))))
 
 
 class HostNet:
-    """A WidthNet's weights for the functions below.
-
-    `early` and `late` have the fields of `EarlyWeights` and `LateWeights`.
+    """A WidthNet's weights, and what it says of one layer.
 
     Args:
         net: its weights are copied; later changes to it are not seen.
     """
 
     def __init__(self, net: WidthNet) -> None:
-        def host(tensor: Tensor) -> FloatVector:
-            return np.ascontiguousarray(tensor.detach().float().cpu().numpy()).copy()
+        linears = [block[0] for block in list(net.mlp)[:-1]]  # type: ignore[index]
+        last: Any = net.mlp[-1]
+        self.target_width = net.target_width
+        self._hidden = tuple((_host(linear.weight.T), _host(linear.bias)) for linear in linears)
+        self._top = _host(last.weight.T / net.temperature)
+        self._bias = _host(last.bias / net.temperature)
+        self._mean, self._inverse = _host(net.mean), _host(1.0 / net.scale)
+        self._before, self._after = _Rule(net.before, None), _Rule(net.after, (net.after_mean, net.after_scale))
 
-        def linears(trunk: nn.Sequential) -> list[tuple[FloatVector, FloatVector]]:
-            found = [module for module in trunk if isinstance(module, nn.Linear)]
-            return [(host(linear.weight.T), host(linear.bias)) for linear in found]
+    def chances(self, candidates: FloatVector, features: FloatVector, log_parent: FloatVector) -> FloatVector:
+        """log π of a layer's candidates, [C]; arguments as for `log_chances`."""
+        weights = self._mean, self._inverse, self._hidden, self._top, self._bias
+        found: FloatVector = log_chances(candidates, features, log_parent, self.target_width, *weights)
+        return found
 
-        def projection(linear: nn.Linear | None) -> FloatVector:
-            return host(linear.weight.T) if linear is not None else np.zeros((0, 0), np.float32)
+    def passes(self, features: Sequence[float], left_out: float, missing: float) -> list[float]:
+        """P that drafts hold the first j = 1..R of the selection, with the candidates in hand."""
+        return self._after(features, (math.log(left_out + SOFT), missing))
 
-        def quality(survivor: nn.Linear, temperature: Tensor, regret: nn.Linear, shift: Tensor) -> Any:
-            weight = torch.cat([survivor.weight / temperature, regret.weight])  # [2 R - 1, hidden]
-            return host(weight.T), host(torch.cat([survivor.bias / temperature, regret.bias + shift]))
-
-        # The accept head and its basis are two linear maps in a row, and temperatures only scale: one map each.
-        accept = net.accept_basis.T / net.accept_temperature  # [W * W, bases]
-        bias = (accept @ net.accept_head.bias).view_as(net.accept_bias) + net.accept_bias / net.accept_temperature
-        early = EarlyWeights(
-            host(net.feature_mean),
-            host(1.0 / net.feature_std),
-            projection(net.draft_projection),
-            projection(net.target_projection),
-            tuple(linears(net.trunk)),
-            host((accept @ net.accept_head.weight).T),
-            host(bias),
-            *quality(net.survivor_head, net.survivor_temperature, net.regret_head, net.regret_shift),
-        )
-        late = net.late_survivor_head, net.late_survivor_temperature, net.late_regret_head, net.late_regret_shift
-        layers = (*linears(net.late_trunk), quality(*late))
-        # Plain tuples, as compiled functions take them: numba works out the type of a named one anew each time.
-        self.early = tuple(early)
-        self.late = tuple(LateWeights(host(net.late_mean), host(1.0 / net.late_std), layers))
+    def expects(self, context: Sequence[float], width: int) -> list[float]:
+        """The same before the layer is drafted, by BEFORE and the number of drafts."""
+        return self._before(context, (-math.log(width),))
 
 
-def _times(rows: FloatVector, matrix: FloatVector) -> FloatVector:
-    """[N, I] times [I, J]; numba's own product would need SciPy."""
-    out = np.zeros((rows.shape[0], matrix.shape[1]), np.float32)
-    for n in range(rows.shape[0]):
-        for i in range(matrix.shape[0]):
-            value = rows[n, i]
-            if value != 0:  # half of what a rectifier lets through
-                for j in range(matrix.shape[1]):
-                    out[n, j] += value * matrix[i, j]
-    return out
+class _Rule:
+    """A PassRule as numbers."""
+
+    def __init__(self, rule: PassRule, standard: tuple[Tensor, Tensor] | None) -> None:
+        softplus = [math.log1p(math.exp(step)) for step in rule.steps.tolist()]
+        self._steps = np.cumsum(softplus).tolist()
+        self._rates = [math.log1p(math.exp(rate)) for rate in rule.rates.tolist()]
+        self._weights, self._bias = rule.linear.weight[0].tolist(), float(rule.linear.bias.detach())
+        count = len(self._weights)
+        mean, scale = ([0.0] * count, [1.0] * count) if standard is None else (part.tolist() for part in standard)
+        self._standard = list(zip(mean, scale, strict=True)) if standard is not None else None
+
+    def __call__(self, context: Sequence[float], evidence: Sequence[float]) -> list[float]:
+        if self._standard is not None:
+            scaled = [(value - mean) / scale for value, (mean, scale) in zip(context, self._standard, strict=True)]
+            context = [min(max(value, -LIMIT), LIMIT) for value in scaled]
+        odds = self._bias + sum(weight * value for weight, value in zip(self._weights, context, strict=True))
+        odds -= sum(rate * value for rate, value in zip(self._rates, evidence, strict=True))
+        return [1.0 / (1.0 + math.exp(min(step - odds, 80.0))) for step in self._steps]
 
 
-times = compiled(_times) if COMPILED else np.dot
+def leftovers(chances: FloatVector, drafted: np.ndarray, target_width: int) -> tuple[float, float]:
+    """`network.leftovers` of one layer."""
+    others = np.minimum(chances[~drafted], 1 - LEAST)
+    return float(-np.log1p(-others).sum()), float(target_width - chances[drafted].sum())
 
 
-class EarlyWeights(NamedTuple):
-    """Of the network that sees a layer before its drafts are drawn. Matrices are [inputs, outputs]."""
-
-    mean: FloatVector  # [F]
-    scale: FloatVector  # [F]
-    draft_projection: FloatVector  # [H_q, p]; p is 0 where that hidden vector is not used
-    target_projection: FloatVector  # [H_p, p]
-    layers: tuple[tuple[FloatVector, FloatVector], ...]  # weight, bias
-    accept: FloatVector  # [hidden, W * W] logits
-    accept_bias: FloatVector  # [W, W]
-    quality: FloatVector  # [hidden, 2 R - 1] survivor logits before log regret steps
-    quality_bias: FloatVector  # [2 R - 1]
-
-
-class LateWeights(NamedTuple):
-    """Of the network that has seen P: both heads as one map, survivor logits before log regret steps."""
-
-    mean: FloatVector  # [G]
-    scale: FloatVector  # [G]
-    layers: tuple[tuple[FloatVector, FloatVector], ...]
-
-
-@compiled
-def _standardised(features: FloatVector, mean: FloatVector, scale: FloatVector) -> FloatVector:
-    return np.minimum(np.maximum((features - mean) * scale, np.float32(-LIMIT)), np.float32(LIMIT))
-
-
-@compiled
-def _normalised(vector: FloatVector) -> FloatVector:
-    """F.layer_norm without weights, [H]."""
-    if len(vector) == 0:
-        return vector
-    centred = vector - vector.sum() / np.float32(len(vector))
-    return centred * np.float32(1.0 / math.sqrt((centred * centred).sum() / len(vector) + 1e-5))
-
-
-@compiled
-def early(
-    features: FloatVector, draft_hidden: FloatVector, target_hidden: FloatVector, weights: EarlyWeights
-) -> tuple[FloatVector, FloatVector]:
-    """[F], [H_q], [H_p] -> accept logits [W, W]; survivor logits and log regret steps [R + R - 1]."""
-    row = np.concatenate(
-        (
-            _standardised(features, weights.mean, weights.scale),
-            times(_normalised(draft_hidden).reshape(1, -1), weights.draft_projection)[0],
-            times(_normalised(target_hidden).reshape(1, -1), weights.target_projection)[0],
-        )
-    ).reshape(1, -1)
-    for weight, bias in weights.layers:
-        row = np.maximum(times(row, weight) + bias, np.float32(0))
-    accept = times(row, weights.accept)[0].reshape(weights.accept_bias.shape) + weights.accept_bias
-    return accept, times(row, weights.quality)[0] + weights.quality_bias
-
-
-@compiled
-def late(features: FloatVector, weights: LateWeights) -> FloatVector:
-    """[G] -> [R + R - 1], survivor logits and log regret steps."""
-    row = _standardised(features, weights.mean, weights.scale).reshape(1, -1)
-    for weight, bias in weights.layers[:-1]:
-        row = np.maximum(times(row, weight) + bias, np.float32(0))
-    weight, bias = weights.layers[-1]
-    return times(row, weight)[0] + bias
-
-
-@compiled
-def expected_loss(quality: FloatVector, target_width: int) -> FloatArray:
-    """L(0) = L(1), ..., L(target_width) = 0 from a quality head; [2 R - 1] -> [R + 1].
-
-    L(k) is the mean of the nats that are lost without the slots from k + 1 on and of the probability that the survivor
-    is among these. Nothing is lost at target_width: what more slots would have held was never to be had.
-
-    Args:
-        quality: survivor logits [R], then log regret steps [R - 1].
-        target_width: of the config, at most R.
-    """
-    ranks = (len(quality) + 1) // 2
-    loss = np.zeros(ranks + 1)
-    odds = np.exp(quality[:ranks].astype(np.float64) - quality[:ranks].max())
-    total = odds.sum()
-    nats = beyond = 0.0
-    for k in range(ranks - 1, 0, -1):
-        nats += math.exp(np.float64(quality[ranks + k - 1]))
-        beyond += odds[k] / total
-        loss[k] = NATS * nats + (1.0 - NATS) * beyond
-    loss[0] = loss[1]
-    return np.maximum(loss - loss[target_width], 0.0)
-
-
-@compiled
-def foreseen_counts(accept_logits: FloatVector) -> FloatArray:
-    """P(K_w >= M) from the accept head; [W, W] -> [W + 1, W + 1] at [w, M].
-
-    What `losses.count_table` and `losses.tails` give: P(K_{w+1} >= M) = P(K_w >= M) + P(K_w = M - 1) a[w, M - 1].
-    """
-    widest = len(accept_logits)
-    accept = 1.0 / (1.0 + np.exp(-np.maximum(accept_logits.astype(np.float64), -30.0)))
-    at_least = np.zeros((widest + 1, widest + 1))
-    at_least[:, 0] = 1.0
-    for w in range(widest):
-        at_least[w + 1, 1:] = at_least[w, 1:] + (at_least[w, :-1] - at_least[w, 1:]) * accept[w]
-    return at_least
-
-
-@compiled
-def foresee(
-    features: FloatVector, draft_hidden: FloatVector, target_hidden: FloatVector, weights: Packed, target_width: int
-) -> tuple[FloatArray, FloatArray]:
-    """P(K_w >= M) and L(k) from features [F] by `EarlyWeights`; [W + 1, W + 1], [R + 1]. See `expected_loss`."""
-    said = early(features, draft_hidden, target_hidden, EarlyWeights(*weights))
-    return foreseen_counts(said[0]), expected_loss(said[1], target_width)
-
-
-@compiled
-def late_loss(features: FloatVector, weights: LateWeights, target_width: int) -> FloatArray:
-    """[G] -> [R + 1] L(k); see `expected_loss`."""
-    return expected_loss(late(features, weights), target_width)
+def _host(tensor: Tensor) -> FloatVector:
+    return np.ascontiguousarray(tensor.detach().float().cpu().numpy()).copy()

@@ -1,176 +1,197 @@
-"""WidthNet: a layer's context -> accept logits a[i, k] and survivor-rank logits."""
+"""WidthNet: which candidates the target will select, and whether a layer passes. Design section 8.
+
+Of each candidate the network says how likely it is selected if its parent is; along a path these chances multiply, so
+that no child is likelier than its parent. Of each layer two logistic rules say how likely w drafts hold the first j
+of the selection: one before the layer is drafted, one with the candidates in hand. Both fall in j and rise in w.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from itertools import chain, pairwise
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-_SIZES = ("features", "draft_width", "target_width", "draft_hidden", "target_hidden", "target_features")
-ARGUMENTS = (*_SIZES, "hidden", "layers", "dropout", "late_hidden", "projected")
-CALIBRATED = (
-    "accept_temperature",
-    "survivor_temperature",
-    "late_survivor_temperature",
-    "regret_shift",
-    "late_regret_shift",
-)
+from controller.features import CANDIDATE, LAYER
+
+ARGUMENTS = ("target_width", "hidden", "layers")
+CALIBRATED = ("temperature",)
 LIMIT = 5.0  # standardised inputs are clipped here
-_BASES = 16  # patterns over (i, k) that a context can add to the accept logits
-_HIDDEN_BUDGET = 100_000  # parameters that one hidden vector's projection may cost
-
-
-class WidthLogits(NamedTuple):
-    """What WidthNet returns, calibrated by its buffers; the late heads have seen the layer's P."""
-
-    accept: Tensor  # [N, W, W] logit that draft i is accepted when k were before; k <= i has a meaning
-    survivor: Tensor  # [N, R] logit of survivor slot 1..R
-    regret: Tensor  # [N, R - 1] log of the nats that slot k + 1 adds to slots 1..k
-    late_survivor: Tensor  # [N, R]
-    late_regret: Tensor  # [N, R - 1]
+CUT = 10  # candidates, by chance, that the last of is looked at
+LEAST = 1e-6  # the chance that a candidate is (not) selected
+SOFT = 0.02  # added to what is left out, whose logarithm is taken
+# What is seen of a candidate beside its own CANDIDATE columns; s is log Q and the log of the parent's chance.
+DERIVED = (
+    "log_parent",  # log of the parent's chance to be selected
+    "key_gap",  # log key less the R-th smallest
+    "key_rank",  # log of the place by key
+    "chance",  # s
+    "chance_gap",  # s less the CUT-th largest
+    "chance_rank",  # log of the place by s
+    "race_gap",  # the log key that s gives less the R-th smallest
+    "race_rank",  # log of the place by that
+    "noise",  # log E
+)
+INPUTS = (*CANDIDATE, *DERIVED, *LAYER)
+# What the two rules for layers see beside the widths.
+BEFORE = ("first", "layer", "roots", "root_entropy", "last_passed", "last_layers", "left_out", "missing", "unknown")
+AFTER = LAYER
 
 
 class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["speculative-decoding", "beam-sampling"]):
-    """Two small MLPs (design section 8); under 300k parameters with the default sizes.
-
-    One sees a layer before its drafts are drawn: which drafts will be accepted, and what each slot is worth. The other
-    sees P too, and says the latter again. Both start at the best constant predictor (`start_from`); the accept head
-    moves a few learned patterns over (i, k) rather than W² free logits.
+    """A small MLP for candidates and two rules for layers; about 3,000 parameters.
 
     Args:
-        features: F, scalars from `ContextFeatures`.
-        draft_width, target_width: widest w (W) and widest M (R) it answers for.
-        draft_hidden, target_hidden: H_q, H_p; 0 leaves that hidden vector out.
-        target_features: G, scalars from `ContextFeatures.of_target`.
-        hidden, layers, dropout: of the first MLP.
-        late_hidden: width of the second, which has two layers.
-        projected: what each hidden vector is projected to, at most.
+        target_width: R, the widest selection that it answers for.
+        hidden, layers: of the MLP.
     """
 
-    feature_mean: Tensor
-    feature_std: Tensor
-    late_mean: Tensor
-    late_std: Tensor
-    accept_temperature: Tensor
-    survivor_temperature: Tensor
-    late_survivor_temperature: Tensor
-    regret_shift: Tensor
-    late_regret_shift: Tensor
+    mean: Tensor
+    scale: Tensor
+    temperature: Tensor
+    after_mean: Tensor
+    after_scale: Tensor
 
-    def __init__(
-        self,
-        features: int,
-        draft_width: int,
-        target_width: int,
-        draft_hidden: int = 0,
-        target_hidden: int = 0,
-        target_features: int = 0,
-        hidden: int = 128,
-        layers: int = 2,
-        dropout: float = 0.0,
-        late_hidden: int = 48,
-        projected: int = 32,
-    ) -> None:
+    def __init__(self, target_width: int, hidden: int = 32, layers: int = 2) -> None:
         super().__init__()
-        sizes = (features, draft_width, target_width, draft_hidden, target_hidden, target_features)
-        self.sizes: dict[str, int] = dict(zip(_SIZES, sizes, strict=True))
-        sized = {"hidden": hidden, "layers": layers, "dropout": dropout, "late_hidden": late_hidden}
-        self.arguments = {**self.sizes, **sized, "projected": projected}
-        self.draft_projection = _projection(draft_hidden, projected)
-        self.target_projection = _projection(target_hidden, projected)
-        self.projection_dropout = nn.Dropout(dropout)
-        inputs = features + _projected(draft_hidden, projected) + _projected(target_hidden, projected)
-        widths = [inputs, *[hidden] * layers]
-        blocks = ((nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout)) for a, b in pairwise(widths))
-        self.trunk = nn.Sequential(*chain.from_iterable(blocks))
-        top = widths[-1]
-        self.accept_head = nn.Linear(top, _BASES)
-        self.accept_basis = nn.Parameter(torch.randn(_BASES, draft_width * draft_width) / _BASES**0.5)
-        self.accept_bias = nn.Parameter(torch.zeros(draft_width, draft_width))
-        self.survivor_head, self.regret_head = nn.Linear(top, target_width), nn.Linear(top, target_width - 1)
-        self.late_trunk = nn.Sequential(
-            nn.Linear(target_features, late_hidden), nn.ReLU(), nn.Linear(late_hidden, late_hidden), nn.ReLU()
-        )
-        self.late_survivor_head = nn.Linear(late_hidden, target_width)
-        self.late_regret_head = nn.Linear(late_hidden, target_width - 1)
-        quality = (self.survivor_head, self.regret_head, self.late_survivor_head, self.late_regret_head)
-        for head in (self.accept_head, *quality):  # zero: the first prediction is the bias
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-        for name, size in (("feature", features), ("late", target_features)):
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_std", torch.ones(size))
-        for name in CALIBRATED:
-            self.register_buffer(name, torch.ones(()) if name.endswith("temperature") else torch.zeros(()))
+        self.target_width = target_width
+        self.arguments: dict[str, Any] = dict(zip(ARGUMENTS, (target_width, hidden, layers), strict=True))
+        widths = [len(INPUTS), *[hidden] * layers]
+        blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
+        self.mlp = nn.Sequential(*blocks, nn.Linear(widths[-1], 1))
+        self.before = PassRule(len(BEFORE), target_width, evidence=1)
+        self.after = PassRule(len(AFTER), target_width, evidence=2)
+        self.register_buffer("mean", torch.zeros(len(INPUTS)))
+        self.register_buffer("scale", torch.ones(len(INPUTS)))
+        self.register_buffer("after_mean", torch.zeros(len(AFTER)))
+        self.register_buffer("after_scale", torch.ones(len(AFTER)))
+        self.register_buffer("temperature", torch.ones(()))
 
-    def forward(
-        self,
-        features: Tensor,  # [N, F] float32
-        draft_hidden: Tensor | None = None,  # [N, H_q]
-        target_hidden: Tensor | None = None,  # [N, H_p]
-        target_features: Tensor | None = None,  # [N, G] float32; None: as if nothing of P were known
-    ) -> WidthLogits:
-        """What all heads say; hidden vectors are needed where the sizes say so."""
-        inputs = [((features - self.feature_mean) / self.feature_std).clamp(-LIMIT, LIMIT)]
-        for projection, vector in ((self.draft_projection, draft_hidden), (self.target_projection, target_hidden)):
-            if projection is not None:
-                assert vector is not None, "this network was built with hidden vectors"
-                inputs.append(self.projection_dropout(projection(F.layer_norm(vector, vector.shape[-1:]))))
-        top = self.trunk(torch.cat(inputs, -1))
-        accept = (self.accept_head(top) @ self.accept_basis).unflatten(-1, self.accept_bias.shape) + self.accept_bias
-        if target_features is None:
-            target_features = self.late_mean.expand(len(features), -1)
-        late = self.late_trunk(((target_features - self.late_mean) / self.late_std).clamp(-LIMIT, LIMIT))
-        return WidthLogits(
-            accept / self.accept_temperature,
-            self.survivor_head(top) / self.survivor_temperature,
-            self.regret_head(top) + self.regret_shift,
-            self.late_survivor_head(late) / self.late_survivor_temperature,
-            self.late_regret_head(late) + self.late_regret_shift,
-        )
+    def layer(self, candidates: Tensor, features: Tensor, log_parent: Tensor, valid: Tensor) -> Tensor:
+        """Log-odds that candidates of a layer are selected if their parents are, [N, C].
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the sizes, the weights and the calibration; equal for equal networks, wherever they were loaded."""
-        digest = hashlib.sha256(json.dumps(self.arguments, sort_keys=True).encode())
-        for name, values in sorted(self.state_dict().items()):
-            digest.update(name.encode() + values.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        Args:
+            candidates: [N, C, G].
+            features: [N, F] of the layer.
+            log_parent: [N, C] log of the parents' chances.
+            valid: [N, C] bool; others are padding, at the end.
+        """
+        inputs = self.inputs(candidates, features, log_parent, valid)
+        inputs = ((inputs - self.mean) / self.scale).clamp(-LIMIT, LIMIT)
+        odds: Tensor = self.mlp(inputs).squeeze(-1) / self.temperature
+        return odds
+
+    def inputs(self, candidates: Tensor, features: Tensor, log_parent: Tensor, valid: Tensor) -> Tensor:
+        """What the MLP sees, [N, C, I]; arguments as for `layer`."""
+        log_q, log_key = candidates[..., 0], candidates[..., 1]
+        chance = log_q + log_parent
+        race = log_key - log_parent
+        places = torch.arange(1, valid.shape[1] + 1, device=valid.device, dtype=log_q.dtype)
+        derived = (
+            log_parent,
+            log_key - _nth(log_key, valid, self.target_width),
+            places.log().expand_as(log_q),
+            chance,
+            chance + _nth(-chance, valid, CUT),
+            _log_ranks(-chance, valid),
+            race - _nth(race, valid, self.target_width),
+            _log_ranks(race, valid),
+            log_key + log_q,
+        )
+        shared = features[:, None].expand(-1, valid.shape[1], -1)
+        return torch.cat([candidates, torch.stack(derived, -1), shared], -1)
+
+    def forward(self, rows: dict[str, Tensor]) -> Tensor:
+        """log π of the candidates of whole iterations, [N, L, C], layer after layer.
+
+        Args:
+            rows: "candidates" [N, L, C, G], "features" [N, L, F], "parents" [N, L, C] (-1: an input beam), "valid"
+                [N, L, C].
+        """
+        above, found = None, []
+        for depth in range(rows["parents"].shape[1]):
+            parents = rows["parents"][:, depth]
+            log_parent = torch.zeros_like(rows["candidates"][:, depth, :, 0])
+            if above is not None:
+                log_parent = torch.where(parents >= 0, above.gather(1, parents.clamp(min=0)), log_parent)
+            valid = rows["valid"][:, depth]
+            odds = self.layer(rows["candidates"][:, depth], rows["features"][:, depth], log_parent.detach(), valid)
+            above = log_parent + F.logsigmoid(odds)
+            found.append(above)
+        return torch.stack(found, 1)
+
+    def passes(self, features: Tensor, left_out: Tensor, missing: Tensor) -> Tensor:
+        """Log-odds that drafts hold the first j of the selection, with the candidates in hand; [N, R].
+
+        Args:
+            features: [N, F] of the layer.
+            left_out, missing: [N] see `leftovers`.
+        """
+        context = ((features - self.after_mean) / self.after_scale).clamp(-LIMIT, LIMIT)
+        return self.after(context, torch.stack([(left_out + SOFT).log(), missing], -1))
+
+    def expects(self, context: Tensor, width: Tensor) -> Tensor:
+        """The same before the layer is drafted, by BEFORE [N, B] and the number of drafts [N]."""
+        return self.before(context, -width.float().log()[..., None])
 
     @torch.no_grad()
-    def start_from(
-        self,
-        features: tuple[Tensor, Tensor],  # mean and standard deviation, [F] each
-        target_features: tuple[Tensor, Tensor],  # [G] each
-        accept_rate: Tensor,  # [W, W] in (0, 1)
-        survivor_rate: Tensor,  # [R] sums to one
-        regret_rate: Tensor,  # [R - 1] mean nats of each step
-    ) -> None:
-        """Set the standardisation of the inputs, and all heads to constant predictions."""
-        for name, (mean, std) in (("feature", features), ("late", target_features)):
-            self.get_buffer(f"{name}_mean").copy_(mean)
-            self.get_buffer(f"{name}_std").copy_(std.clamp(min=1e-3))
-        self.accept_bias.copy_(accept_rate.clamp(1e-4, 1 - 1e-4).logit())
-        for survivor in (self.survivor_head, self.late_survivor_head):
-            survivor.bias.copy_(survivor_rate.clamp(min=1e-4).log())
-        for regret in (self.regret_head, self.late_regret_head):
-            regret.bias.copy_(regret_rate.clamp(min=1e-4).log())
+    def start_from(self, inputs: Tensor, features: Tensor) -> None:
+        """Standardise by the inputs of many candidates [M, I] and the features of many layers [M, F]."""
+        for mean, scale, seen in (
+            (self.mean, self.scale, inputs),
+            (self.after_mean, self.after_scale, features),
+        ):
+            mean.copy_(seen.mean(0))
+            scale.copy_(seen.std(0, correction=0).clamp(min=1e-2))
 
     def parameter_count(self) -> int:
         """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def _projected(size: int, most: int) -> int:
-    """Width of a hidden vector's projection: `most`, less where that would cost too many parameters."""
-    return min(most, max(4, _HIDDEN_BUDGET // size)) if size else 0
+class PassRule(nn.Module):
+    """Log-odds of `need_j <= w`, j = 1..R: falls in j, and in each of its evidences, which fall in w."""
+
+    def __init__(self, context: int, target_width: int, evidence: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(context, 1)
+        nn.init.zeros_(self.linear.weight)
+        self.steps = nn.Parameter(torch.full((target_width,), -1.0))  # how much harder the next place is
+        self.rates = nn.Parameter(torch.zeros(evidence))
+
+    def forward(self, context: Tensor, evidence: Tensor) -> Tensor:
+        """[..., B], [..., E] -> [..., R]."""
+        common = self.linear(context) - (evidence * F.softplus(self.rates)).sum(-1, keepdim=True)
+        return common - F.softplus(self.steps).cumsum(-1)
 
 
-def _projection(size: int, most: int) -> nn.Linear | None:
-    return nn.Linear(size, _projected(size, most), bias=False) if size else None
+def leftovers(chances: Tensor, drafted: Tensor, target_width: int) -> tuple[Tensor, Tensor]:
+    """How much of the selection is expected outside of the drafts, [N] twice.
+
+    Args:
+        chances: [N, C] π; 0 for padding.
+        drafted: [N, C] bool; what the target has scored counts as drafted.
+        target_width: R.
+
+    Returns:
+        `left_out`, the sum of -log(1 - π) over the others; `missing`, R less the sum of π over the drafts.
+    """
+    surprise = -torch.log1p(-chances.clamp(max=1 - LEAST))
+    return surprise.masked_fill(drafted, 0).sum(-1), target_width - chances.masked_fill(~drafted, 0).sum(-1)
+
+
+def _nth(values: Tensor, valid: Tensor, place: int) -> Tensor:
+    """The n-th smallest of each row, or the largest where there are fewer; [N, 1]."""
+    ordered = values.masked_fill(~valid, torch.inf).sort(-1).values
+    last = (valid.sum(-1, keepdim=True) - 1).clamp(0, place - 1)
+    return ordered.gather(-1, last).nan_to_num(posinf=0.0)
+
+
+def _log_ranks(values: Tensor, valid: Tensor) -> Tensor:
+    """Log of each entry's place in its row, from 1."""
+    order = values.masked_fill(~valid, torch.inf).sort(stable=True, dim=-1).indices
+    places = torch.arange(1, values.shape[-1] + 1, device=values.device, dtype=values.dtype).expand_as(values)
+    return torch.zeros_like(values).scatter(-1, order, places).log()

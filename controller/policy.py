@@ -1,169 +1,136 @@
-"""LearnedWidth: a WidthPolicy that asks a trained network and plans with the device's latencies."""
+"""LearnedWidth: a WidthPolicy that asks a trained network what to draft, and plans with the device's latencies."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from controller.checkpoint import load_controller, weights_sha256
-from controller.experience import Outlook, Pace, Throughput
+from controller.checkpoint import load_controller
+from controller.experience import Experience
 from controller.features import (
+    CANDIDATE,
+    LAYER,
     ContextFeatures,
-    Packed,
+    candidate_features,
     check_features,
-    describe_context,
-    describe_target,
-    features_of,
-    hidden_vectors,
+    layer_features,
+    root_features,
 )
-from controller.host import HostNet
-from controller.network import WidthNet
-from controller.plan import Decision, Planner, kept_width, settles_alone
-from controller.width_value import choose_width_value
+from controller.host import HostNet, leftovers
+from controller.network import SOFT, WidthNet
+from controller.plan import LEAST_CHANCE, Plan
 from decoding.config import DecodingConfig
-from decoding.cost_table import Costs, LatencyTable, UnitCosts, costs_digest
-from decoding.dice.sampling import Distribution
+from decoding.cost_table import Costs, LatencyTable, UnitCosts
 from decoding.errors import UserError
-from decoding.policies.base import DraftContext, IterationRecord, Knob, RootContext, TargetContext, WidthPolicy
-from decoding.support.arrays import FloatArray, FloatVector
-from decoding.support.checks import choice, number
-from decoding.support.compiled import COMPILED
+from decoding.policies.base import (
+    DRAFT_DEPTH,
+    DRAFT_WIDTH,
+    TARGET_WIDTH,
+    DraftContext,
+    IterationRecord,
+    Parents,
+    RootContext,
+    WidthPolicy,
+)
+from decoding.support.arrays import FloatVector, IntArray
 
 CLOCKS = ("wall", "table")
-_NO_HIDDEN = np.zeros(0, np.float32), np.zeros(0, np.float32)
 # Settings that shape P and Q: a controller trained under others is used out of its element.
-_TRAINED_UNDER = (
-    "mode", "temperature", "top_k", "top_p", "warp", "replacement", "surplus", "refill", "one_beam_cache",
-)  # fmt: skip
+_TRAINED_UNDER = ("mode", "temperature", "top_k", "top_p", "warp", "oversample", "draft_top_k", "one_beam_cache")
 
 
-class _Seen(NamedTuple):
-    """The plan of a layer, kept between `draft_width` and `target_width`."""
+class _Layer(NamedTuple):
+    """What was drafted of a layer."""
 
-    context: DraftContext
-    plan: Decision
+    chances: FloatVector  # [w] π of the drafts, in order
+    scored: NDArray[np.bool_]  # [w]
+    reach: float  # the chance that all layers above pass
+    left_out: float
+    missing: float
 
 
 class LearnedWidth(WidthPolicy):
-    """Widths and depth from a trained controller; the decoder forks it for each prompt.
+    """Drafts by a trained controller; the decoder forks it for each prompt.
 
-    M is fixed once the layer's P is there, by what the network says of P and, where P(K_w >= M) matters, by its closed
-    form (design 5.3); never from the drafts or the coins (design 5.4). What is learned on line, how long iterations
-    take and what they earn, outlives a prompt, so that widths depend on the prompts before.
+    All target_width beams are asked for at every layer, so that the tokens are those of `beam_sample` with the same
+    seed: only the speed depends on the controller. How long iterations take and what they give is learned on line and
+    outlives a prompt; where drafting does not pay, nothing is drafted but now and then.
 
     Args:
         net: in eval mode, on the CPU.
         provenance: what `load_controller` returned with it.
-        width_value: what a nat of the best hypothesis is worth, in tokens, and what the whole of it is: a loss is the
-            mean of its nats and of the chance that it is lost. 0 or more; larger: wider, better, slower.
         latency: seconds, or joules, of the passes on this device: a `LatencyTable`, its dict, or the path of its JSON.
             None: unit costs (a target pass 1, a draft pass a quarter), until `use_latency`.
-        clock: what an iteration took: "wall", by which the table is corrected for what nodes and layers add; or
-            "table", as modelled, so that equal prompts, seeds and tables give equal widths. None: "wall" with a latency
-            table in seconds, else "table".
-        share: whether prompts learn together; False: each starts anew, and does not depend on others.
-        features: what the network sees of a layer, or the dotted name of its class; None: of the class that the
-            controller was trained with.
+        clock: what an iteration took: "wall", by which the table is corrected; or "table", as modelled. None: "wall"
+            with a latency table in seconds, else "table".
+        share: whether prompts learn together; False: each starts anew.
 
     Raises:
         UserError: an argument that is not allowed, or features other than this code's.
     """
 
     name = "learned"
-    knobs = (Knob("width_value", "value", axis="width_values"),)
+    knobs = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH)
     family = "learned"
+    chooses = True
 
     def __init__(
         self,
         net: WidthNet,
         provenance: dict[str, Any],
-        width_value: float = 2.0,
         latency: Costs | dict[str, Any] | str | Path | None = None,
         clock: str | None = None,
         share: bool = True,
-        features: ContextFeatures | str | None = None,
     ) -> None:
-        _check_arguments(width_value, clock)
-        trained = provenance.get("features", {})
-        if isinstance(features, str):
-            features = features_of({**trained, "class": features}, may_import=True)  # the user has named it
-        self.features = features_of(trained) if features is None else features
-        found = [*trained.get("names", []), *trained.get("target_names", [])]
-        check_features(found, [*self.features.names, *self.features.target_names], "The controller was trained with")
-        if trained.get("version") != self.features.version:
+        if clock not in (None, *CLOCKS):
+            raise UserError(f"clock is {clock!r}; choose one of {', '.join(map(repr, (None, *CLOCKS)))}.")
+        trained, features = provenance.get("features", {}), ContextFeatures()
+        found = [*trained.get("names", []), *trained.get("candidate_names", [])]
+        check_features(found, [*features.names, *features.candidate_names], "The controller was trained with")
+        if trained.get("version") != features.version:
             raise UserError(
                 f"The controller was trained with version {trained.get('version')} of the features; this code computes "
-                f"version {self.features.version}. Collect traces and train again."
+                f"version {features.version}. Collect traces and train again."
             )
         self.net, self.provenance = net.eval(), provenance
         self._host = HostNet(net)
-        self.width_value, self.clock, self.share = float(width_value), clock, share
-        self.needs_hidden = bool(net.sizes["draft_hidden"] or net.sizes["target_hidden"])
+        self.clock, self.share = clock, share
         self.use_latency(latency)
         self._checked: DecodingConfig | None = None
-        self._widths: tuple[int, ...]
         self._compile()
-        self._new_prompt()
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        pair: Any = None,
-        revision: str | None = None,
-        results: str | Path | Mapping[str, Any] | None = None,
-        min_logprob_drop: float | None = None,
-        target_tokens_per_second: float | None = None,
-        **options: Any,
-    ) -> Self:
+    def load(cls, path: str | Path, pair: Any = None, revision: str | None = None, **options: Any) -> Self:
         """A policy from a controller that train.py saved.
 
         Args:
             path: its directory, or a Hugging Face hub id.
             pair: the `ModelPair` (or its `describe()`) it will decode with; a controller of another pair is refused.
             revision: of the hub repository.
-            results: a results.json of evaluate.py with this controller, or what it holds, to read `width_value` from.
-            min_logprob_drop, target_tokens_per_second: what `width_value` should give; one of them where there are
-                results. See `choose_width_value`.
-            options: `width_value`, `latency`, `clock`, `share`, `features`.
+            options: `latency`, `clock`, `share`.
 
         Raises:
-            UserError: missing, not a controller, damaged, or trained for another pair or other features; a
-                `width_value` given twice, or that the results do not tell.
+            UserError: missing, not a controller, damaged, or trained for another pair or other features.
         """
-        targets: dict[str, Any] = {
-            "min_logprob_drop": min_logprob_drop,
-            "target_tokens_per_second": target_tokens_per_second,
-        }
-        asked = [name for name, value in {"results": results, **targets}.items() if value is not None]
-        if asked and options.get("width_value") is not None:
+        if options.pop("width_value", None) is not None:
             raise UserError(
-                f"width_value is {options['width_value']!r} beside {', '.join(asked)}; give either the value or what "
-                "to choose it by."
+                "width_value trades beams for speed, which LearnedWidth does not: it keeps target_width beams. Leave "
+                "it out, or lower decoding.target_width."
             )
-        if asked and results is None:
-            raise UserError(
-                f"{' and '.join(asked)} without results; give results=<results.json> of an evaluation of this "
-                "controller."
-            )
-        if results is not None:
-            options["width_value"] = choose_width_value(results, **targets, weights=weights_sha256(path, revision))
         net, provenance = load_controller(path, revision)
-        if options.get("features") is None:
-            here = Path(path).expanduser().is_dir()
-            options["features"] = features_of(provenance.get("features", {}), may_import=here)
         policy = cls(net, provenance, **options)
         if pair is not None:
             policy.check_pair(pair)
         return policy
 
     def use_latency(self, latency: Costs | dict[str, Any] | str | Path | None) -> LearnedWidth:
-        """Plan with these seconds from now on; throughput is estimated afresh. Returns the policy."""
+        """Plan with these seconds from now on; what was learned of others is forgotten. Returns the policy."""
         costs = _costs(latency)
         unit = None if latency is None else getattr(costs, "unit", "seconds")
         self._wall = (self.clock or ("wall" if unit == "seconds" else "table")) == "wall"
@@ -172,9 +139,8 @@ class LearnedWidth(WidthPolicy):
                 f"clock='wall' needs a latency table in seconds, not {unit or 'unit costs'}; give another latency, or "
                 "clock='table'."
             )
-        self.planner = Planner(costs, self.width_value)
-        self.outlook, self.pace = Outlook(), Pace()
-        self.throughput: Throughput | None = None
+        self.plan = Plan(costs)
+        self._forget()
         return self
 
     # What the decoder asks.
@@ -192,181 +158,126 @@ class LearnedWidth(WidthPolicy):
     def check(self, config: DecodingConfig) -> None:
         if config == self._checked:
             return
-        for name in ("draft_width", "target_width"):
-            asked, limit = getattr(config, name), self.net.sizes[name]
-            if asked > limit:
-                raise UserError(
-                    f"{name} is {asked}; the controller was trained for at most {limit}. Lower it, or collect traces "
-                    f"and train with decoding.{name}={asked}."
-                )
+        if config.mode != "beam_sample" or config.verification != "shared_noise":
+            raise UserError(
+                f"LearnedWidth decides under shared noise; mode is {config.mode!r} and verification "
+                f"{config.verification!r}. Set mode='beam_sample' and verification='shared_noise', or take another "
+                "policy."
+            )
+        if config.target_width > self.net.target_width:
+            raise UserError(
+                f"target_width is {config.target_width}; the controller was trained for at most "
+                f"{self.net.target_width}. Lower it, or collect traces and train with "
+                f"decoding.target_width={config.target_width}."
+            )
         trained = self.provenance.get("decoding", {})
         changed = [name for name in _TRAINED_UNDER if name in trained and trained[name] != getattr(config, name)]
         if changed:
             settings = ", ".join(f"{name}={trained[name]!r}" for name in changed)
-            warnings.warn(f"The controller was trained with {settings}; its widths may fit badly here.", stacklevel=2)
+            warnings.warn(f"The controller was trained with {settings}; it may fit badly here.", stacklevel=2)
         self._checked = config
 
     def fork(self, seed: int) -> LearnedWidth:
         """A policy for one prompt, which learns with the others or, without `share`, alone."""
-        if self.share and self.throughput is None and self._checked is not None:
-            self.throughput = Throughput.expected(self.planner.costs, self._checked)
         forked = copy.copy(self)
         if not self.share:
-            forked.throughput = None
-            forked.outlook, forked.pace = Outlook(), Pace()
+            forked._forget()
         return forked
 
     def reset(self, config: DecodingConfig) -> None:
         """A prompt starts."""
-        self._config = config
-        self._rate(config)
-        self._new_prompt()
+        self._layers: list[_Layer] = []
+        self._log_chances = np.zeros(0, np.float32)  # log π of the last layer's drafts
+        self._nodes = 0  # roots that the target has not scored
+        self._drafting = True
 
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
-        if layer > 1:
-            return self._seen[layer - 1].plan.deeper
-        self._seen.clear()
-        config, roots = context.config, len(context.weights)
-        place = self._rate(config), 1.0, layer, _deepest(context)
-        worth = self.planner.worth_drafting(self.outlook, *place, parents=roots, nodes=roots, width=config.draft_width)
-        self._roots, self._declined = roots, not worth
-        return worth
-
-    def draft_width(self, context: DraftContext) -> int:
-        width = self._see(context).plan.draft_width
-        self._widths = (*context.widths, width)
-        return width
-
-    def target_width(self, context: TargetContext) -> int:
-        config, layer, width = context.draft.root.config, context.draft.layer, context.draft_width
-        if width == 0:
-            self._roots = len(context.draft.root.weights)
-            place = config, self._rate(config)
-            asked, loss = self.planner.final_width(self._host, self._target_features(context), *place)
+        if layer == 1:
+            self._layers, self._root = [], root_features(context)
+            self._drafting = self.experience.drafts()
+            self._rate = self.experience.rate()
+            if not self._drafting:
+                return False
+            nodes, above, covered = len(context.weights), (0.0, 0.0, context.unknown_share), 0.0
         else:
-            asked, loss = self._judged_width(context, config)
-        self._seen_loss[layer] = loss
-        return asked
+            last = self._layers[-1]
+            fresh = last.chances[~last.scored]
+            nodes, covered = len(fresh), 1.0 - last.missing / context.config.target_width
+            above = np.log(last.left_out + SOFT), last.missing, float(fresh.sum() / max(last.chances.sum(), 1e-6))
+        width = widths[-1] if widths else context.config.draft_width
+        seen = (float(layer == 1), float(layer), *self._root, *above)
+        chance = self._host.expects(seen, width)[context.config.target_width - 1]
+        return self.plan.goes_deeper(self._reach * chance, covered, nodes, self._rate)
+
+    def ask_draft(self, context: RootContext, layer: int, parents: Parents) -> bool:
+        shares = np.exp(parents.weights - parents.weights.max())
+        if layer > 1:
+            shares *= np.exp(self._log_chances[list(parents.places)])
+        share = float(shares[~parents.known].sum() / shares.sum())
+        unknown = int((~parents.known).sum())
+        return self.plan.asks_draft(self._reach, share, context.config.target_width, unknown, self._rate)
+
+    def choose(self, context: DraftContext) -> IntArray:
+        found, config = context.candidates, context.root.config
+        assert found is not None and context.known is not None
+        if context.layer == 1:
+            self._nodes, log_parent = int((~context.known).sum()), np.zeros(len(found), np.float32)
+        else:
+            log_parent = self._log_chances[list(context.places)][found.rows]
+        features = layer_features(context)
+        log_chances = self._host.chances(candidate_features(context), features, log_parent)
+        chances = np.exp(log_chances)
+        order = np.argsort(-chances, kind="stable")
+        order = order[chances[order] >= LEAST_CHANCE][: config.draft_width]
+        order = order if len(order) else np.argsort(-chances)[:1]
+        fresh = order[~found.scored[order]]
+        count = self.plan.count(self.plan.worth(chances[fresh], self._reach), self._nodes, self._rate, both=True)
+        picks = order[found.scored[order] | (chances[order] >= (chances[fresh[count - 1]] if count else 2.0))]
+        picks = picks if len(picks) else order[:1]
+        drafted = found.scored.copy()
+        drafted[picks] = True
+        left = leftovers(chances, drafted, config.target_width)
+        reach = self._reach
+        self._layers.append(_Layer(chances[picks], found.scored[picks], reach, *left))
+        self._passing = self._host.passes(features.tolist(), *left)[config.target_width - 1]
+        self._log_chances = log_chances[picks]
+        return picks
+
+    def send(self, layers: Sequence[DraftContext]) -> list[NDArray[np.bool_]]:
+        values = np.concatenate([self.plan.worth(layer.chances, layer.reach) for layer in self._layers])
+        fresh = np.concatenate([~layer.scored for layer in self._layers])
+        order = np.argsort(-values[fresh], kind="stable")
+        count = self.plan.count(values[fresh][order], self._nodes, self._rate)
+        sent = np.ones(len(values), dtype=np.bool_)
+        sent[np.flatnonzero(fresh)[order[count:]]] = False
+        return np.split(sent, np.cumsum([len(layer.chances) for layer in self._layers])[:-1])
 
     def observe(self, record: IterationRecord) -> None:
-        """Learn from an iteration; only now, since what is shown of deeper layers may not move M (design 5.4)."""
-        outlook, earned = self.outlook, 0.0
-        for layer in record.layers:
-            loss = self._seen_loss[layer.layer]
-            lost = self.width_value * float(loss[min(kept_width(layer, self._config), len(loss) - 1)])
-            earned += 1.0 - lost
-            outlook.was_paid(1.0 - lost)
-            if layer.draft_width:
-                plan = self._seen[layer.layer].plan
-                outlook.saw(layer.layer, float(layer.passed), plan.passing)
-                if layer.passed:
-                    outlook.lost(lost / max(plan.further, 1e-9))
-        if self._declined:
-            outlook.hope()
-        if self.throughput is not None:
-            plain = self.planner.seconds((), 1)
-            added = self.planner.seconds(self._widths, self._roots) - plain
-            if self._wall:
-                self.pace.saw(plain, added, record.seconds)
-            self.throughput.update(earned, plain + self.pace.of_added * added)
-        self._seen.clear()
-        self._seen_loss.clear()
-        self._widths, self._declined = (), False
+        """Learn from an iteration."""
+        told = self.plan.seconds(record.scored, record.draft_passes, len(record.drafts))
+        self.experience.saw(record.tokens, told, record.seconds, self._drafting)
 
     def describe(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "width_value": self.width_value,
             "clock": "wall" if self._wall else "table",
             "share": self.share,
-            "latency": costs_digest(self.planner.costs),
-            "network": self.net.fingerprint,
+            "trained_for": self.provenance.get("pair", {}).get("fingerprint"),
+            "git_sha": self.provenance.get("git_sha"),
         }
 
-    # What it knows.
-
-    def _hidden(self, context: DraftContext) -> tuple[FloatVector, FloatVector]:
-        """The draft's and the target's hidden vectors, empty where the network does without."""
-        if not self.needs_hidden:
-            return _NO_HIDDEN
-        sizes = self.net.sizes
-        hidden = hidden_vectors(context, sizes["draft_hidden"], sizes["target_hidden"])
-        for name, vector in zip(("draft_hidden", "target_hidden"), hidden, strict=True):
-            if len(vector) != sizes[name]:
-                raise UserError(
-                    f"The controller expects {name} of size {sizes[name]}, the pair gives {len(vector)}: it was "
-                    "trained for another pair. Train one with python train.py pair=..."
-                )
-        return hidden
-
-    # What it plans.
-
-    def _judged_width(self, context: TargetContext, config: DecodingConfig) -> tuple[int, FloatArray]:
-        """M by P and Q, and the L(k) that it was set by."""
-        place = config, self._see(context.draft).plan.further
-        if settles_alone(config):
-            return self.planner.bearable_width(self._host, self._target_features(context), *place)
-        joints = _entries(context.target), _entries(context.draft.joint)
-        asked = self._target_features(context), joints, context.draft_width
-        return self.planner.counted_width(self._host, *asked, *place)
-
-    def _target_features(self, context: TargetContext) -> FloatVector:
-        """What P says, [G]."""
-        return np.ascontiguousarray(self.features.of_target(context), np.float32)
-
-    def _see(self, context: DraftContext) -> _Seen:
-        """The plan of a layer, made once."""
-        seen = self._seen.get(context.layer)
-        if seen is None or seen.context is not context:
-            seen = self._seen[context.layer] = _Seen(context, self._plan(context))
-        return seen
-
-    def _plan(self, context: DraftContext) -> Decision:
-        config, root = context.root.config, context.root
-        above = self._seen.get(context.layer - 1)
-        reach = above.plan.onward if above is not None else 1.0  # probability that all layers above pass
-        features = np.ascontiguousarray(self.features(context), np.float32)
-        nodes = len(root.weights) + sum(context.widths)
-        place = self._rate(config), reach, context.layer, _deepest(root), nodes, len(context.joint)
-        return self.planner.widths(self._host, features, self._hidden(context), config, self.outlook, *place)
-
-    def _rate(self, config: DecodingConfig) -> float:
-        """The price of a second of the table that nodes or layers add: all that is ever weighed against a reward."""
-        if self.throughput is None:
-            self.throughput = Throughput.expected(self.planner.costs, config)
-        return self.throughput.rate * self.pace.of_added
+    @property
+    def _reach(self) -> float:
+        """The chance that all layers drafted so far pass."""
+        return self._layers[-1].reach * self._passing if self._layers else 1.0
 
     def _compile(self) -> None:
         """Ask everything once, so that no prompt waits for numba: 20 seconds on a new machine, then a blink."""
-        if not COMPILED:
-            return
-        config, outlook, sizes = DecodingConfig(target_width=1, draft_width=1), Outlook(), self.net.sizes
-        vectors = np.zeros(sizes["draft_hidden"], np.float32), np.zeros(sizes["target_hidden"], np.float32)
-        probs, first = np.ones(1), np.zeros(1, np.int64)
-        scene = True, 1, 1, np.zeros(1), probs, first, 1
-        describe_context((*scene, 0, 0, 0, 0.0, False))
-        describe_target(scene)
-        early, late = np.zeros(sizes["features"], np.float32), np.zeros(sizes["target_features"], np.float32)
-        shown = np.ones(1)
-        shown.flags.writeable = False  # as policies are shown P and Q
-        joints = (first, first, shown), (first, first, shown)
-        planner = self.planner
-        planner.worth_drafting(outlook, 1.0, 1.0, 1, 1, parents=1, nodes=1, width=1)
-        planner.widths(self._host, early, vectors, config, outlook, 1.0, 1.0, 1, 1, 1, 1)
-        planner.counted_width(self._host, late, joints, 1, config, 1.0)
-        planner.bearable_width(self._host, late, config, 1.0)
-        planner.final_width(self._host, late, config, 1.0)
+        nothing = np.zeros((1, len(CANDIDATE)), np.float32), np.zeros(len(LAYER), np.float32), np.zeros(1, np.float32)
+        self.plan.count(self._host.chances(*nothing), 1, 1.0)
 
-    def _new_prompt(self) -> None:
-        self._seen: dict[int, _Seen] = {}  # of this iteration's drafted layers
-        self._seen_loss: dict[int, FloatArray] = {}  # L that M of a layer was set by
-        self._widths = ()  # drafted in this iteration
-        self._roots, self._declined = 1, False  # input beams; whether nothing was to be drafted for them
-
-
-def _deepest(root: RootContext) -> int:
-    """The last layer that may be drafted."""
-    return min(root.config.draft_depth, root.remaining - 1)
+    def _forget(self) -> None:
+        self.experience = Experience(self.plan.plain_seconds(1), wall=self._wall)
 
 
 def _in_words(pair: dict[str, Any]) -> str:
@@ -374,11 +285,6 @@ def _in_words(pair: dict[str, Any]) -> str:
     draft = pair.get("draft")
     by = f" with draft={draft}" if draft not in (None, "model") else ""
     return f"{pair.get('name')!r}{by} ({pair.get('fingerprint')})"
-
-
-def _entries(joint: Distribution) -> Packed:
-    """A joint distribution for a plan: parents, tokens and probabilities."""
-    return joint.parents, joint.tokens, joint.probs
 
 
 def _costs(latency: Costs | dict[str, Any] | str | Path | None) -> Costs:
@@ -390,8 +296,3 @@ def _costs(latency: Costs | dict[str, Any] | str | Path | None) -> Costs:
     if not all(hasattr(costs, name) for name in ("draft_cost", "target_cost", "host_cost")):
         raise UserError(f"latency is {latency!r}; give a LatencyTable, its dict, the path of its JSON, or None.")
     return costs
-
-
-def _check_arguments(width_value: Any, clock: str | None) -> None:
-    number("width_value", width_value, least=0, hint="0: speed alone")
-    choice("clock", clock, (None, *CLOCKS))

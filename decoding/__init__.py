@@ -10,9 +10,10 @@ from decoding.errors import UserError
 from decoding.pairs.pair import ModelPair
 from decoding.policies.bandit import BanditWidth
 from decoding.policies.base import WidthPolicy
-from decoding.policies.exploration import RandomWidth
+from decoding.policies.exploration import ExploringWidth, RandomWidth
 from decoding.policies.fixed import FixedWidth
 from decoding.policies.hand_set import EntropyWidth, GapWidth, MassWidth
+from decoding.policies.key_gap import KeyGapWidth
 from decoding.policies.threshold import ThresholdWidth
 from decoding.results import DecodeResult, DecodeStats
 
@@ -23,8 +24,10 @@ __all__ = [
     "DecodeStats",
     "DecodingConfig",
     "EntropyWidth",
+    "ExploringWidth",
     "FixedWidth",
     "GapWidth",
+    "KeyGapWidth",
     "MassWidth",
     "ModelPair",
     "RandomWidth",

@@ -24,7 +24,6 @@ from omegaconf import DictConfig
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
 from decoding.errors import UserError
-from decoding.pairs.architecture import text_config
 from decoding.pairs.pair import ModelPair
 from decoding.policies.base import WidthPolicy
 from decoding.support.checks import whole
@@ -67,19 +66,15 @@ class Collection:
             UserError: settings that cannot work.
         """
         config: DecodingConfig = instantiate(cfg.decoding)
-        if config.mode != "beam_sample":
+        if config.mode != "beam_sample" or config.verification != "shared_noise":
             raise UserError(
-                f"decoding.mode is {config.mode!r}, but traces are logged of sampling: controllers learn from accept "
-                "bits, which beam search does not have. Leave decoding.mode=beam_sample; a policy can be used in both."
+                f"decoding.mode is {config.mode!r} and decoding.verification {config.verification!r}, but traces are "
+                "logged of shared noise, which says what the target selects whatever was drafted. Set "
+                "decoding.mode=beam_sample and decoding.verification=shared_noise."
             )
         policy, task, features = (instantiate(node) for node in (cfg.policy, cfg.data, cfg.features))
         columns = own_columns(cfg.collect.get("columns", []))
         return cls(cfg, pair or instantiate(cfg.pair), config, policy, task, features, columns)
-
-    @property
-    def hidden(self) -> bool:
-        """True where hidden states are logged."""
-        return bool(self.cfg.collect.get("hidden", False))
 
     def describe(self) -> dict[str, Any]:
         """What the parts say of themselves, JSON-able: neither where files lie nor which modules hold the classes."""
@@ -93,9 +88,8 @@ class Collection:
             "features": {
                 "version": self.features.version,
                 "names": list(self.features.names),
-                "target_names": list(self.features.target_names),
+                "candidate_names": list(self.features.candidate_names),
             },
-            "hidden": self.hidden,
             "train_prompts": self.cfg.collect.train_prompts,
             "val_prompts": self.cfg.collect.val_prompts,
             "test_prompts": self.cfg.collect.get("test_prompts", 0),
@@ -166,8 +160,6 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
     size = whole("collect.batch_size", cfg.collect.batch_size, least=1)
     if pair.drafter is None:
         raise UserError("Traces are logged of a target with a draft: give the pair one, such as pair.draft=ngram.")
-    target_size = int(text_config(pair.target).hidden_size)
-    sizes = (target_size, pair.drafter.hidden_size) if collection.hidden else None
     prompts = _prompts(cfg, collection.task, pair)
     directory.mkdir(parents=True, exist_ok=True)
     todo = [p for p in prompts if p[1].id not in set(manifest["done"])]
@@ -179,7 +171,7 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
             for at in range(0, len(chunk), size):
                 group = chunk[at : at + size]
                 seeds = [prompt_seed(cfg.seed, prompt.id) for _, prompt in group]
-                recorders = [TraceRecorder(features, sizes, seed + 1, collection.columns) for seed in seeds]
+                recorders = [TraceRecorder(features, collection.columns) for _ in seeds]
                 for recorder, (split, prompt) in zip(recorders, group, strict=True):
                     recorder.start(prompt.id, split)
                 streams = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -14,6 +14,7 @@ from rich.tree import Tree
 
 from decoding.dice.sampling import Distribution
 from decoding.forest.tree import TokenForest
+from decoding.policies.base import DraftContext
 from decoding.results import LayerEvent, Recorder
 
 ACCEPTED, SURPLUS, DRAWN, REJECTED, UNJUDGED = "accepted", "surplus", "drawn", "rejected", "unjudged"
@@ -87,7 +88,11 @@ class ForestRecorder(Recorder):
         self._weights: dict[int, float] = {}  # the target's, of the beams that the next layer grows from
 
     def drafted(
-        self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
+        self,
+        forest: TokenForest,
+        beams: list[tuple[int, float]],
+        layers: list[list[tuple[int, float]]],
+        contexts: list[DraftContext],
     ) -> None:
         """Begin the view, if this is the iteration."""
         self.iterations += 1

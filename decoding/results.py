@@ -8,7 +8,7 @@ from typing import Any
 from decoding.dice.acceptance import LayerVerdict
 from decoding.dice.sampling import Dice
 from decoding.forest.tree import TokenForest
-from decoding.policies.base import IterationRecord, LayerRecord, TargetContext
+from decoding.policies.base import DraftContext, IterationRecord, LayerRecord, TargetContext
 
 PHASES = ("prompt", "draft", "target", "verify", "policy", "other")  # prompt: both models' passes over it
 
@@ -102,7 +102,11 @@ class Recorder:
     needs_hidden: bool = False  # ask the decoder for hidden states in the contexts
 
     def drafted(
-        self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
+        self,
+        forest: TokenForest,
+        beams: list[tuple[int, float]],
+        layers: list[list[tuple[int, float]]],
+        contexts: list[DraftContext],
     ) -> None:
         """An iteration's forest stands, before it is verified.
 
@@ -110,6 +114,7 @@ class Recorder:
             forest: tokens and parents of all nodes; it grows on.
             beams: the input beams as (node, weight), best first.
             layers: the drafts of each layer as (node, the draft's weight), in draw order.
+            contexts: of every layer that was drafted, those of which nothing was sent included.
         """
 
     def layer(self, event: LayerEvent) -> None:

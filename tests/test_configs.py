@@ -121,7 +121,7 @@ def test_commands_in_comments_compose(where: str, command: str, given: tuple[str
     settings = [text.replace("<directory>", "outputs") for text in given if "..." not in text]
     settings = [text if "[" in text else text.split(",")[0] for text in settings]
     settings += [text for choice in MISSING if choice in settings for text in MISSING[choice]]
-    if command == "evaluate":  # as its entry point renames it
+    if command == "evaluate":  # as their entry points rename it
         settings = [re.sub(r"^controller=", "controller_path=", text) for text in settings]
     settings = opened(settings, groups_of(command), ("grid",))
     check_settings(composed(command, *settings), composed(command), ("grid",))

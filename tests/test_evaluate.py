@@ -14,13 +14,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import evaluate
-from controller import WidthNet
-from controller.checkpoint import load_controller, save_controller
-from controller.features import ContextFeatures
+from controller.checkpoint import save_controller
 from decoding import UserError
 from decoding.measure import turns
 from decoding.measure.methods import METHODS
 from decoding.measure.turns import Record, log_probability
+from tests.controller.synthetic import ABOUT, random_net
 from tests.small_pair import small_pair
 
 ROOT = Path(evaluate.__file__).parent
@@ -79,29 +78,26 @@ def test_results_hold_every_row_and_prompt(tmp_path: Path, capsys: pytest.Captur
     assert "threshold M=2" in printed and str(out / "frontier.png") in printed
 
 
+SHARED = "decoding.verification=shared_noise"  # what controllers decide under
+
+
 def saved_controller(directory: Path) -> Path:
     """An untrained network for the small pair."""
-    features = ContextFeatures()
-    provenance = {
-        "features": {
-            "version": features.version,
-            "names": features.names,
-            "target_names": features.target_names,
-        },
+    about = {
+        "features": ABOUT,
         "pair": small_pair().describe(),
         "decoding": {},
         "reliability": {"predicted": [0.1, None], "observed": [0.2, None], "rows": [5, 0]},
     }
-    net = WidthNet(len(features.names), 8, 4, target_features=len(features.target_names), hidden=8)
-    return save_controller(net, directory / "controller", provenance)
+    return save_controller(random_net(), directory / "controller", about)
 
 
 def test_learned_rows_and_their_calibration(tmp_path: Path) -> None:
-    settings = [f"controller_path={saved_controller(tmp_path)}", "policies=[learned]", "grid.width_values=[0.5,2]"]
+    settings = [f"controller_path={saved_controller(tmp_path)}", "policies=[learned]", SHARED]
     settings.append("prompts.limit=2")
     found = evaluate.main(config(tmp_path, *settings))
     names = [row["name"] for row in found["rows"]]
-    assert names == ["beam_sample M=2", "hf_beam_sample M=2", "learned M=2 value=0.5", "learned M=2 value=2"]
+    assert names == ["beam_sample M=2", "hf_beam_sample M=2", "learned M=2 w=8 γ=3"]
     assert (tmp_path / "out" / "calibration.png").is_file()
     assert found["provenance"]["latency"]["nodes"]
     table = tmp_path / "latency.json"
@@ -119,7 +115,7 @@ def test_two_devices_and_settings_tuned_for_both(tmp_path: Path, capsys: pytest.
         "policies=[learned]",
         "references=[beam_sample]",
         "latency@also=h200_8b_1b",
-        "grid.width_values=[1]",
+        SHARED,
         "tune.grids=[{policies: [fixed, mass], widths: [2], depths: [0, 2], shares: [0.5], final_widths: [2]}]",
         "tune.prompts=2",
         "tune.split=test",
@@ -128,7 +124,7 @@ def test_two_devices_and_settings_tuned_for_both(tmp_path: Path, capsys: pytest.
     ]
     found = evaluate.main(config(tmp_path, *settings))
     names = [row["name"] for row in found["rows"]]
-    assert names[:3] == ["beam_sample M=2", "learned M=2 value=1", "learned_also M=2 value=1"]
+    assert names[:3] == ["beam_sample M=2", "learned M=2 w=8 γ=3", "learned_also M=2 w=8 γ=3"]
     grid = found["tuned"]["grid"]
     assert len(grid) == 4 and all(set(point["speeds"]) == {"modelled", "also"} for point in grid)
     assert names[3:] == [point["name"] for point in grid if point["kept"]]
@@ -145,27 +141,10 @@ def test_two_devices_and_settings_tuned_for_both(tmp_path: Path, capsys: pytest.
 
 
 def test_a_modelled_device_is_planned_for_without_a_clock(tmp_path: Path) -> None:
-    settings = [f"controller_path={saved_controller(tmp_path)}", "policies=[learned]", "latency=h200_8b_1b"]
+    settings = [f"controller_path={saved_controller(tmp_path)}", "policies=[learned]", SHARED, "latency=h200_8b_1b"]
     runs = [evaluate.main(config(tmp_path, *settings, "prompts.limit=2")) for _ in range(2)]
     assert [row["counts"] for row in runs[0]["rows"]] == [row["counts"] for row in runs[1]["rows"]]
     assert runs[0]["provenance"]["latency"]["measured"] is None
-
-
-def test_width_value_by_what_an_evaluation_gave(tmp_path: Path) -> None:
-    controller = saved_controller(tmp_path)
-    settings = [f"controller_path={controller}", "policies=[learned]", "prompts.limit=2"]
-    evaluate.main(config(tmp_path, *settings, "grid.width_values=[0.5,2,8]"))
-    results = (tmp_path / "out" / "results.json").rename(tmp_path / "results.json")
-    chosen = [f"learned.results={results}", "learned.target_tokens_per_second=1"]
-    (*_, row) = evaluate.main(config(tmp_path, *settings, *chosen))["rows"]
-    assert row["name"] == "learned M=2"
-    net, about = load_controller(controller)
-    net.accept_bias.data += 1.0
-    save_controller(net, controller, about)
-    with pytest.raises(UserError, match="this one's have"):
-        evaluate.main(config(tmp_path, *settings, *chosen))
-    with pytest.raises(UserError, match=r"min_logprob_drop|results"):
-        evaluate.main(config(tmp_path, *settings, "learned.min_logprob_drop=0.1"))
 
 
 def test_same_seed_same_texts(tmp_path: Path) -> None:
@@ -192,7 +171,8 @@ def test_same_seed_same_texts(tmp_path: Path) -> None:
         (["batch_size=null"], "batch_size is None"),
         (["tune.keep=0"], "tune.keep is 0"),
         (["tune.grids=[{widths: [4]}]"], "tune.grids holds {'widths': [4]}; give each as {policies:"),
-        (["grid.width_values=[1]", "learned.min_logprob_drop=0"], "give grid.width_values=[] to have it chosen"),
+        (["tune.grids=[{policies: [fixed], widths: 4}]"], "grid.widths is 4; give a list"),
+        (["grid.widths=[9]"], "is less than target_width"),
     ],
 )
 def test_mistakes_are_sentences_and_write_nothing(tmp_path: Path, overrides: list[str], sentence: str) -> None:

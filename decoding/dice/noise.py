@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from decoding.dice.sampling import FloatArray, IntArray
-from decoding.forest.tree import TokenForest
 
 Words = TypeVar("Words", IntArray, Tensor)  # 64-bit words as int64, in either library: both wrap around
 
@@ -109,6 +108,13 @@ def seed_of(stream: torch.Generator) -> int:
     return int(torch.randint(-(1 << 63), (1 << 63) - 1, (1,), generator=stream, device=stream.device))
 
 
+class Paths(Protocol):
+    """Nodes by number, as `TokenForest` has them."""
+
+    tokens: list[int]
+    parents: list[int]
+
+
 class PathNoise:
     """The noise of one prompt's forest: the hashes of its nodes, kept as they are asked for.
 
@@ -118,7 +124,7 @@ class PathNoise:
         vocabulary: V; token ids are less.
     """
 
-    def __init__(self, seed: int, forest: TokenForest, vocabulary: int) -> None:
+    def __init__(self, seed: int, forest: Paths, vocabulary: int) -> None:
         self._forest, self._codes = forest, _code_table(vocabulary)
         self._hashes: dict[int, int] = {0: root_hash(seed)}
 

@@ -25,6 +25,7 @@ class Race:
 
     picks: IntArray  # [N] entries
     keys: FloatArray  # [N] E / P
+    probs: FloatArray  # [N] P
     parents: IntArray  # [N] nodes
     tokens: IntArray  # [N]
     weights: FloatArray  # [N] the children's log-weights
@@ -47,7 +48,9 @@ def run_race(joint: Joint | DenseJoint, noise: PathNoise, count: int) -> Race:
     with np.errstate(over="ignore"):  # a probability near the smallest float: never drawn before any other
         keys = drawn / joint.probs
     picks = smallest(keys, count)
-    return Race(picks, keys[picks], joint.parents[picks], joint.tokens[picks], joint.weights[picks], drawn)
+    return Race(
+        picks, keys[picks], joint.probs[picks], joint.parents[picks], joint.tokens[picks], joint.weights[picks], drawn
+    )
 
 
 def smallest(keys: FloatArray, count: int) -> IntArray:
@@ -65,13 +68,14 @@ def _race_on_device(joint: DenseJoint, noise: PathNoise, count: int) -> Race:
     keys = noise.grid(joint.nodes, joint.grid.device).div_(joint.grid).view(-1)  # inf where P is zero
     best, index = keys.topk(min(count, rows * vocabulary), largest=False)
     log_p = joint.log_p.reshape(-1)[index]
-    host = torch.stack([index.double(), best, log_p.double()]).cpu().numpy()  # the one wait
+    probs = joint.grid.view(-1)[index]
+    host = torch.stack([index.double(), best, log_p.double(), probs.double()]).cpu().numpy()  # the one wait
     check_numbers(host[1], joint.model_name)
     host = host[:, host[1] < np.inf]
     picks = host[0].astype(np.int64)
     joint.know(picks.tolist(), host[2])
     row, tokens = np.divmod(picks, vocabulary)
-    return Race(picks, host[1], joint.nodes[row], tokens, joint.base[row] + host[2])
+    return Race(picks, host[1], host[3], joint.nodes[row], tokens, joint.base[row] + host[2])
 
 
 @dataclass(frozen=True)

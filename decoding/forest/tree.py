@@ -34,6 +34,10 @@ class TokenForest:
         self._children[parent][token] = node
         return node
 
+    def find(self, parent: int, token: int) -> int | None:
+        """The living child of `parent` that carries `token`."""
+        return self._children[parent].get(token)
+
     def path(self, node: int) -> list[int]:
         """Tokens from the prompt's end to `node`."""
         tokens = []

@@ -6,7 +6,6 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -64,18 +63,17 @@ class Batch:
         hidden = policy.needs_hidden or any(recorder.needs_hidden for recorder in recorders if recorder is not None)
         forest = config.draft_width * config.draft_depth
         kept = forest if self._make is NoiseRun else 0  # of the forest before
-        spare = config.max_new_tokens + forest + kept + 2 * config.target_width
         options = ScorerOptions(
             rows=size,
             longest_prompt=max(map(len, prompts)),
-            spare_slots=spare,
+            spare_slots=config.max_new_tokens + forest + kept + 2 * config.target_width,
             temperature=config.temperature,
             top=top,
             keep_hidden=hidden,
             process=self._process if processed else None,
             engine=pair.engine,
         )
-        self.scorers = pair.scorers(options, config.draft_depth > 0, replace(options, top=draft_top))
+        self.scorers = pair.scorers(options, drafting=config.draft_depth > 0, draft_top=draft_top)
         self._prefix = shared_prefix(prompts)
         self._opened: set[int] = set()  # rows that hold the shared prefix
 

@@ -7,7 +7,6 @@ below the beams stays: those parents propose by P itself, without the draft, and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import cast
@@ -22,9 +21,10 @@ from decoding.dice.selection import Choice, Race, choose, draft_order, run_race
 from decoding.dice.verdict import NEVER, judge, needs
 from decoding.forest.node_scorer import NodeScorer
 from decoding.loop.prompt_run import Beam, DraftedLayer, PromptRun, Proposal, Request, best_first
-from decoding.policies.base import DraftContext, LayerRecord, RootContext, TargetContext
+from decoding.policies.base import Candidates, DraftContext, LayerRecord, Parents, RootContext, TargetContext
 from decoding.results import LayerEvent
 
+RANKED = 64  # candidates that a policy sees and a trace holds, at most
 _LEAST_RANKED = 128  # entries of Q that are put in order, at least; and at least twice the widest draft
 
 
@@ -65,9 +65,10 @@ class NoiseRun(PromptRun):
         asked = bool(unknown)
         if known and unknown:
             with self.clock.phase("policy"):
-                asked = self.policy.ask_draft(root, layer, _share(unknown, beams))
+                asked = self.policy.ask_draft(root, layer, self._parents(beams))
         if asked:
             nodes = [beam.node for beam in unknown]
+            self._asked.append(len(nodes))
             yield Request("draft", nodes)
             asked = scorer.proposes(self.row, nodes)
         if not known and not asked:
@@ -106,7 +107,64 @@ class NoiseRun(PromptRun):
     ) -> DraftContext:
         assert isinstance(proposal, Guess)
         context = super()._draft_context(root, layer, proposal, widths)
-        return replace(context, known=np.array(proposal.known), noise=proposal.race.noise)
+        seen = self.policy.chooses or self.policy.needs_candidates or self.recorder is not None
+        return replace(
+            context,
+            known=np.array(proposal.known),
+            noise=proposal.race.noise,
+            parents=tuple(beam.node for beam in proposal.parents),
+            places=self._places_of(proposal.parents),
+            candidates=self._candidates(proposal) if seen else None,
+        )
+
+    def _parents(self, beams: list[Beam]) -> Parents:
+        known = np.array([self.target.knows(self.row, beam.node) for beam in beams])
+        nodes, weights = tuple(beam.node for beam in beams), np.array([beam.weight for beam in beams])
+        return Parents(nodes, weights, known, self._places_of(beams))
+
+    def _places_of(self, beams: list[Beam]) -> tuple[int, ...]:
+        return tuple(self._places[beam.node] for beam in beams) if self._places else ()
+
+    def _candidates(self, guess: Guess) -> Candidates:
+        """What could be drafted, in order, with the widest cut of Q."""
+        race, forest = guess.race, self.forest
+        order = self._draft_order(guess, self.config.draft_width)
+        order = order[: self.config.target_width if guess.certain else RANKED]
+        known = {beam.node for beam, is_known in zip(guess.parents, guess.known, strict=True) if is_known}
+        scored = np.zeros(len(order), dtype=np.bool_)
+        for i, (parent, token) in enumerate(
+            zip(race.parents[order].tolist(), race.tokens[order].tolist(), strict=True)
+        ):
+            if parent in known:  # a node is scored after its parent
+                node = forest.find(parent, token)
+                scored[i] = node is not None and self.target.knows(self.row, node)
+        parents, row_of = race.parents[order], {beam.node: row for row, beam in enumerate(guess.parents)}
+        rows = np.array([row_of[node] for node in parents.tolist()], dtype=np.int64)
+        of_race = race.picks[order], race.keys[order], race.probs[order]
+        return Candidates(*of_race, parents, rows, race.tokens[order], scored)
+
+    def _chosen(self, context: DraftContext, proposal: Proposal) -> IntArray:
+        if not self.policy.chooses:
+            return super()._chosen(context, proposal)
+        assert context.candidates is not None
+        with self.clock.phase("policy"):
+            places = self.policy.choose(context)[: self.config.draft_width]
+        return context.candidates.entries[places if len(places) else [0]]
+
+    def _sent(self, layers: list[DraftedLayer]) -> list[DraftedLayer]:
+        if not self.policy.chooses or not layers:
+            return layers
+        with self.clock.phase("policy"):
+            masks = self.policy.send([layer.context for layer in layers])
+        sent, above = [], {beam.node for beam in self.beams}
+        for layer, mask in zip(layers, masks, strict=True):
+            stay = [i for i, node in enumerate(layer.nodes) if mask[i] and self.forest.parents[node] in above]
+            if not stay:
+                break
+            nodes, weights = [layer.nodes[i] for i in stay], [layer.weights[i] for i in stay]
+            sent.append(replace(layer, picks=layer.picks[stay], nodes=nodes, weights=weights))
+            above = set(nodes)
+        return sent
 
     def _propose(self, proposal: Proposal, width: int) -> IntArray:
         """The first of Q's own selection, by the noise that the target's will be made with."""
@@ -179,7 +237,7 @@ class NoiseRun(PromptRun):
     def _needs(self, step: Step, layer: DraftedLayer, known: list[bool]) -> list[int]:
         """How many drafts hold the first j of the selection; what earlier passes have scored needs none."""
         guess = cast(Guess, layer.proposal)
-        order, forest, drafted = self._draft_order(guess, len(layer.nodes)), self.forest, set(layer.nodes)
+        order, forest, drafted = self._draft_order(guess, self.config.draft_width), self.forest, set(layer.nodes)
         ranked = zip(guess.race.parents[order].tolist(), guess.race.tokens[order].tolist(), strict=True)
         rank_of = {child: rank for rank, child in enumerate(ranked, 1)}
         ranks = []
@@ -206,12 +264,6 @@ class NoiseRun(PromptRun):
         dead = super()._prune()
         self.noise.forget(dead)
         return dead
-
-
-def _share(some: list[Beam], beams: list[Beam]) -> float:
-    """Share of the weight of `beams` that `some` of them hold."""
-    best = max(beam.weight for beam in beams)
-    return sum(math.exp(beam.weight - best) for beam in some) / sum(math.exp(beam.weight - best) for beam in beams)
 
 
 def _stacked(tables: list[tuple[FloatArray, IntArray]]) -> tuple[FloatArray, IntArray]:

@@ -23,7 +23,15 @@ from decoding.forest.node_scorer import NodeScorer, mean_hidden
 from decoding.forest.scorer import ForestScorer
 from decoding.forest.tree import TokenForest
 from decoding.loop.processing import Rules
-from decoding.policies.base import DraftContext, IterationRecord, LayerRecord, RootContext, TargetContext, WidthPolicy
+from decoding.policies.base import (
+    DraftContext,
+    IterationRecord,
+    LayerRecord,
+    Parents,
+    RootContext,
+    TargetContext,
+    WidthPolicy,
+)
 from decoding.results import DecodeResult, DecodeStats, LayerEvent, Recorder
 
 
@@ -112,6 +120,8 @@ class PromptRun(ABC):
         self.touched: list[int] = []  # nodes made or used in this iteration
         self._drawn: list[int] = []  # nodes of the last layer, in the order of its slots
         self._stopped: set[int] = set()  # nodes that a stopping criterion ended
+        self._places: dict[int, int] = {}  # of the last layer's drafts, in draft order
+        self._asked: list[int] = []  # nodes of each draft pass of this iteration
         self._told = 0  # tokens that the listener knows
         self.history: tuple[LayerRecord, ...] = ()
         self.done = False
@@ -169,33 +179,39 @@ class PromptRun(ABC):
         committed_before = self.stats.new_tokens
         root = self._root_context()
         layers = (yield from self._draft_forest(root)) if self.draft is not None else []
+        touched = [node for layer in layers for node in layer.nodes]
+        contexts, layers = [layer.context for layer in layers], self._sent(layers)
         drafted = [node for layer in layers for node in layer.nodes]
         if self.recorder is not None:
             weighted = [list(zip(layer.nodes, layer.weights, strict=True)) for layer in layers]
-            self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], weighted)
+            self.recorder.drafted(self.forest, [(beam.node, beam.weight) for beam in self.beams], weighted, contexts)
         wanted = dict.fromkeys([beam.node for beam in self.beams] + [n for n in drafted if not self._ended(n)])
+        scored = sum(not self.target.cache.holds(self.row, node) for node in wanted)
         yield Request("target", list(wanted))
         roots, drafts = len(self.beams), tuple(len(layer.nodes) for layer in layers)
-        self.touched += [beam.node for beam in self.beams] + drafted
+        self.touched += [beam.node for beam in self.beams] + touched
         self.history = tuple(self._verify_forest(root, layers))
         self._prune()
         self._tell()
         self.stats.iterations += 1
         tokens, seconds = self.stats.new_tokens - committed_before, self.stats.total_seconds - seconds_before
-        record = IterationRecord(self.history, tokens, seconds, roots, drafts)
+        record = IterationRecord(self.history, tokens, seconds, roots, drafts, scored, tuple(self._asked))
+        self._asked.clear()
         self.stats.records.append(record)
         with self.clock.phase("policy"):
             self.policy.observe(record)
 
     def _root_context(self) -> RootContext:
-        best = self.beams[0].node
+        best, weights = self.beams[0].node, np.array([beam.weight for beam in self.beams])
+        known = np.array([self.target.knows(self.row, beam.node) for beam in self.beams])
         scored = best if self.target.cache.holds(self.row, best) else self.forest.parents[best]
         return RootContext(
             config=self.config,
             iteration=self.stats.iterations,
             remaining=self.config.max_new_tokens - self.stats.new_tokens,
-            weights=np.array([beam.weight for beam in self.beams]),
+            weights=weights,
             history=self.history,
+            unknown_share=Parents(tuple(beam.node for beam in self.beams), weights, known).unknown_share,
             target_hidden=mean_hidden(self.target, self.row, [scored]),
         )
 
@@ -206,6 +222,7 @@ class PromptRun(ABC):
         """
         layers: list[DraftedLayer] = []
         beams = self.beams
+        self._places = {}
         widths: tuple[int, ...] = ()
         for layer in range(1, min(self.config.draft_depth, root.remaining - 1) + 1):
             with self.clock.phase("policy"):
@@ -217,6 +234,7 @@ class PromptRun(ABC):
                 break
             drafted = self._draft_layer(root, layer, proposal, widths)
             layers.append(drafted)
+            self._places = {node: place for place, node in enumerate(drafted.nodes)}
             weights = dict(zip(drafted.nodes, drafted.weights, strict=True))
             beams = best_first(Beam(node, weight) for node, weight in weights.items() if not self._ended(node))
             widths = (*widths, len(drafted.picks))
@@ -225,6 +243,7 @@ class PromptRun(ABC):
     def _proposal(self, root: RootContext, layer: int, beams: list[Beam]) -> Generator[Request, None, Proposal | None]:
         """Q after `beams`; None where it has nothing to propose."""
         nodes, scorer = [beam.node for beam in beams], cast(NodeScorer, self.draft)
+        self._asked.append(len(nodes))
         yield Request("draft", nodes)
         if not scorer.proposes(self.row, nodes):
             return None
@@ -233,9 +252,7 @@ class PromptRun(ABC):
     def _draft_layer(self, root: RootContext, layer: int, proposal: Proposal, widths: tuple[int, ...]) -> DraftedLayer:
         """Draw a layer's drafts from Q, as many as the policy wants."""
         context = self._draft_context(root, layer, proposal, widths)
-        with self.clock.phase("policy"):
-            width = clip(self.policy.draft_width(context), 1, self.config.draft_width)
-        picks = self._propose(proposal, width)
+        picks = self._chosen(context, proposal)
         drafts = proposal.joint.entries(picks)
         nodes = [self.forest.child(parent, token) for parent, token, _ in drafts]
         return DraftedLayer(context, proposal, picks, nodes, [weight for _, _, weight in drafts])
@@ -246,6 +263,16 @@ class PromptRun(ABC):
         hidden = mean_hidden(cast(NodeScorer, self.draft), self.row, [beam.node for beam in proposal.parents])
         weights = np.array([beam.weight for beam in proposal.parents])
         return DraftContext(root, layer, weights, proposal.joint, True, widths, draft_hidden=hidden)
+
+    def _chosen(self, context: DraftContext, proposal: Proposal) -> IntArray:
+        """Entries of Q to draft, as many as the policy wants."""
+        with self.clock.phase("policy"):
+            width = clip(self.policy.draft_width(context), 1, self.config.draft_width)
+        return self._propose(proposal, width)
+
+    def _sent(self, layers: list[DraftedLayer]) -> list[DraftedLayer]:
+        """What the policy has the target score of them."""
+        return layers
 
     @abstractmethod
     def _propose(self, proposal: Proposal, width: int) -> IntArray:

@@ -29,6 +29,7 @@ from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, SURPLUS, TARGET_WID
 from decoding.policies.exploration import RandomWidth
 from decoding.policies.fixed import FixedWidth
 from decoding.policies.hand_set import EntropyWidth, GapWidth, MassWidth
+from decoding.policies.key_gap import KeyGapWidth
 from decoding.policies.threshold import ThresholdWidth
 from decoding.results import DecodeResult
 from decoding.support.entry import CONF_DIR
@@ -222,7 +223,7 @@ _PAPER: dict[str, Any] = {
 }
 POLICIES: dict[str, type[WidthPolicy]] = {
     policy.name: policy
-    for policy in (FixedWidth, ThresholdWidth, MassWidth, GapWidth, EntropyWidth, BanditWidth, RandomWidth)
+    for policy in (FixedWidth, ThresholdWidth, MassWidth, GapWidth, EntropyWidth, KeyGapWidth, BanditWidth, RandomWidth)
 }
 METHODS: dict[str, Method] = {
     method.name: method

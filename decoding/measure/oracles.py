@@ -23,7 +23,7 @@ from decoding.decoder import DSBDDecoder, Prompts, as_token_lists
 from decoding.errors import UserError
 from decoding.forest.tree import TokenForest
 from decoding.pairs.pair import ModelPair, end_tokens
-from decoding.policies.base import TargetContext, WidthPolicy
+from decoding.policies.base import DraftContext, TargetContext, WidthPolicy
 from decoding.results import DecodeResult, DecodeStats, Recorder
 from decoding.support.arrays import IntArray
 from decoding.support.checks import whole
@@ -146,7 +146,11 @@ class SurvivorOracle(WidthPolicy, Recorder):
         return best.values, best.indices
 
     def drafted(
-        self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
+        self,
+        forest: TokenForest,
+        beams: list[tuple[int, float]],
+        layers: list[list[tuple[int, float]]],
+        contexts: list[DraftContext],
     ) -> None:
         """As a recorder: where the paths of P's parents are found."""
         self._forest = forest

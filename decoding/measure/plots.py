@@ -74,15 +74,9 @@ def _leave_out_the_worst(axes: Axes, quality: FloatArray) -> None:
 
 
 _CURVES = {
-    "count": "P(K_w >= M)",
-    "count_w1_2": "P(K_w >= M), w 1-2",
-    "count_w3_5": "P(K_w >= M), w 3-5",
-    "count_w6_up": "P(K_w >= M), w 6 and up",
-    "count_layer1": "P(K_w >= M), layer 1",
-    "count_layer2": "P(K_w >= M), layer 2",
-    "count_layer3_up": "P(K_w >= M), layer 3 and up",
-    "survivor": "best among k slots",
-    "late_survivor": "the same, P known",
+    "candidate": "candidate selected",
+    "after": "P(need_j <= w), drafted",
+    "before": "P(need_j <= w), ahead",
 }
 _CURVES_IN_A_ROW = 5
 
@@ -93,7 +87,7 @@ def calibration_curves(provenance: Mapping[str, Any]) -> dict[str, Any]:
     complete = isinstance(bins, Mapping) and {"predicted", "observed", "rows"} <= set(bins)
     if not complete or bins is None:
         return {}
-    curves = bins.get("curves", {"count": bins})
+    curves = bins.get("curves", {"candidate": bins})
     return {title: curves[name] for name, title in _CURVES.items() if name in curves}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -151,18 +151,18 @@ class ModelPair:
         return ModelPair(self.target, draft, self.tokenizer, self.name, self.engine, self.note)
 
     def scorers(
-        self, options: ScorerOptions, drafting: bool = True, draft_options: ScorerOptions | None = None
+        self, options: ScorerOptions, drafting: bool = True, draft_top: int | None = None
     ) -> dict[str, NodeScorer]:
         """Scorers of one batch: of the "target" and, where there is one and it is `drafting`, of the "draft".
 
         A row is opened in this order. The target's scorer keeps the hidden states that the draft reads, and no others.
-        The draft's is made with `draft_options`, None: those of the target.
+        `draft_top` is the draft's `options.top`.
         """
         drafter = self.drafter if drafting else None
         layers = drafter.target_layers if drafter is not None else ()
         target = ForestScorer(self.target, **vars(options), layers=layers)
         return {"target": target} | (
-            {"draft": drafter.scorer(target, draft_options or options)} if drafter is not None else {}
+            {"draft": drafter.scorer(target, replace(options, top=draft_top))} if drafter is not None else {}
         )
 
     def check_forest_passes(self) -> None:

@@ -8,6 +8,7 @@ coins of that layer. Contexts are built by the decoder from arrays that hold not
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decoding.config import DecodingConfig
-from decoding.dice.sampling import Distribution, FloatArray
+from decoding.dice.sampling import Distribution, FloatArray, IntArray
 from decoding.errors import UserError
 
 LEAST_SHARE = 0.01  # of the parents' weight: for less the draft is not run
@@ -59,6 +60,7 @@ DRAFT_DEPTH = Knob("draft_depth", "γ", int, axis="depths", of_config=True)
 SURPLUS = Knob("surplus", kind=str, axis="surpluses", of_config=True, of_drafts=True)
 ASKED_WIDTH = Knob("asked_width", "", int, axis="asked_widths", argument="target_width", within_width=True)
 FINAL_WIDTH = Knob("final_width", "last", int, axis="final_widths", within_width=True)
+SKIP = Knob("least_share", "skip", axis="least_shares", of_drafts=True)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,40 @@ class RootContext:
     remaining: int  # tokens that the beams may still grow by
     weights: FloatArray  # [B] log-weights of the input beams, best first
     history: tuple[LayerRecord, ...] = ()  # layers of the previous iteration
+    unknown_share: float = 1.0  # of the beams' weight, with those that the target has not scored
     target_hidden: FloatArray | None = None  # [H_p] the target's last hidden state at the root
+
+
+@dataclass(frozen=True)
+class Parents:
+    """What a layer would continue, before it is known by which model."""
+
+    nodes: tuple[int, ...]
+    weights: FloatArray  # [B] best first
+    known: NDArray[np.bool_]  # [B] whether the target has scored them
+    places: tuple[int, ...] = ()  # [B] of each among the drafts of the layer above; empty for input beams
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of their weight that is with those that the target has not scored."""
+        shares = np.exp(self.weights - self.weights.max())
+        return float(shares[~self.known].sum() / shares.sum())
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Entries of Q in the order in which they are drafted, as far as they were ranked and may go on."""
+
+    entries: IntArray  # [N] of Q
+    keys: FloatArray  # [N] E / Q
+    probs: FloatArray  # [N] Q
+    parents: IntArray  # [N] nodes
+    rows: IntArray  # [N] of the parents in the context
+    tokens: IntArray  # [N]
+    scored: NDArray[np.bool_]  # [N] children that the target has scored already: to draft them costs no target pass
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 @dataclass(frozen=True)
@@ -101,6 +136,9 @@ class DraftContext:
     draft_hidden: FloatArray | None = None  # [H_q] the draft's last hidden state, mean over the parents
     # Under shared noise, for w and the layers below; a TargetContext has no noise (design 5.5).
     known: NDArray[np.bool_] | None = None  # [B] parents whose entries of Q are the target's own
+    parents: tuple[int, ...] = ()  # [B] nodes
+    places: tuple[int, ...] = ()  # [B] as in `Parents`
+    candidates: Candidates | None = None  # for policies that choose, and recorders
     noise: FloatArray | None = None  # [S] E of each entry of Q, whose key is E / Q; None where Q is on the device
 
 
@@ -124,6 +162,8 @@ class IterationRecord:
     seconds: float
     roots: int = 1  # input beams
     drafts: tuple[int, ...] = ()  # of every layer that was drafted, those below a failed layer too
+    scored: int = 0  # nodes of its target pass
+    draft_passes: tuple[int, ...] = ()  # nodes of each of its draft passes
 
     @property
     def passed_drafts(self) -> tuple[int, ...]:
@@ -150,6 +190,8 @@ class WidthPolicy:
     # "control": a yardstick that nobody tunes.
     family: ClassVar[str] = "hand-set"
     needs_hidden = False  # ask the decoder for hidden states in the contexts
+    needs_candidates = False  # ask for them in the contexts; under shared noise only
+    chooses = False  # asked for drafts by `choose` and `send` in place of `draft_width`; under shared noise only
 
     def check(self, config: DecodingConfig) -> None:
         """Refuse a config that this policy cannot work with (UserError)."""
@@ -168,13 +210,23 @@ class WidthPolicy:
         """Whether to draft layer `layer` (at most config.draft_depth); asked before the draft model runs."""
         return True
 
-    def ask_draft(self, context: RootContext, layer: int, share: float) -> bool:
+    def ask_draft(self, context: RootContext, layer: int, parents: Parents) -> bool:
         """Whether the draft is run for the parents of a layer that the target has not scored yet.
 
-        Asked where there are others, which propose by themselves; `share` of the parents' weight is with the unknown
-        ones. Under shared noise only.
+        Asked where there are others, which propose by themselves. Under shared noise only.
         """
-        return share >= LEAST_SHARE
+        return parents.unknown_share >= LEAST_SHARE
+
+    def choose(self, context: DraftContext) -> IntArray:
+        """Which of `context.candidates` to draft, by place, in order: 1..config.draft_width of them."""
+        raise NotImplementedError
+
+    def send(self, layers: Sequence[DraftContext]) -> list[NDArray[np.bool_]]:
+        """Which of the drafts that `choose` gave go to the target, for each layer; below one that does not none does.
+
+        What is not sent was not drafted, except that the draft model knows it.
+        """
+        raise NotImplementedError
 
     def draft_width(self, context: DraftContext) -> int:
         """w: beams to draft at this layer; clipped to 1..config.draft_width."""

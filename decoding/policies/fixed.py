@@ -12,14 +12,18 @@ from decoding.policies.base import (
     DRAFT_DEPTH,
     DRAFT_WIDTH,
     FINAL_WIDTH,
+    LEAST_SHARE,
+    SKIP,
     SURPLUS,
     TARGET_WIDTH,
     DraftContext,
+    Parents,
     RootContext,
     TargetContext,
     WidthPolicy,
     check_final_width,
 )
+from decoding.support.checks import number
 
 
 @dataclass
@@ -28,17 +32,20 @@ class FixedWidth(WidthPolicy):
 
     Args:
         target_width, draft_width, draft_depth: M, w and γ; at most the config's.
-        final_width: M of the layer that ends an iteration, where nothing can be rejected: more
-            beams there cost what they cost to carry, and no pass. None: M.
+        final_width: M of the layer that ends an iteration, where nothing can be rejected: more beams there cost what
+            they cost to carry, and no pass. None: M.
+        least_share: of the parents' weight; where those that the target has not scored hold less, the others propose
+            alone and the draft's pass is left out. Under shared noise only.
     """
 
     name = "fixed"
-    knobs = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH, ASKED_WIDTH, FINAL_WIDTH, SURPLUS)
+    knobs = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH, ASKED_WIDTH, FINAL_WIDTH, SKIP, SURPLUS)
 
     fixed_target_width: int | None
     fixed_draft_width: int | None
     fixed_draft_depth: int | None
     final_width: int | None
+    least_share: float
 
     def __init__(
         self,
@@ -46,9 +53,10 @@ class FixedWidth(WidthPolicy):
         draft_width: int | None = None,
         draft_depth: int | None = None,
         final_width: int | None = None,
+        least_share: float = LEAST_SHARE,
     ) -> None:
         self.fixed_target_width, self.fixed_draft_width, self.fixed_draft_depth = target_width, draft_width, draft_depth
-        self.final_width = final_width
+        self.final_width, self.least_share = final_width, number("least_share", least_share, least=0)
 
     def check(self, config: DecodingConfig) -> None:
         check_final_width(self.final_width, config)
@@ -76,6 +84,9 @@ class FixedWidth(WidthPolicy):
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
         return self.fixed_draft_depth is None or layer <= self.fixed_draft_depth
 
+    def ask_draft(self, context: RootContext, layer: int, parents: Parents) -> bool:
+        return parents.unknown_share >= self.least_share
+
     def draft_width(self, context: DraftContext) -> int:
         return self.fixed_draft_width or context.root.config.draft_width
 
@@ -91,4 +102,5 @@ class FixedWidth(WidthPolicy):
             "draft_width": self.fixed_draft_width,
             "draft_depth": self.fixed_draft_depth,
             "final_width": self.final_width,
+            "least_share": self.least_share,
         }

@@ -1,92 +1,123 @@
-"""A decoder's recorder that turns committed layers into trace rows. Design section 7."""
+"""TraceRecorder: drafted layers become rows, and are labelled when their prompt is done.
+
+At full widths what the target selects does not depend on what was drafted. So every layer that was drafted can be
+labelled by its paths, those below a layer that failed too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
-from decoding.dice.sampling import Dice
+from decoding.dice.verdict import NEVER, needs
 from decoding.forest.tree import TokenForest
+from decoding.policies.base import DraftContext
 from decoding.results import LayerEvent, Recorder
 from decoding.traces.schema import Column, ContextFeatures
 
 
+@dataclass
+class _Drafted:
+    """A drafted layer that waits for its labels."""
+
+    row: dict[str, Any]
+    depth: int  # tokens after the prompt
+    paths: list[int]  # of its candidates, as `_Paths` names them
+    scored: list[bool]  # before the iteration
+
+
+class _Paths:
+    """A name for the tokens of each path: a node that died and came back is another node, but the same path."""
+
+    def __init__(self, forest: TokenForest) -> None:
+        self._forest = forest
+        self._names: dict[int, int] = {0: 0}
+        self._known: dict[tuple[int, int], int] = {}
+
+    def of(self, node: int) -> int:
+        """Of the path that ends in a node."""
+        if node not in self._names:
+            self._names[node] = self.child(self._forest.parents[node], self._forest.tokens[node])
+        return self._names[node]
+
+    def child(self, parent: int, token: int) -> int:
+        """Of a node's path and one token more."""
+        return self._known.setdefault((self.of(parent), token), len(self._known) + 1)
+
+
 class TraceRecorder(Recorder):
-    """A decoder's recorder that turns layers into rows.
+    """A decoder's recorder that turns drafted layers into rows.
 
     Args:
         features: computes the feature columns.
-        hidden_sizes: (H_p, H_q), for zeros where a state is unknown; None: hidden states are not
-            logged.
-        shadow_seed: seed of the coins that judge the drafts a decoder no longer needs.
         columns: of one's own.
     """
 
-    def __init__(
-        self,
-        features: ContextFeatures,
-        hidden_sizes: tuple[int, int] | None,
-        shadow_seed: int,
-        columns: Sequence[Column] = (),
-    ) -> None:
-        self.shadow: Dice | None = Dice(torch.Generator().manual_seed(shadow_seed))
+    def __init__(self, features: ContextFeatures, columns: Sequence[Column] = ()) -> None:
         self._features, self._columns = features, columns
-        self.needs_hidden = hidden_sizes is not None
-        self._hidden_sizes = hidden_sizes or (0, 0)
         self.rows: list[dict[str, Any]] = []
-        # This prompt's rows, with the kept beams and their slots: no more, since events hold whole
-        # distributions.
-        self._open: list[tuple[dict[str, Any], list[tuple[int, float]], list[int]]] = []
-        self._forest = TokenForest()
         self._prompt_id, self._split = "", ""
 
     def start(self, prompt_id: str, split: str) -> None:
         """A prompt begins."""
         self._prompt_id, self._split = prompt_id, split
-        self._open = []
+        self._waiting: list[_Drafted] = []
+        self._selected: list[dict[int, int]] = []  # by depth: the place of each path that the target selected
+        self._paths: _Paths | None = None
 
     def drafted(
-        self, forest: TokenForest, beams: list[tuple[int, float]], layers: list[list[tuple[int, float]]]
+        self,
+        forest: TokenForest,
+        beams: list[tuple[int, float]],
+        layers: list[list[tuple[int, float]]],
+        contexts: list[DraftContext],
     ) -> None:
-        """Rows are made of what is judged; only the forest is kept."""
+        """Make a row of each layer; its labels come when the prompt is done."""
         self._forest = forest
+        if self._paths is None:
+            self._paths = _Paths(forest)
+        start, above = len(self._selected), {node: -1 for node, _ in beams}
+        for i, context in enumerate(contexts):
+            found = context.candidates
+            assert found is not None, "traces are logged under shared noise"
+            row = {
+                "prompt_id": self._prompt_id,
+                "split": self._split,
+                "iteration": context.root.iteration,
+                "layer": context.layer,
+                "reached": i == 0,
+                "drafts": len(layers[i]) if i < len(layers) else 0,
+                "features": self._features.of_layer(context),
+                "candidates": self._features.of_candidates(context).ravel(),
+                "parents": [above.get(node, -1) for node in found.parents.tolist()],
+            }
+            row |= {column.name: column.of(context) for column in self._columns}
+            pairs = list(zip(found.parents.tolist(), found.tokens.tolist(), strict=True))
+            paths = [self._paths.child(*pair) for pair in pairs]
+            self._waiting.append(_Drafted(row, start + i, paths, found.scored.tolist()))
+            children = [forest.find(*pair) for pair in pairs]
+            above = {node: place for place, node in enumerate(children) if node is not None}
+        self._open = self._waiting[len(self._waiting) - len(contexts) :]
 
     def layer(self, event: LayerEvent) -> None:
-        """Add a row; what became of its beams comes later."""
-        context, record = event.context.draft, event.record
-        target_size, draft_size = self._hidden_sizes
-        row = {
-            "prompt_id": self._prompt_id,
-            "split": self._split,
-            "layer": context.layer,
-            "target_width": record.target_width,
-            "draft_width": record.draft_width,
-            "kept_width": len(event.kept),
-            "features": self._features(context),
-            "target_features": self._features.of_target(event.context),
-            "draft_hidden": _sized(context.draft_hidden, draft_size),
-            "target_hidden": _sized(context.root.target_hidden, target_size),
-            "accept_bits": [],
-            "accept_probs": [],
-        }
-        if event.verdict is not None:
-            row["accept_bits"] = event.verdict.bits
-            row["accept_probs"] = event.verdict.probabilities
-        row |= {column.name: column.of(event) for column in self._columns}
-        self._open.append((row, event.kept, event.slots))
+        """Note what the target selected."""
+        assert self._paths is not None
+        paths = [self._paths.of(node) for node in event.slots]
+        self._selected.append({path: place for place, path in enumerate(paths, 1)})
+        below = event.record.layer  # the layer below this one, counted from 0
+        if event.record.draft_width and event.record.passed and below < len(self._open):
+            self._open[below].row["reached"] = True
 
     def end(self, best_path: list[int]) -> None:
-        """Fill in what became of the beams: row d committed the tokens at depth d."""
-        behind = deficits([kept for _, kept, _ in self._open], self._forest.parents, best_path)
-        for depth, (row, _, slots) in enumerate(self._open):
-            node = best_path[depth] if depth < len(best_path) else None
-            row["survivor_slot"] = slots.index(node) + 1 if node in slots else 0
-            row["slot_deficits"] = [behind[depth][slot] for slot in slots]
-            self.rows.append(row)
-        self._open = []
+        """Label the layers that the target came to."""
+        for drafted in self._waiting:
+            if drafted.depth < len(self._selected):
+                selected = self._selected[drafted.depth]
+                places = [selected.get(path, 0) for path in drafted.paths]
+                drafted.row |= {"places": places, "need": _needs(places, drafted.scored, len(selected))}
+                self.rows.append(drafted.row)
+        self._waiting = []
 
     def take_rows(self) -> list[dict[str, Any]]:
         """Hand over the finished rows."""
@@ -94,38 +125,7 @@ class TraceRecorder(Recorder):
         return rows
 
 
-def deficits(
-    layers: Sequence[Sequence[tuple[int, float]]], parents: Sequence[int], best_path: Sequence[int]
-) -> list[dict[int, float]]:
-    """Nats by which each beam's line was behind the best when it ended.
-
-    A beam's line are its descendants. At the last layer that holds one of them, its deficit is the
-    weight of that layer's best beam less that of its heaviest descendant; beams of the best
-    hypothesis have none. What would have been lost with the others, if only some had been kept, is
-    the least deficit among these.
-
-    Args:
-        layers: each layer's beams as (node, weight).
-        parents: of every node.
-        best_path: nodes of the best hypothesis, by layer.
-
-    Returns:
-        [layers] of {node: deficit}, 0 or more.
-    """
-    found: list[dict[int, float]] = [{} for _ in layers]
-    for last in reversed(range(len(layers))):
-        best = max(weight for _, weight in layers[last])
-        for node, weight in sorted(layers[last], key=lambda beam: -beam[1]):
-            for depth in range(last, -1, -1):  # up to the ancestors of a heavier or longer line
-                if node in found[depth]:
-                    break
-                found[depth][node] = best - weight
-                node = parents[node]
-    for of_layer, node in zip(found, best_path, strict=False):
-        of_layer[node] = 0.0
-    return found
-
-
-def _sized(hidden: np.ndarray | None, size: int) -> np.ndarray:
-    """The state, zeros where it is unknown; nothing where none is logged."""
-    return np.zeros(size, dtype=np.float32) if hidden is None or not size else hidden
+def _needs(places: list[int], scored: list[bool], size: int) -> list[int]:
+    """need_1..need_size of a layer; what the target had scored needs no draft, what is no candidate is NEVER held."""
+    rank_of = {place: 0 if known else rank for rank, (place, known) in enumerate(zip(places, scored, strict=True), 1)}
+    return needs(list(range(size)), [rank_of.get(place, NEVER) for place in range(1, size + 1)], size)

@@ -1,8 +1,4 @@
-"""What a trace row holds: one per (iteration, committed layer). Design section 7.
-
-`TRACE_FEATURES` are the columns of every row. A `Column` is one of anybody's own beside them: readers take columns by
-name, so that whoever does not know it does not see it.
-"""
+"""What a trace row holds: one per drafted layer of an iteration. Design section 7."""
 
 from __future__ import annotations
 
@@ -14,28 +10,23 @@ import numpy as np
 from datasets import Features, List, Value
 
 from decoding.errors import UserError
-from decoding.policies.base import DraftContext, TargetContext
-from decoding.results import LayerEvent
+from decoding.policies.base import DraftContext
 from decoding.support.names import locate
 
-SCHEMA_VERSION = 3
-
+SCHEMA_VERSION = 4
 TRACE_FEATURES = Features(
     {
         "prompt_id": Value("string"),
         "split": Value("string"),  # of the task: train / val / test
-        "layer": Value("int32"),  # of its iteration, from 1
-        "target_width": Value("int32"),  # M
-        "draft_width": Value("int32"),  # w; 0 at the layer drawn from the target
-        "kept_width": Value("int32"),  # beams committed, finished ones included
-        "features": List(Value("float32")),  # [F], named in the manifest
-        "target_features": List(Value("float32")),  # [G], named in the manifest: what is known once P is
-        "draft_hidden": List(Value("float32")),  # [H_q], mean over the layer's parents; empty unless asked for
-        "target_hidden": List(Value("float32")),  # [H_p], at the root; empty unless asked for
-        "accept_bits": List(Value("bool")),  # [w], continued in shadow past M
-        "accept_probs": List(Value("float32")),  # [w], Σ min(R, Q_i) given the layer's history before draft i
-        "survivor_slot": Value("int32"),  # place of the best hypothesis's beam among the draws, from 1; 0: none
-        "slot_deficits": List(Value("float32")),  # [kept_width], in the order of draws; see `deficits`
+        "iteration": Value("int32"),
+        "layer": Value("int32"),  # from 1
+        "reached": Value("bool"),  # all layers above passed
+        "drafts": Value("int32"),  # drafted and sent to the target
+        "features": List(Value("float32")),  # [F] of the layer, named in the manifest
+        "candidates": List(Value("float32")),  # [C * G], in draft order; the G are named in the manifest
+        "parents": List(Value("int32")),  # [C] place among the candidates of the layer above; -1 at the first layer
+        "places": List(Value("int32")),  # [C] in the target's selection, from 1; 0: not selected
+        "need": List(Value("int32")),  # [<= R] drafts, in draft order, that hold the first j selected; -1: not ranked
     }
 )
 
@@ -47,12 +38,12 @@ class Column:
     Args:
         name: of the column; another one whenever its values change their meaning.
         type: of its values, as `datasets` has them: `Value("float32")`, `List(Value("int32"))`.
-        of: the value of a committed layer.
+        of: the value of a drafted layer.
     """
 
     name: str
     type: Any
-    of: Callable[[LayerEvent], Any]
+    of: Callable[[DraftContext], Any]
 
 
 def own_columns(names: Iterable[str]) -> tuple[Column, ...]:
@@ -79,13 +70,13 @@ class ContextFeatures(Protocol):
     """Turns a context into the features of a row; the controller's own when logging for it."""
 
     names: list[str]
-    target_names: list[str]
+    candidate_names: list[str]
     version: int
 
-    def __call__(self, context: DraftContext) -> np.ndarray:
-        """Features of a layer before its drafts are drawn, [F] float32."""
+    def of_layer(self, context: DraftContext) -> np.ndarray:
+        """What is known of a layer as a whole, [F] float32."""
         ...
 
-    def of_target(self, context: TargetContext) -> np.ndarray:
-        """Features of a layer once its P is known, [G] float32."""
+    def of_candidates(self, context: DraftContext) -> np.ndarray:
+        """What is known of each candidate by itself, [C, G] float32."""
         ...

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,18 +20,17 @@ from omegaconf import DictConfig
 import train
 from controller import LearnedWidth
 from controller.checkpoint import load_controller
-from controller.features import ContextFeatures
-from decoding import UserError
+from decoding import DSBDDecoder, UserError, beam_sample
 from decoding.measure.plots import calibration_curves
 from decoding.support.entry import CONF_DIR
-from tests.controller.synthetic import CONFIG, PAIR, draft_context, target_context, write_traces
-from tests.controller.test_data import rewrite
+from tests.controller.synthetic import ABOUT, CONFIG, prompts, streams, write_traces
+from tests.small_pair import small_pair
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made-up traces, which no test changes."""
-    return write_traces(tmp_path_factory.mktemp("traces"), prompts=20)
+    return write_traces(tmp_path_factory.mktemp("traces"), 8)
 
 
 @pytest.fixture(autouse=True)
@@ -52,22 +50,20 @@ def test_trains_calibrates_saves_and_returns_the_loss(tmp_path: Path, capsys: py
     assert 0 < loss < 2
     assert f"controller saved in {tmp_path / 'controller'}" in capsys.readouterr().out
     net, about = load_controller(tmp_path / "controller")
-    assert about["pair"] == PAIR and about["decoding"]["draft_width"] == CONFIG.draft_width
+    assert about["pair"] == small_pair().describe() and about["decoding"]["draft_width"] == CONFIG.draft_width
     assert {"argv", "git_sha", "versions", "traces", "training", "metrics", "reliability", "calibration"} <= set(about)
     assert about["metrics"]["val/loss"] <= loss + 1e-6  # calibrated on the same rows
-    assert about["features"]["target_names"] == ContextFeatures().target_names
+    assert about["features"] == ABOUT
     text = (tmp_path / "controller" / "config.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     for name, value in about["calibration"].items():
         assert value == pytest.approx(float(net.get_buffer(name)))
-    learned = LearnedWidth.load(tmp_path / "controller", pair=PAIR)
-    learned.check(CONFIG)
-    learned.reset(CONFIG)
-    context = draft_context()
-    assert 1 <= learned.target_width(target_context(context, learned.draft_width(context))) <= CONFIG.target_width
+    learned = LearnedWidth.load(tmp_path / "controller", pair=small_pair())
+    results = DSBDDecoder(small_pair(), CONFIG, learned).generate(prompts(3), streams(3))
+    alone = beam_sample(small_pair().target, prompts(3), CONFIG, streams(3))
+    assert [result.sequences for result in results] == [result.sequences for result in alone]
     metrics = (tmp_path / "csv" / "metrics.csv").read_text()
-    names = ["train/loss", "val/count_nll_floor", "val/count_ece", "val/survivor_nll", "val/late_survivor_nll"]
-    for name in (*names, "val/late_regret_nll", "calibrated/val/count_nll"):
+    for name in ("train/loss", "val/candidate_ece", "val/candidate_explained", "calibrated/val/after_nll"):
         assert name in metrics
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
 
@@ -77,12 +73,6 @@ def test_equal_seeds_give_equal_controllers(tmp_path: Path) -> None:
     assert losses[0] == losses[1] != losses[2]
     first, second = (load_controller(tmp_path / name / "controller")[0].state_dict() for name in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_hidden_states_that_would_not_be_logged_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "ensure_traces", lambda cfg: pytest.fail("collected"))
-    with pytest.raises(UserError, match=r"Set collect\.hidden=true, or leave controller\.use_hidden=false"):
-        train.main(config(tmp_path, "controller.use_hidden=true"))
 
 
 def test_fast_dev_run(tmp_path: Path) -> None:
@@ -240,22 +230,17 @@ def test_what_is_saved_of_the_curves(tmp_path: Path) -> None:
     train.main(config(tmp_path, "trainer.max_epochs=1"))
     _, about = load_controller(tmp_path / "controller")
     saved = about["reliability"]
-    assert saved["split"] == "val" and {"survivor", "count_w1_2"} <= set(saved["curves"])
-    assert saved["predicted"] == saved["curves"]["count"]["predicted"]
-    assert calibration_curves(about)["P(K_w >= M)"]["rows"] == saved["rows"]
+    assert saved["split"] == "val" and set(saved["curves"]) == {"candidate", "after", "before"}
+    assert saved["predicted"] == saved["curves"]["candidate"]["predicted"]
+    assert calibration_curves(about)["candidate selected"]["rows"] == saved["rows"]
     for name, curve in saved["curves"].items():
-        assert {"predicted", "observed", "rows", "error", "score"} == set(curve)
+        assert {"predicted", "observed", "rows", "error"} == set(curve)
         assert about["metrics"][f"val/{name}_ece"] == pytest.approx(curve["error"])
-        assert about["metrics"][f"val/{name}_rps"] == pytest.approx(curve["score"])
 
 
-def test_test_rows_are_what_reliability_is_measured_on(
-    tmp_path: Path, traces: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held_out = Path(shutil.copytree(traces, tmp_path / "traces"))
+def test_test_rows_are_what_reliability_is_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = write_traces(tmp_path / "traces", 8, tested=7)
     monkeypatch.setattr(train, "ensure_traces", lambda cfg: held_out)
-    rewrite(held_out, split=[("val", "test")[i // 20 % 2] if i < 80 else "train" for i in range(400)])
     train.main(config(tmp_path / "run", "trainer.max_epochs=1"))
     _, about = load_controller(tmp_path / "run" / "controller")
-    assert about["reliability"]["split"] == "test"
-    assert "test/count_w1_2_ece" in about["metrics"] and "val/count_w1_2_ece" not in about["metrics"]
+    assert about["reliability"]["split"] == "test" and "test/candidate_ece" in about["metrics"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import decoding.dice.sampling
+import decoding.loop.prompt_run
 import decoding.loop.rejection_run
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
 from decoding.dice.dense import dense_joint

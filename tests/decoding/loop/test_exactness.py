@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import decoding.loop.prompt_run
 import decoding.loop.rejection_run
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, WidthPolicy, beam_sample
 from decoding.dice.acceptance import LayerVerdict, align

@@ -297,7 +297,7 @@ class Layers(Recorder):
     paths: list[set[Path]] = field(default_factory=list)
     _drafted: list[set[Path]] = field(default_factory=list)
 
-    def drafted(self, forest: Any, beams: Any, layers: list[list[tuple[int, float]]]) -> None:
+    def drafted(self, forest: Any, beams: Any, layers: list[list[tuple[int, float]]], contexts: Any) -> None:
         self._drafted = [{tuple(forest.path(node)) for node, _ in layer} for layer in layers]
 
     def layer(self, event: LayerEvent) -> None:

@@ -131,7 +131,7 @@ def test_evaluate_and_bench_configs_list_what_there_is() -> None:
     """The comments and the axes of conf/ follow the registry."""
     evaluate, bench = ((CONF_DIR / f"{name}.yaml").read_text() for name in ("evaluate", "bench"))
     assert [name for name in METHODS if name not in evaluate] == [] == [name for name in METHODS if name not in bench]
-    assert [axis for axis in [*axes_of(METHODS.values()), "width_values"] if f"  {axis}:" not in evaluate] == []
+    assert [axis for axis in axes_of(METHODS.values()) if f"  {axis}:" not in evaluate] == []
     for knob in axes_of(METHODS.values()).values():
         grid = ", ".join(map(str, knob.grid))
         assert grid in evaluate, f"the grid of {knob.name} is told in a comment"
@@ -152,7 +152,6 @@ def test_a_knobs_own_grid_is_taken_where_values_are_null() -> None:
         ({"method": "entropy", "scale": 0.5, "exact": True}, "entropy M=4 w=6 γ=3 scale=0.5 exact"),
         ({"method": "bandit", "asked_width": 2, "batch_size": 2}, "bandit M=2/4 w=6 γ=3, batch 2"),
         ({"method": "fixed", "draft": "ngram", "surplus": "drop"}, "fixed M=4 w=6 γ=3 surplus=drop draft=ngram"),
-        ({"method": "learned", "path": "a/b", "width_value": 2}, "learned M=4 path=a/b value=2"),
         ({"method": HALF, "fraction": 0.25, "rounded": "no"}, f"{HALF} M=4 w=6 γ=3 f=0.25 rounded=no"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import decoding.dice.sampling
+import decoding.loop.prompt_run
 import decoding.loop.rejection_run
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
 from decoding.forest.tree import TokenForest
