@@ -26,7 +26,8 @@ from decoding.forest.probe import check_forest_pass
 from decoding.forest.scorer import ForestScorer
 from decoding.forest.tree import TokenForest
 from decoding.pairs.architecture import check_architecture
-from tests.decoding.engine.families import (
+from tests.decoding.engine.test_graphs import graphed
+from tests.decoding.families import (
     FAMILIES,
     PAGE,
     REFUSED,
@@ -38,7 +39,6 @@ from tests.decoding.engine.families import (
     page,
     randomised,
 )
-from tests.decoding.engine.test_graphs import graphed
 from tests.decoding.stubs import Reference, chi_square_p
 
 VOCABULARY = 61
@@ -384,4 +384,4 @@ def test_what_cannot_work_is_refused_with_its_reason(name: str) -> None:
 
 
 def test_the_page_says_what_is_tested() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "write it anew: python -m tests.decoding.engine.families"
+    assert PAGE.read_text(encoding="utf-8") == page(), "write it anew: python -m tests.decoding.families"
