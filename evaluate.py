@@ -61,7 +61,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         UserError: all rows failed, or what was asked for cannot be.
-        KeyboardInterrupt: after what all rows had measured before it, if anything, has been scored and written.
+        KeyboardInterrupt: after what all rows had measured before it, if anything, has been scored
+            and written.
     """
     tables: Tables = {}  # filled once the pair is there
     rows, candidates = read_rows(cfg, METHODS | learned_methods(cfg, tables))
@@ -120,7 +121,7 @@ def provenance_of(cfg: DictConfig, tables: Tables) -> dict[str, Any]:
     }
 
 
-# ----------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 def read_rows(cfg: DictConfig, methods: Mapping[str, Method]) -> tuple[list[Row], list[Row]]:
@@ -224,7 +225,8 @@ def tune(
     """Hand-set settings worth measuring: undominated on other prompts, on any device.
 
     Returns:
-        The kept rows; and split, prompts, grid (name, speeds by the table of each device, log_prob, kept).
+        The kept rows; and split, prompts, grid (name, speeds by the table of each device, log_prob,
+        kept).
 
     Raises:
         UserError: a row failed.

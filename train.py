@@ -52,7 +52,9 @@ def main(cfg: DictConfig) -> float:
 def fit(
     cfg: DictConfig, traces: Path, checkpoint: dict[str, Any] | None, wandb_logger: WandbLogger | None = None
 ) -> float:
-    """Train on the traces of a directory, calibrate, save to `output_dir`; returns the best `val/loss`."""
+    """Train on the traces of a directory, calibrate, save to `output_dir`; returns the best
+    `val/loss`.
+    """
     data = TraceDataModule(traces, cfg.controller.get("batch_size", 64), cfg.max_train_rows)
     module: ControllerModule = instantiate(cfg.controller, target_width=data.target_width)
     check_checkpoint(checkpoint, module, cfg)
@@ -187,13 +189,15 @@ def final_metrics(module: ControllerModule, data: TraceDataModule) -> dict[str, 
 
 
 def describe_curves(curves: dict[str, Reliability], split: str) -> dict[str, Any]:
-    """JSON-able: the bins of the candidates' chances (predicted, observed, rows), the split, and all curves by name."""
+    """JSON-able: the bins of the candidates' chances (predicted, observed, rows), the split, and
+    all curves by name.
+    """
     described = {name: _bins(bins) | {"error": bins.error} for name, bins in curves.items()}
     return _bins(curves[CURVES[0]]) | {"split": split, "curves": described}
 
 
 def describe(cfg: DictConfig, data: TraceDataModule, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
-    """Where a controller came from and how good it is; JSON-able, saved in its config.json."""
+    """The origin of a controller and how good it is; JSON-able, saved in its config.json."""
     return {
         **provenance(),
         "pair": data.manifest["pair"],

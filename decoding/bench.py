@@ -1,9 +1,9 @@
 """Speed, time by phase, memory and energy of methods side by side: `python -m decoding.bench`,
 conf/bench.yaml.
 
-Writes bench.json (docs/formats.md) and prints it as tables, and each number that one asks for in a line. Rows take
-turns over the same prompts; what is timed is scored afterwards. A row that fails loses no other row, an interrupted run
-loses no finished repeat.
+Writes bench.json (docs/formats.md) and prints it as tables, and each number that one asks for in a
+line. Rows take turns over the same prompts; what is timed is scored afterwards. A row that fails
+loses no other row, an interrupted run loses no finished repeat.
 """
 
 from __future__ import annotations

@@ -77,7 +77,9 @@ class Collection:
         return cls(cfg, pair or instantiate(cfg.pair), config, policy, task, features, columns)
 
     def describe(self) -> dict[str, Any]:
-        """What the parts say of themselves, JSON-able: neither where files lie nor which modules hold the classes."""
+        """The parts' descriptions of themselves, JSON-able: neither where files lie nor which
+        modules hold the classes.
+        """
         own = {column.name: repr(column.type) for column in self.columns}
         return {
             "schema_version": SCHEMA_VERSION,

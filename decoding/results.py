@@ -133,5 +133,6 @@ class LayerEvent:
     verdict: LayerVerdict | None  # None at a layer drawn from the target
     kept: list[tuple[int, float]]  # nodes with weights, best first, finished ones included
     slots: list[int] = field(default_factory=list)  # the same nodes in the order in which they were drawn
-    # Under shared noise: how many drafts hold the first j = 1.. of the target's selection, as `verdict.needs`.
+    # Under shared noise: how many drafts hold the first j = 1.. of the target's selection, as
+    # `verdict.needs`.
     need: list[int] = field(default_factory=list)

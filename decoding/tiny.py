@@ -97,7 +97,9 @@ def read_tokens(tokenizer: PreTrainedTokenizerFast, split: str, tests: bool) -> 
 
 
 def draw_batches(fit: FitConfig, epoch: Callable[[torch.Generator], Tensor]) -> Iterator[Tensor]:
-    """Yield `fit.steps` batches [fit.rows, ...] of what `epoch` gives, [N, ...] in a fresh order each time."""
+    """Yield `fit.steps` batches [fit.rows, ...] of what `epoch` gives, [N, ...] in a fresh order
+    each time.
+    """
     generator = torch.Generator().manual_seed(fit.seed)
     queue: list[Tensor] = []
     for _ in range(fit.steps):

@@ -32,7 +32,8 @@ from decoding.support.checks import whole
 
 
 class SurvivorOracle(WidthPolicy, Recorder):
-    """NOT ACHIEVABLE: M is the rank of the candidate that turns out best when the target looks ahead, free of charge.
+    """NOT ACHIEVABLE: M is the rank of the candidate that turns out best when the target looks
+    ahead, free of charge.
 
     The layer's heaviest candidates, entries of P, are continued greedily by the target. Each is
     scored as a hypothesis of its weight and its continuation; M is the rank by weight, 1 for the
@@ -152,7 +153,7 @@ class SurvivorOracle(WidthPolicy, Recorder):
         layers: list[list[tuple[int, float]]],
         contexts: list[DraftContext],
     ) -> None:
-        """As a recorder: where the paths of P's parents are found."""
+        """Keep the forest, where the paths of P's parents are found."""
         self._forest = forest
 
 

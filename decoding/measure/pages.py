@@ -132,7 +132,7 @@ def machine_of(results: Node) -> str:
 
 
 def _run_lines(label: str, results: Node) -> list[str]:
-    """What a run says beside its rows: comparisons, what it lost, tuning."""
+    """Lines on a run beside its rows: comparisons, what it lost, tuning."""
     lines = list(comparison_lines(results))
     for remark in remark_lines(results):
         lines += [remark, ""]

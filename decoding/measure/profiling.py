@@ -30,8 +30,9 @@ def profile_decoding(
         trace: file to write, in Chrome's trace format.
 
     Returns:
-        trace, iterations, overhead_share (None where no phase but "other" is known), and the `TOP` host operators and
-        GPU kernels that took longest, each with name, calls, seconds (without what it calls) and share of the sum.
+        trace, iterations, overhead_share (None where no phase but "other" is known), and the `TOP`
+        host operators and GPU kernels that took longest, each with name, calls, seconds (without
+        what it calls) and share of the sum.
     """
 
     def decode() -> list[DecodeResult]:

@@ -1,4 +1,6 @@
-"""The results of an evaluation or a bench as a file: its version, written and read. docs/formats.md has the fields."""
+"""The results of an evaluation or a bench as a file: its version, written and read. docs/formats.md
+has the fields.
+"""
 
 from __future__ import annotations
 

@@ -135,7 +135,9 @@ def _buffer_bytes(device: torch.device) -> int:
 
 
 def _seconds(operation: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median seconds of one call; on a GPU several are queued, so that launching them is not what is timed."""
+    """Median seconds of one call; on a GPU several are queued, so that launching them is not what
+    is timed.
+    """
     timer = Timer("operation()", globals={"operation": operation}, num_threads=torch.get_num_threads())
     calls = 8 if device.type == "cuda" else 1
     return float(np.median([timer.timeit(calls).mean for _ in range(repeats)]))

@@ -1,7 +1,8 @@
 """Summaries of measurements: ratios of sums over the prompts, with paired bootstrap intervals, in
 JSON-able dicts.
 
-docs/formats.md lists the metrics. The same resamples of the prompts serve all rows, so that two rows' ratio is paired.
+docs/formats.md lists the metrics. The same resamples of the prompts serve all rows, so that two
+rows' ratio is paired.
 """
 
 from __future__ import annotations

@@ -283,7 +283,8 @@ def _groups(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
 
 
 def score_all(records: Sequence[Record], prompts: Sequence[Prompt], pair: ModelPair, task: Task) -> str | None:
-    """Fill in what the target and the task say of every text; after all timing, so that it disturbs no clock.
+    """Fill in what the target and the task say of every text; after all timing, so that it disturbs
+    no clock.
 
     Returns:
         None, or a sentence where the device's memory did not suffice for it.

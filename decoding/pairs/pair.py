@@ -153,10 +153,11 @@ class ModelPair:
     def scorers(
         self, options: ScorerOptions, drafting: bool = True, draft_top: int | None = None
     ) -> dict[str, NodeScorer]:
-        """Scorers of one batch: of the "target" and, where there is one and it is `drafting`, of the "draft".
+        """Scorers of one batch: of the "target" and, where there is one and it is `drafting`, of
+        the "draft".
 
-        A row is opened in this order. The target's scorer keeps the hidden states that the draft reads, and no others.
-        `draft_top` is the draft's `options.top`.
+        A row is opened in this order. The target's scorer keeps the hidden states that the draft
+        reads, and no others. `draft_top` is the draft's `options.top`.
         """
         drafter = self.drafter if drafting else None
         layers = drafter.target_layers if drafter is not None else ()

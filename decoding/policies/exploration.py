@@ -82,11 +82,13 @@ class RandomWidth(WidthPolicy):
 class ExploringWidth(WidthPolicy):
     """Full target widths, and drafts whose number, depth and source are drawn at random.
 
-    Half of the layers are as wide as they may be and half of the iterations as deep, so that most of what a controller
-    may do later is seen; the draft's pass is left out now and then where the parents that need it hold little weight.
+    Half of the layers are as wide as they may be and half of the iterations as deep, so that most
+    of what a controller may do later is seen; the draft's pass is left out now and then where the
+    parents that need it hold little weight.
 
     Args:
-        seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the prompt's seed.
+        seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the
+            prompt's seed.
     """
 
     name = "exploring"

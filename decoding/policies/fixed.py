@@ -32,10 +32,10 @@ class FixedWidth(WidthPolicy):
 
     Args:
         target_width, draft_width, draft_depth: M, w and γ; at most the config's.
-        final_width: M of the layer that ends an iteration, where nothing can be rejected: more beams there cost what
-            they cost to carry, and no pass. None: M.
-        least_share: of the parents' weight; where those that the target has not scored hold less, the others propose
-            alone and the draft's pass is left out. Under shared noise only.
+        final_width: M of the layer that ends an iteration, where nothing can be rejected: more
+            beams there cost what they cost to carry, and no pass. None: M.
+        least_share: of the parents' weight; where those that the target has not scored hold less,
+            the others propose alone and the draft's pass is left out. Under shared noise only.
     """
 
     name = "fixed"

@@ -156,7 +156,9 @@ def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
 
 
 def check_type(path: str, value: Any, hint: Any, more: str = "") -> None:
-    """Refuse a YAML value that does not fit an annotation (UserError); `more` is said behind what is allowed."""
+    """Refuse a YAML value that does not fit an annotation (UserError); `more` is said behind what
+    is allowed.
+    """
     if not _fits(value, hint):
         raise UserError(f"{path} is {value!r}; give {_words(hint)}{more}.")
 

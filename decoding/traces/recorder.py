@@ -1,7 +1,7 @@
 """TraceRecorder: drafted layers become rows, and are labelled when their prompt is done.
 
-At full widths what the target selects does not depend on what was drafted. So every layer that was drafted can be
-labelled by its paths, those below a layer that failed too.
+At full widths what the target selects does not depend on what was drafted. So every layer that was
+drafted can be labelled by its paths, those below a layer that failed too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class _Drafted:
 
 
 class _Paths:
-    """A name for the tokens of each path: a node that died and came back is another node, but the same path."""
+    """A name for the tokens of each path: a node that died and came back is another node, but the
+    same path.
+    """
 
     def __init__(self, forest: TokenForest) -> None:
         self._forest = forest
@@ -36,13 +38,13 @@ class _Paths:
         self._known: dict[tuple[int, int], int] = {}
 
     def of(self, node: int) -> int:
-        """Of the path that ends in a node."""
+        """The name of the path that ends in a node."""
         if node not in self._names:
             self._names[node] = self.child(self._forest.parents[node], self._forest.tokens[node])
         return self._names[node]
 
     def child(self, parent: int, token: int) -> int:
-        """Of a node's path and one token more."""
+        """The name of a node's path and one token more."""
         return self._known.setdefault((self.of(parent), token), len(self._known) + 1)
 
 
@@ -126,6 +128,8 @@ class TraceRecorder(Recorder):
 
 
 def _needs(places: list[int], scored: list[bool], size: int) -> list[int]:
-    """need_1..need_size of a layer; what the target had scored needs no draft, what is no candidate is NEVER held."""
+    """need_1..need_size of a layer; what the target had scored needs no draft, what is no candidate
+    is NEVER held.
+    """
     rank_of = {place: 0 if known else rank for rank, (place, known) in enumerate(zip(places, scored, strict=True), 1)}
     return needs(list(range(size)), [rank_of.get(place, NEVER) for place in range(1, size + 1)], size)

@@ -1,4 +1,4 @@
-"""What a trace row holds: one per drafted layer of an iteration. Design section 7."""
+"""Columns of a trace: one row per drafted layer of an iteration. Design section 7."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ class ContextFeatures(Protocol):
     version: int
 
     def of_layer(self, context: DraftContext) -> np.ndarray:
-        """What is known of a layer as a whole, [F] float32."""
+        """Features of a layer as a whole, [F] float32."""
         ...
 
     def of_candidates(self, context: DraftContext) -> np.ndarray:
-        """What is known of each candidate by itself, [C, G] float32."""
+        """Features of each candidate by itself, [C, G] float32."""
         ...

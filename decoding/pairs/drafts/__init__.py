@@ -1,7 +1,7 @@
 """Drafts, a file for each kind; and which draft a model, a text or a `Draft` stands for.
 
-In text: `layers:8`, the target's own first layers; `ngram` or `ngram:4`, what followed the same tokens before;
-`mine.Bigram`, a class of anybody's own.
+In text: `layers:8`, the target's own first layers; `ngram` or `ngram:4`, what followed the same
+tokens before; `mine.Bigram`, a class of anybody's own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ALLOWED = ", ".join([*(kind.usage for kind in KINDS.values()), _OWN])
 
 
 def is_named(text: str) -> bool:
-    """Whether a text names a draft that comes without a checkpoint of its own."""
+    """True if a text names a draft that comes without a checkpoint of its own."""
     return text.partition(":")[0] in KINDS or (is_dotted(text) and not Path(text).exists())
 
 
@@ -36,7 +36,8 @@ def named_draft(text: str, target: Any) -> Draft:
     """The draft that a text names.
 
     Args:
-        text: `layers:8`, `ngram`, `ngram:4`; or the dotted name of a `Draft`, which is called with the target.
+        text: `layers:8`, `ngram`, `ngram:4`; or the dotted name of a `Draft`, which is called with
+            the target.
         target: the model that it drafts for.
 
     Raises:

@@ -19,7 +19,8 @@ from decoding.forest.scorer import ForestScorer
 
 
 class Draft(ABC):
-    """A draft of one target, which it may know but must not keep alive. One named in text is called with the target.
+    """A draft of one target, which it may know but must not keep alive. One named in text is called
+    with the target.
 
     Attributes:
         hidden_size: H of the states that its scorer's `hidden` gives; 0 where it gives none.
