@@ -29,6 +29,7 @@ from omegaconf import DictConfig
 from controller.calibration import calibrate, fit_rules
 from controller.checkpoint import save_controller
 from controller.data import TraceDataModule
+from controller.features import class_of
 from controller.metrics import CURVES, Reliability
 from controller.module import ControllerModule
 from controller.tracking import is_wandb, tracked
@@ -56,7 +57,9 @@ def fit(
     `val/loss`.
     """
     data = TraceDataModule(traces, cfg.controller.get("batch_size", 64), cfg.max_train_rows)
-    module: ControllerModule = instantiate(cfg.controller, target_width=data.target_width)
+    module: ControllerModule = instantiate(
+        cfg.controller, target_width=data.target_width, own_features=data.own_features
+    )
     check_checkpoint(checkpoint, module, cfg)
     loggers = build_loggers(cfg, wandb_logger)
     callbacks = [*build_all(cfg.callbacks), GoOn()]
@@ -202,7 +205,7 @@ def describe(cfg: DictConfig, data: TraceDataModule, metrics: dict[str, float], 
         **provenance(),
         "pair": data.manifest["pair"],
         "decoding": data.manifest["decoding"],
-        "features": data.manifest["features"],
+        "features": data.manifest["features"] | class_of(to_plain(cfg.features)),
         "traces": [
             {name: data.manifest.get(name) for name in ("trace_key", "rows", "prompts", "policy", "task", "seed")}
         ],

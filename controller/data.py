@@ -60,15 +60,17 @@ class TraceDataModule(LightningDataModule):
         rows, self.manifest = load_traces(Path(directory))
         self.batch_size = batch_size
         features = self.manifest["features"]
-        found = [*features.get("names", []), *features.get("candidate_names", [])]
+        names = features.get("names", [])
+        found = [*names[: len(LAYER)], *features.get("candidate_names", [])]
         check_features(found, [*LAYER, *CANDIDATE], f"The traces in {directory} have")
-        if features.get("version") != VERSION:
+        self.own_features = len(names) - len(LAYER)
+        if not self.own_features and features.get("version") != VERSION:
             raise UserError(f"The traces in {directory} are of other features; collect them again.")
         table: pa.Table = rows.with_format("arrow")[:]
         prompts, split = table["prompt_id"].to_pylist(), table["split"].to_pylist()
         _check_splits(prompts, split, str(directory))
         self.target_width = int(self.manifest["decoding"]["target_width"])
-        columns, first = _columns(table, self.target_width, str(directory))
+        columns, first = _columns(table, self.target_width, len(names), str(directory))
         prompts, splits = [prompts[i] for i in first], np.asarray([split[i] for i in first])
         if max_train_rows is not None:
             splits[_beyond(prompts, splits == "train", max_train_rows)] = "unused"
@@ -119,7 +121,7 @@ def _check_splits(prompts: list[str], split: list[str], directory: str) -> None:
             )
 
 
-def _columns(table: pa.Table, target_width: int, directory: str) -> tuple[Batch, list[int]]:
+def _columns(table: pa.Table, target_width: int, features: int, directory: str) -> tuple[Batch, list[int]]:
     """All iterations as tensors, and the first row of each."""
     layer = table["layer"].to_numpy().astype(np.int64)
     first = np.flatnonzero(layer == 1)
@@ -146,7 +148,7 @@ def _columns(table: pa.Table, target_width: int, directory: str) -> tuple[Batch,
 
     numbers = torch.int64
     columns = {
-        "features": laid_out("features", (len(LAYER),), None, torch.float32),
+        "features": laid_out("features", (features,), None, torch.float32),
         "candidates": laid_out("candidates", (shape[2], len(CANDIDATE)), counts, torch.float32),
         "parents": laid_out("parents", shape[2:], counts, numbers),
         "places": laid_out("places", shape[2:], counts, numbers),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from decoding.errors import UserError
 from decoding.policies.base import DraftContext, RootContext
 from decoding.support.arrays import FloatVector
+from decoding.support.names import locate
 
 VERSION = 3
 LAYER = (
@@ -32,10 +34,14 @@ CANDIDATE = (
     "scored",  # 1: the target has scored the candidate itself
 )
 _LEAST = 1e-12
+_BUILT_IN = "controller.features.ContextFeatures"
 
 
 class ContextFeatures:
-    """Computes the columns of a row of traces, and what a policy gives the network."""
+    """Computes the columns of a row of traces, and what a policy gives the network.
+
+    A class of one's own derives from it, and adds numbers of a layer and their names behind these.
+    """
 
     version = VERSION
     names: ClassVar[list[str]] = list(LAYER)
@@ -97,6 +103,51 @@ def candidate_features(context: DraftContext) -> FloatVector:
 def _shares(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     shares = np.exp(weights - weights.max())
     return shares / shares.sum()
+
+
+def class_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a controller says of the class of its features and its arguments; of the built-in class nothing.
+
+    Args:
+        config: of the features, with `_target_`.
+    """
+    if config["_target_"] == _BUILT_IN:
+        return {}
+    return {"class": config["_target_"], "arguments": {key: value for key, value in config.items() if key[0] != "_"}}
+
+
+def features_of(about: Mapping[str, Any], may_import: bool = False) -> ContextFeatures:
+    """The features that a controller was trained with.
+
+    A controller names a class, and never brings its code: the module must be one that this Python finds.
+
+    Args:
+        about: of the features, with what `class_of` said.
+        may_import: import the module; else it must be imported already, so that a controller from the hub cannot name
+            a module that nobody asked for.
+
+    Raises:
+        UserError: a class that is not there, or is no features.
+    """
+    name = str(about.get("class", _BUILT_IN))
+    if name == _BUILT_IN:
+        return ContextFeatures()
+    module = name.rpartition(".")[0]
+    if not may_import and module not in sys.modules:
+        raise UserError(
+            f"The controller was trained with the features {name}, and no module is imported because a controller from "
+            f"the hub names it. If you have {module} and trust it, import it first, or give features={name}()."
+        )
+    try:
+        features = locate(name)(**about.get("arguments", {}))
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"The controller was trained with the features {name}, which cannot be made here ({error}); put its module "
+            "where Python finds it, beside the command or in PYTHONPATH."
+        ) from error
+    if not isinstance(features, ContextFeatures):
+        raise UserError(f"The features {name} are none; derive them from controller.features.ContextFeatures.")
+    return features
 
 
 def check_features(found: Iterable[str], expected: Iterable[str], what: str) -> None:

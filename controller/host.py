@@ -109,9 +109,8 @@ class _Rule:
     """A PassRule as numbers."""
 
     def __init__(self, rule: PassRule, standard: tuple[Tensor, Tensor] | None) -> None:
-        softplus = [math.log1p(math.exp(step)) for step in rule.steps.tolist()]
-        self._steps = np.cumsum(softplus).tolist()
-        self._rates = [math.log1p(math.exp(rate)) for rate in rule.rates.tolist()]
+        self._steps = np.cumsum([_softplus(step) for step in rule.steps.tolist()]).tolist()
+        self._rates = [_softplus(rate) for rate in rule.rates.tolist()]
         self._weights, self._bias = rule.linear.weight[0].tolist(), float(rule.linear.bias.detach())
         count = len(self._weights)
         mean, scale = ([0.0] * count, [1.0] * count) if standard is None else (part.tolist() for part in standard)
@@ -124,6 +123,11 @@ class _Rule:
         odds = self._bias + sum(weight * value for weight, value in zip(self._weights, context, strict=True))
         odds -= sum(rate * value for rate, value in zip(self._rates, evidence, strict=True))
         return [1.0 / (1.0 + math.exp(min(step - odds, 80.0))) for step in self._steps]
+
+
+def _softplus(value: float) -> float:
+    """log(1 + exp(value)), of large values too."""
+    return max(value, 0.0) + math.log1p(math.exp(-abs(value)))
 
 
 def leftovers(chances: FloatVector, drafted: np.ndarray, target_width: int) -> tuple[float, float]:

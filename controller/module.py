@@ -25,7 +25,7 @@ class ControllerModule(LightningModule):
 
     Args:
         target_width: R, of the traces.
-        hidden, layers: of the network.
+        hidden, layers, own_features: of the network.
         lr, weight_decay: of AdamW; the rate follows a cosine to zero.
         batch_size: iterations per batch; read by train.py.
     """
@@ -38,9 +38,10 @@ class ControllerModule(LightningModule):
         lr: float = 1e-2,
         weight_decay: float = 1e-3,
         batch_size: int = 64,
+        own_features: int = 0,
     ) -> None:
         super().__init__()
-        self.net = WidthNet(target_width, hidden, layers)
+        self.net = WidthNet(target_width, hidden, layers, own_features)
         self.lr, self.weight_decay, self.batch_size = lr, weight_decay, batch_size
         self.train_metrics, self.val_metrics, self.test_metrics = (StageMetrics() for _ in SPLITS)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from controller.features import CANDIDATE, LAYER
 
-ARGUMENTS = ("target_width", "hidden", "layers")
+ARGUMENTS = ("target_width", "hidden", "layers", "own_features")
 CALIBRATED = ("temperature",)
 LIMIT = 5.0  # standardised inputs are clipped here
 CUT = 10  # candidates, by chance, that the last of is looked at
@@ -49,6 +49,7 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
     Args:
         target_width: R, the widest selection that it answers for.
         hidden, layers: of the MLP.
+        own_features: numbers of a layer beside those of LAYER.
     """
 
     mean: Tensor
@@ -57,19 +58,20 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
     after_mean: Tensor
     after_scale: Tensor
 
-    def __init__(self, target_width: int, hidden: int = 32, layers: int = 2) -> None:
+    def __init__(self, target_width: int, hidden: int = 32, layers: int = 2, own_features: int = 0) -> None:
         super().__init__()
         self.target_width = target_width
-        self.arguments: dict[str, Any] = dict(zip(ARGUMENTS, (target_width, hidden, layers), strict=True))
-        widths = [len(INPUTS), *[hidden] * layers]
+        self.arguments: dict[str, Any] = dict(zip(ARGUMENTS, (target_width, hidden, layers, own_features), strict=True))
+        inputs, after = len(INPUTS) + own_features, len(AFTER) + own_features
+        widths = [inputs, *[hidden] * layers]
         blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
         self.mlp = nn.Sequential(*blocks, nn.Linear(widths[-1], 1))
         self.before = PassRule(len(BEFORE), target_width, evidence=1)
-        self.after = PassRule(len(AFTER), target_width, evidence=2)
-        self.register_buffer("mean", torch.zeros(len(INPUTS)))
-        self.register_buffer("scale", torch.ones(len(INPUTS)))
-        self.register_buffer("after_mean", torch.zeros(len(AFTER)))
-        self.register_buffer("after_scale", torch.ones(len(AFTER)))
+        self.after = PassRule(after, target_width, evidence=2)
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
+        self.register_buffer("after_mean", torch.zeros(after))
+        self.register_buffer("after_scale", torch.ones(after))
         self.register_buffer("temperature", torch.ones(()))
 
     def layer(self, candidates: Tensor, features: Tensor, log_parent: Tensor, valid: Tensor) -> Tensor:

@@ -15,11 +15,9 @@ from controller.checkpoint import load_controller
 from controller.experience import Experience
 from controller.features import (
     CANDIDATE,
-    LAYER,
     ContextFeatures,
-    candidate_features,
     check_features,
-    layer_features,
+    features_of,
     root_features,
 )
 from controller.host import HostNet, leftovers
@@ -70,6 +68,8 @@ class LearnedWidth(WidthPolicy):
         clock: what an iteration took: "wall", by which the table is corrected; or "table", as modelled. None: "wall"
             with a latency table in seconds, else "table".
         share: whether prompts learn together; False: each starts anew.
+        features: what the network sees of a layer, or the dotted name of its class; None: of the class that the
+            controller names, if its module is imported already.
 
     Raises:
         UserError: an argument that is not allowed, or features other than this code's.
@@ -87,10 +87,14 @@ class LearnedWidth(WidthPolicy):
         latency: Costs | dict[str, Any] | str | Path | None = None,
         clock: str | None = None,
         share: bool = True,
+        features: ContextFeatures | str | None = None,
     ) -> None:
         if clock not in (None, *CLOCKS):
             raise UserError(f"clock is {clock!r}; choose one of {', '.join(map(repr, (None, *CLOCKS)))}.")
-        trained, features = provenance.get("features", {}), ContextFeatures()
+        trained = provenance.get("features", {})
+        if isinstance(features, str):
+            features = features_of({**trained, "class": features}, may_import=True)  # the user has named it
+        self.features = features = features_of(trained) if features is None else features
         found = [*trained.get("names", []), *trained.get("candidate_names", [])]
         check_features(found, [*features.names, *features.candidate_names], "The controller was trained with")
         if trained.get("version") != features.version:
@@ -113,7 +117,7 @@ class LearnedWidth(WidthPolicy):
             path: its directory, or a Hugging Face hub id.
             pair: the `ModelPair` (or its `describe()`) it will decode with; a controller of another pair is refused.
             revision: of the hub repository.
-            options: `latency`, `clock`, `share`.
+            options: `latency`, `clock`, `share`, `features`.
 
         Raises:
             UserError: missing, not a controller, damaged, or trained for another pair or other features.
@@ -124,6 +128,8 @@ class LearnedWidth(WidthPolicy):
                 "it out, or lower decoding.target_width."
             )
         net, provenance = load_controller(path, revision)
+        if options.get("features") is None:
+            options["features"] = features_of(provenance.get("features", {}), may_import=Path(path).is_dir())
         policy = cls(net, provenance, **options)
         if pair is not None:
             policy.check_pair(pair)
@@ -224,8 +230,8 @@ class LearnedWidth(WidthPolicy):
             self._nodes, log_parent = int((~context.known).sum()), np.zeros(len(found), np.float32)
         else:
             log_parent = self._log_chances[list(context.places)][found.rows]
-        features = layer_features(context)
-        log_chances = self._host.chances(candidate_features(context), features, log_parent)
+        features = self.features.of_layer(context)
+        log_chances = self._host.chances(self.features.of_candidates(context), features, log_parent)
         chances = np.exp(log_chances)
         order = np.argsort(-chances, kind="stable")
         order = order[chances[order] >= LEAST_CHANCE][: config.draft_width]
@@ -274,7 +280,8 @@ class LearnedWidth(WidthPolicy):
 
     def _compile(self) -> None:
         """Ask everything once, so that no prompt waits for numba: 20 seconds on a new machine, then a blink."""
-        nothing = np.zeros((1, len(CANDIDATE)), np.float32), np.zeros(len(LAYER), np.float32), np.zeros(1, np.float32)
+        sizes = (1, len(CANDIDATE)), len(self.features.names), 1
+        nothing = [np.zeros(size, np.float32) for size in sizes]
         self.plan.count(self._host.chances(*nothing), 1, 1.0)
 
     def _forget(self) -> None:
