@@ -1,9 +1,10 @@
-"""Evaluate methods side by side on the same prompts: results.json, results.md, frontier.png, calibration.png.
+"""Evaluate methods side by side on the same prompts: results.json, results.md, frontier.png,
+calibration.png.
 
     python evaluate.py controller=<directory> policies=[fixed,threshold,learned] pair=...
     python evaluate.py policies=[fixed,mine.HalfWidth] grid.fraction=[0.25,0.5]
 
-conf/evaluate.yaml has every setting; docs/results.md describes results.json.
+conf/evaluate.yaml has every setting; docs/formats.md describes results.json.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
@@ -27,27 +27,24 @@ from decoding.machine.seconds import measure_seconds
 from decoding.measure.compare import curve_of, undominated
 from decoding.measure.methods import METHODS, Method, find_method, policy_method
 from decoding.measure.oracles import modelled_seconds
-from decoding.measure.pages import comparison_lines, console_table, remark_lines, tuning_lines
+from decoding.measure.pages import tuning_lines
 from decoding.measure.plots import calibration_curves
 from decoding.measure.results_file import SCHEMA_VERSION
 from decoding.measure.rows import Row, make_rows
 from decoding.measure.summary import compare_records, summarise
 from decoding.measure.turns import (
-    Measurement,
     Record,
+    decode_all,
     keep_whole,
     make_records,
     read_prompts,
     score_all,
-    take_turns,
-    warm_up,
 )
-from decoding.report import write_report
+from decoding.report import show, write_report
 from decoding.support.entry import entry_point
-from decoding.support.progress import RunProgress
 from decoding.support.provenance import run_provenance, to_plain
 from decoding.support.settings import check_counts
-from decoding.tasks.base import Prompt, Task
+from decoding.tasks.base import Task
 
 LEARNED = {"learned": "modelled", "learned_also": "also"}  # methods by the table of cost that they plan with
 _LEAST = {"batch_size": 1, "bootstrap": 1, "prompts.limit": 1, "prompts.warmup": 0}
@@ -63,7 +60,9 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         What results.json holds.
 
     Raises:
-        KeyboardInterrupt: after what all rows had measured before it has been scored and written.
+        UserError: all rows failed, or what was asked for cannot be.
+        KeyboardInterrupt: after what all rows had measured before it, if anything, has been scored
+            and written.
     """
     tables: Tables = {}  # filled once the pair is there
     rows, candidates = read_rows(cfg, METHODS | learned_methods(cfg, tables))
@@ -75,7 +74,12 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         tables |= cost_tables(cfg, pair, any(row.method.name in LEARNED for row in rows))
         kept, tuned = tune(cfg, candidates, pair, task, tables) if candidates and tables else ([], None)
         records = make_records([*rows, *kept], pair, cfg.batch_size)
-        count, unscored = measure(records, prompts, warmup, pair, task, cfg.seed)
+        if decode_all(records, prompts, warmup, cfg.seed) and not keep_whole(records, len(prompts)):
+            raise KeyboardInterrupt
+        count = keep_whole(records, len(prompts))
+        if all(record.error is not None for record in records):
+            raise UserError(records[0].error)
+        unscored = score_all(records, prompts, pair, task)
         results = {
             **summary_of(cfg, records, tables),
             "schema_version": SCHEMA_VERSION,
@@ -87,7 +91,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         }
         files = write_report(Path(cfg.output_dir), results)
         log_evaluation(logger, results, files)
-    show(results, files)
+    show({"": results}, files)
     if not results["complete"]:
         raise KeyboardInterrupt
     return results
@@ -107,7 +111,7 @@ def summary_of(cfg: DictConfig, records: Sequence[Record], tables: Tables) -> di
 
 
 def provenance_of(cfg: DictConfig, tables: Tables) -> dict[str, Any]:
-    """Which controller and which tables of cost an evaluation was of."""
+    """The controller and the tables of cost that an evaluation was of."""
     path = cfg.controller_path
     return {
         "controller": path,
@@ -117,19 +121,7 @@ def provenance_of(cfg: DictConfig, tables: Tables) -> dict[str, Any]:
     }
 
 
-def show(results: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-    """Print the table, the comparisons and where everything is."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
-    console.print(console_table(results["rows"]))
-    for line in [*comparison_lines(results), *remark_lines(results)]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        "\n".join(["", *(f"{name}: {path}" for name, path in files.items())]), highlight=False, soft_wrap=True
-    )
-
-
-# ----------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 def read_rows(cfg: DictConfig, methods: Mapping[str, Method]) -> tuple[list[Row], list[Row]]:
@@ -145,7 +137,8 @@ def read_rows(cfg: DictConfig, methods: Mapping[str, Method]) -> tuple[list[Row]
 
 
 def learned_methods(cfg: DictConfig, tables: Tables) -> dict[str, Method]:
-    """DSBDDecoder with the config's controller, planning for the device of `latency` and for that of `latency@also`.
+    """DSBDDecoder with the config's controller, planning for the device of `latency` and for that
+    of `latency@also`.
 
     Args:
         tables: of cost; a row is built when they are there.
@@ -207,11 +200,12 @@ def tuning_rows(cfg: DictConfig, methods: Mapping[str, Method], config: Decoding
     return rows
 
 
-# ------------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> Tables:
-    """What passes cost here ("modelled") and, where the config names a second device, there ("also").
+    """Tables of cost for this device ("modelled") and, where the config names a second one, for
+    that ("also").
 
     None where nobody asks: no learned rows, nothing to tune, and no other device than this one.
     """
@@ -228,24 +222,31 @@ def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> Tables:
 def tune(
     cfg: DictConfig, rows: Sequence[Row], pair: ModelPair, task: Task, tables: Tables
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Hand-set settings worth measuring: those that are undominated on other prompts, on any device.
+    """Hand-set settings worth measuring: undominated on other prompts, on any device.
 
     Returns:
-        The kept rows; and split, prompts, grid (name, speeds by the table of each device, log_prob, kept).
+        The kept rows; and split, prompts, grid (name, speeds by the table of each device, log_prob,
+        kept).
+
+    Raises:
+        UserError: a row failed.
     """
     about = cfg.tune
     prompts = task.prompts(about.split, about.prompts, pair.tokenizer)
+    records = make_records(rows, pair, about.batch_size)
+    if decode_all(records, prompts, (), cfg.seed):
+        raise KeyboardInterrupt
+    for record in records:
+        if record.error is not None:
+            raise UserError(record.error)
+    score_all(records, prompts, pair, task)
     speeds: dict[str, list[float]] = {name: [] for name in tables}
     qualities: list[float] = []
-    with RunProgress() as progress:
-        bar = progress.add_task("tuning", total=len(rows))
-        for row in rows:
-            found = decoded_alone(row, prompts, pair, task, cfg.seed, about.batch_size)
-            tokens = sum(m.stats.new_tokens for m in found)
-            for name, table in tables.items():
-                speeds[name].append(tokens / sum(modelled_seconds(m.stats, table) for m in found))
-            qualities.append(sum(m.log_prob for m in found) / sum(len(m.tokens) for m in found))
-            progress.advance(bar)
+    for found in (record.repeats[0] for record in records):
+        tokens = sum(m.stats.new_tokens for m in found)
+        for name, table in tables.items():
+            speeds[name].append(tokens / sum(modelled_seconds(m.stats, table) for m in found))
+        qualities.append(sum(m.log_prob for m in found) / sum(len(m.tokens) for m in found))
     kept = set()
     curves = [curve_of(row.method.name, row.settings) for row in rows]
     for name in dict.fromkeys(curves):
@@ -261,58 +262,6 @@ def tune(
     for line in tuning_lines({"grid": tried}):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return [rows[i] for i in sorted(kept)], {"split": about.split, "prompts": len(prompts), "grid": tried}
-
-
-def decoded_alone(
-    row: Row, prompts: Sequence[Prompt], pair: ModelPair, task: Task, seed: int, batch_size: int
-) -> list[Measurement]:
-    """What one row gives, scored; nothing of it is timed against anything.
-
-    Raises:
-        UserError: it failed.
-    """
-    (record,) = make_records([row], pair, batch_size)
-    list(take_turns([record], prompts, seed))
-    if record.error is not None:
-        raise UserError(record.error)
-    score_all([record], prompts, pair, task)
-    return record.repeats[0]
-
-
-def measure(
-    records: Sequence[Record],
-    prompts: Sequence[Prompt],
-    warmup: Sequence[Prompt],
-    pair: ModelPair,
-    task: Task,
-    seed: int,
-) -> tuple[int, str | None]:
-    """Time all rows, then score what they gave, so that scoring disturbs no clock.
-
-    Returns:
-        How many prompts every row has, after Ctrl-C fewer than there are; and as for `score_all`.
-
-    Raises:
-        UserError: all rows failed.
-        KeyboardInterrupt: before all rows have measured a prompt.
-    """
-    transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
-    with RunProgress() as progress:
-        decoding = progress.add_task("decoding", total=len(records) * (len(prompts) + len(warmup)))
-        scoring = progress.add_task("scoring", total=len(records) * len(prompts))
-        try:
-            warm_up(records, warmup, seed, lambda count: progress.advance(decoding, count))
-            list(take_turns(records, prompts, seed, advance=lambda count: progress.advance(decoding, count)))
-        except KeyboardInterrupt:
-            if not keep_whole(records, len(prompts)):
-                raise
-        count = keep_whole(records, len(prompts))
-        if all(record.error is not None for record in records):
-            raise UserError(records[0].error)
-        if count < len(prompts):
-            console = progress.console
-            console.print(f"interrupted: writing what {count} of {len(prompts)} prompts gave", highlight=False)
-        return count, score_all(records, prompts, pair, task, lambda count: progress.advance(scoring, count))
 
 
 if __name__ == "__main__":

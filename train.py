@@ -1,4 +1,5 @@
-"""Train a width controller: traces (collected if absent) -> fit -> calibrate -> save. See conf/train.yaml.
+"""Train a width controller: traces (collected if absent) -> fit -> calibrate -> save. See
+conf/train.yaml.
 
 python train.py
 python train.py pair=llama3_8b trainer=gpu logger=wandb controller.hidden=256 seed=1
@@ -51,7 +52,9 @@ def main(cfg: DictConfig) -> float:
 def fit(
     cfg: DictConfig, traces: Path, checkpoint: dict[str, Any] | None, wandb_logger: WandbLogger | None = None
 ) -> float:
-    """Train on the traces of a directory, calibrate, save to `output_dir`; returns the best `val/loss`."""
+    """Train on the traces of a directory, calibrate, save to `output_dir`; returns the best
+    `val/loss`.
+    """
     data = TraceDataModule(traces, cfg.controller.get("batch_size", 64), cfg.max_train_rows)
     module: ControllerModule = instantiate(cfg.controller, target_width=data.target_width)
     check_checkpoint(checkpoint, module, cfg)
@@ -118,7 +121,9 @@ def check_checkpoint(checkpoint: dict[str, Any] | None, module: ControllerModule
 
 
 class GoOn(Callback):
-    """On resuming: this fit's patience holds, and the best epoch stays the best though it lies in another folder."""
+    """Lets this fit's patience hold on resuming, and the best epoch stay the best though it lies in
+    another folder.
+    """
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -148,7 +153,7 @@ def interruptible(trainer: Trainer) -> Iterator[None]:
 
 
 def what_is_kept(trainer: Trainer) -> str:
-    """How to go on after an interrupted fit."""
+    """The sentence on how to go on after an interrupted fit."""
     last = getattr(trainer.checkpoint_callback, "last_model_path", "")
     if not last or not Path(last).is_file():
         return "No epoch of this fit is kept; the same command starts it again, with the traces that are there."
@@ -165,7 +170,9 @@ def build_loggers(cfg: DictConfig, wandb_logger: WandbLogger | None) -> list[Log
 
 
 def load_best(trainer: Trainer, module: ControllerModule) -> None:
-    """Put the best checkpoint's weights into the module (the last ones where none was kept, as in a fast dev run)."""
+    """Put the best checkpoint's weights into the module (the last ones where none was kept, as in a
+    fast dev run).
+    """
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best and Path(best).is_file():
         module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
@@ -182,13 +189,15 @@ def final_metrics(module: ControllerModule, data: TraceDataModule) -> dict[str, 
 
 
 def describe_curves(curves: dict[str, Reliability], split: str) -> dict[str, Any]:
-    """JSON-able: the bins of the candidates' chances (predicted, observed, rows), the split, and all curves by name."""
+    """JSON-able: the bins of the candidates' chances (predicted, observed, rows), the split, and
+    all curves by name.
+    """
     described = {name: _bins(bins) | {"error": bins.error} for name, bins in curves.items()}
     return _bins(curves[CURVES[0]]) | {"split": split, "curves": described}
 
 
 def describe(cfg: DictConfig, data: TraceDataModule, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
-    """Where a controller came from and how good it is; JSON-able, saved in its config.json."""
+    """The origin of a controller and how good it is; JSON-able, saved in its config.json."""
     return {
         **provenance(),
         "pair": data.manifest["pair"],
@@ -214,7 +223,9 @@ def log_results(
     metrics: dict[str, float],
     curves: dict[str, Reliability],
 ) -> None:
-    """Final metrics to every logger; histograms of the traces and the calibration tables to Weights & Biases."""
+    """Final metrics to every logger; histograms of the traces and the calibration tables to Weights
+    & Biases.
+    """
     for logger in loggers:
         logger.log_metrics({f"calibrated/{name}": value for name, value in metrics.items()})
         logger.save()

@@ -1,26 +1,24 @@
-"""Speed, time by phase, memory and energy of methods side by side: `python -m decoding.bench`, conf/bench.yaml.
+"""Speed, time by phase, memory and energy of methods side by side: `python -m decoding.bench`,
+conf/bench.yaml.
 
-Writes bench.json (docs/results.md) and prints it as tables, and each number that one asks for in a line. Rows take
-turns over the same prompts; what is timed is scored afterwards. A row that fails loses no other row, an interrupted run
-loses no finished repeat.
+Writes bench.json (docs/formats.md) and prints it as tables, and each number that one asks for in a
+line. Rows take turns over the same prompts; what is timed is scored afterwards. A row that fails
+loses no other row, an interrupted run loses no finished repeat.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from decoding.errors import UserError
-from decoding.measure.headlines import REFERENCE, headlines, tables
+from decoding.measure.headlines import REFERENCE
 from decoding.measure.profiling import profile_decoding
 from decoding.measure.results_file import BENCH, SCHEMA_VERSION, write_results
 from decoding.measure.roofline import kv_bytes_per_slot, roofline
@@ -29,18 +27,17 @@ from decoding.measure.soak import soak
 from decoding.measure.summary import summarise
 from decoding.measure.turns import (
     Record,
+    decode_all,
     graph_counters,
     keep_whole,
     make_records,
     read_prompts,
     score_all,
     sentence,
-    take_turns,
-    warm_up,
 )
 from decoding.pairs.pair import ModelPair
+from decoding.report import show
 from decoding.support.entry import entry_point
-from decoding.support.progress import RunProgress
 from decoding.support.provenance import run_provenance
 from decoding.support.settings import check_counts
 from decoding.tasks.base import Prompt, Task
@@ -70,9 +67,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     check_batches(rows, prompts)
     if cfg.prompts.tokens is not None:
         prompts, warmup = (lengthened(some, cfg.prompts.tokens) for some in (prompts, warmup))
-    transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
     bench = Bench(cfg, pair, task, prompts, make_records(rows, pair))
-    interrupted = bench.measure(warmup)
+    interrupted = decode_all(bench.records, prompts, warmup, cfg.seed, cfg.repeats, bench.write)
     bench.finish(complete=not interrupted)
     if interrupted:
         raise KeyboardInterrupt
@@ -91,7 +87,9 @@ def check_batches(rows: Sequence[Row], prompts: Sequence[Prompt]) -> None:
 
 
 def lengthened(prompts: Sequence[Prompt], length: int) -> list[Prompt]:
-    """Prompts of exactly `length` tokens: those before a prompt stand in front of it, the excess is cut off there."""
+    """Prompts of exactly `length` tokens: those before a prompt stand in front of it, the excess is
+    cut off there.
+    """
     longer = []
     for i, prompt in enumerate(prompts):
         tokens, before = list(prompt.tokens), i
@@ -102,7 +100,7 @@ def lengthened(prompts: Sequence[Prompt], length: int) -> list[Prompt]:
     return longer
 
 
-# -------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 class Bench:
@@ -126,29 +124,10 @@ class Bench:
             "unscored": None,
         }
 
-    def measure(self, warmup: Sequence[Prompt]) -> bool:
-        """Warm up and decode all repeats, writing after each; whether Ctrl-C cut it short."""
-        total = len(self.records) * (len(warmup) + self.cfg.repeats * len(self.prompts))
-        with RunProgress() as progress:
-            bar = progress.add_task("decoding", total=total)
-
-            def advance(prompts: int) -> None:
-                progress.advance(bar, prompts)
-
-            try:
-                warm_up(self.records, warmup, self.cfg.seed, advance)
-                for _ in take_turns(self.records, self.prompts, self.cfg.seed, self.cfg.repeats, advance):
-                    self.write()
-            except KeyboardInterrupt:
-                progress.stop()
-                print("interrupted: writing what was measured", file=sys.stderr)
-                return True
-        return False
-
     def finish(self, complete: bool) -> None:
         """Score what was decoded; after a complete run also roofline and profile; write and print."""
-        left = keep_whole(self.records, len(self.prompts))
-        self.results["provenance"]["task"]["prompts"] = left
+        kept = keep_whole(self.records, len(self.prompts))
+        self.results["provenance"]["task"]["prompts"] = kept
         self.results["graphs"] = graph_counters(self.pair)
         self.results["unscored"] = score_all(self.records, self.prompts, self.pair, self.task)
         self.write()
@@ -161,16 +140,10 @@ class Bench:
             if self.cfg.soak:
                 self.results["soak"] = self._guarded(self._soak)
             self.results["complete"] = True
-        path = self.write()
-        console = Console(markup=False)  # brackets are intervals
-        console = console if console.is_terminal else Console(width=160, markup=False)
-        for table in tables(self.results):
-            console.print(table)
-            console.print()
-        console.print("\n".join([*headlines(self.results), f"\n{BENCH}: {path}"]), highlight=False, soft_wrap=True)
+        show({"": self.results}, {BENCH: self.write()})
 
     def write(self) -> Path:
-        """bench.json as it stands."""
+        """Write bench.json as far as the run has come."""
         self.results["failed"] = {record.row.name: record.error for record in self.records if record.error is not None}
         self.results["rows"] = summarise(
             self.records,
@@ -183,8 +156,8 @@ class Bench:
 
     def _roofline(self) -> dict[str, Any]:
         prompt, config = self.prompts[0].tokens, self.records[0].row.config
-        room = len(prompt) if self.pair.context is None else self.pair.context - config.max_new_tokens
-        return roofline(self.pair, prompt[:room], top=min(config.top_k or 1, self.pair.vocab_size))
+        longest = len(prompt) if self.pair.context is None else self.pair.context - config.max_new_tokens
+        return roofline(self.pair, prompt[:longest], top=min(config.top_k or 1, self.pair.vocab_size))
 
     def _profile(self) -> dict[str, Any]:
         row = row_to_profile([record.row for record in self.records], self.cfg.profile_row)
@@ -211,7 +184,7 @@ class Bench:
 
 
 def row_to_profile(rows: Sequence[Row], wanted: str | int | None) -> Row:
-    """The row that profile_row names; by default the last that drafts, of batch_size 1 where there is one."""
+    """The row that profile_row names; by default the last that drafts, one of batch_size 1 first."""
     if wanted is None:
         alone = [row for row in rows if row.batch_size == 1] or rows
         return next((row for row in reversed(alone) if "draft_depth" in row.settings), alone[-1])
@@ -221,7 +194,7 @@ def row_to_profile(rows: Sequence[Row], wanted: str | int | None) -> Row:
         if wanted == row.name:
             return row
     names = "; ".join(row.name for row in rows)
-    raise UserError(f"profile_row is {wanted!r}; give a place, 0 to {len(rows) - 1}, or one of: {names}.")
+    raise UserError(f"profile_row is {wanted!r}; give the number of a row, 0 to {len(rows) - 1}, or one of: {names}.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Log decoding traces: `python -m decoding.collect pair=... data=...`. Design section 7.
 
-Prompts are decoded under a randomised width policy; a trace directory is named after everything that
-decides its content, so the same settings find it again, and an interrupted run goes on where it stopped.
-What decides is what the built objects say of themselves: paths of files and of modules do not count.
+Prompts are decoded under a randomised width policy; a trace directory is named after everything
+that decides its content, so the same settings find it again, and an interrupted run goes on where
+it stopped. What decides is what the built objects say of themselves: paths of files and of modules
+do not count.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from decoding.support.progress import RunProgress
 from decoding.support.provenance import git_sha, library_versions
 from decoding.tasks.base import Prompt, Task
 from decoding.traces.recorder import TraceRecorder
-from decoding.traces.schema import SCHEMA_VERSION, ContextFeatures
+from decoding.traces.schema import SCHEMA_VERSION, Column, ContextFeatures, own_columns
 from decoding.traces.store import read_manifest, write_manifest, write_shard
 
 SHARD_PROMPTS = 25
@@ -55,6 +56,7 @@ class Collection:
     policy: WidthPolicy
     task: Task
     features: ContextFeatures
+    columns: tuple[Column, ...] = ()  # of the user's own
 
     @classmethod
     def of(cls, cfg: DictConfig, pair: ModelPair | None = None) -> Self:
@@ -71,10 +73,14 @@ class Collection:
                 "decoding.mode=beam_sample and decoding.verification=shared_noise."
             )
         policy, task, features = (instantiate(node) for node in (cfg.policy, cfg.data, cfg.features))
-        return cls(cfg, pair or instantiate(cfg.pair), config, policy, task, features)
+        columns = own_columns(cfg.collect.get("columns", []))
+        return cls(cfg, pair or instantiate(cfg.pair), config, policy, task, features, columns)
 
     def describe(self) -> dict[str, Any]:
-        """What the parts say of themselves, JSON-able: neither where files lie nor which modules hold the classes."""
+        """The parts' descriptions of themselves, JSON-able: neither where files lie nor which
+        modules hold the classes.
+        """
+        own = {column.name: repr(column.type) for column in self.columns}
         return {
             "schema_version": SCHEMA_VERSION,
             "pair": self.pair.fingerprint,
@@ -90,11 +96,12 @@ class Collection:
             "val_prompts": self.cfg.collect.val_prompts,
             "test_prompts": self.cfg.collect.get("test_prompts", 0),
             "seed": self.cfg.seed,
+            **({"columns": own} if own else {}),
         }
 
 
 def ensure_traces(cfg: DictConfig, pair: ModelPair | None = None) -> Path:
-    """The directory of the traces that `cfg` describes; collected now if they are absent or incomplete.
+    """The directory of the traces that `cfg` describes; what is absent of them is collected now.
 
     Args:
         cfg: with pair, data, decoding, policy, features, collect and seed, as in conf/collect.yaml.
@@ -122,7 +129,9 @@ def trace_key(about: dict[str, Any]) -> str:
 
 
 def _said_by(part: Any, inherited: bool) -> dict[str, Any]:
-    """What an object says of itself; UserError where its class, or with `inherited` no base of it, says anything."""
+    """The description that an object gives of itself; UserError where its class, or with
+    `inherited` no base of it, has any.
+    """
     classes = type(part).__mro__ if inherited else (type(part),)
     if not any("describe" in vars(one) for one in classes):
         raise UserError(
@@ -164,14 +173,17 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
             for at in range(0, len(chunk), size):
                 group = chunk[at : at + size]
                 seeds = [prompt_seed(cfg.seed, prompt.id) for _, prompt in group]
-                recorders = [TraceRecorder(features) for _ in seeds]
+                recorders = [TraceRecorder(features, collection.columns) for _ in seeds]
                 for recorder, (split, prompt) in zip(recorders, group, strict=True):
                     recorder.start(prompt.id, split)
                 streams = [torch.Generator().manual_seed(seed) for seed in seeds]
                 decoder.generate([prompt.tokens for _, prompt in group], streams, recorders)
                 rows += [row for recorder in recorders for row in recorder.take_rows()]
                 progress.advance(task, len(group))
-            _add_shard(directory, manifest, rows, [prompt.id for _, prompt in chunk])
+            about = {"trace_key": manifest["trace_key"], "feature_names": manifest["features"]["names"]}
+            name = f"traces-{len(manifest['shards']):05d}.parquet"
+            shard = write_shard(directory, name, rows, about, collection.columns)
+            _add_shard(directory, manifest, shard, [prompt.id for _, prompt in chunk])
     manifest["complete"] = True
     write_manifest(directory, manifest)
 
@@ -189,13 +201,11 @@ def _kept(directory: Path, manifest: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def _add_shard(directory: Path, manifest: dict[str, Any], rows: list[dict[str, Any]], done: list[str]) -> None:
-    """Write a shard, then the manifest that names it."""
-    about = {"trace_key": manifest["trace_key"], "feature_names": manifest["features"]["names"]}
-    name = f"traces-{len(manifest['shards']):05d}.parquet"
-    manifest["shards"].append(write_shard(directory, name, rows, about))
+def _add_shard(directory: Path, manifest: dict[str, Any], shard: dict[str, Any], done: list[str]) -> None:
+    """Name a shard that is written, and the prompts that it holds, in the manifest."""
+    manifest["shards"].append(shard)
     manifest["done"] += done
-    manifest["rows"] += len(rows)
+    manifest["rows"] += shard["rows"]
     manifest["prompts"] += len(done)
     write_manifest(directory, manifest)
 

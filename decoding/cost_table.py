@@ -1,4 +1,6 @@
-"""What passes cost: the table of one device and pair, and what an iteration costs by it. Data and arithmetic only."""
+"""Costs of passes: the table of one device and pair, and the cost of an iteration by it. Data and
+arithmetic only.
+"""
 
 from __future__ import annotations
 
@@ -38,19 +40,24 @@ class Costs(Protocol):
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What one pass of each model costs at `nodes` scored nodes (linear in between, extrapolated beyond), and the host.
+    """Costs of one pass of each model at `nodes` scored nodes (linear in between, extrapolated
+    beyond), and of the host.
 
-    A pass costs what its number of nodes costs, whatever tree they form: the mask decides who sees whom, not what is
-    computed (8 nodes below one beam, or 4 with a child each: the same within 1% on a CPU).
+    A pass costs what its number of nodes costs, whatever tree they form: the mask decides who sees
+    whom, not what is computed (8 nodes below one beam, or 4 with a child each: the same within 1%
+    on a CPU).
 
     Args:
         nodes: increasing, two or more.
         target, draft: cost of a pass at each of `nodes`.
         device: in words.
-        iteration: the host's cost of an iteration that drafts nothing: slots and masks, joints, draws, bookkeeping.
-        layer: the host's cost that each drafted layer adds: joints of both models, draws, verification.
+        iteration: the host's cost of an iteration that drafts nothing: slots and masks, joints,
+            draws, bookkeeping.
+        layer: the host's cost that each drafted layer adds: joints of both models, draws,
+            verification.
         unit: "seconds" or "joules".
-        spread: interquartile range of repeated passes over their median, at a typical size; None: not known.
+        spread: interquartile range of repeated passes over their median, at a typical size; None:
+            not known.
         measured: date (UTC, ISO 8601); None: not measured here.
         file: where the table is kept; not part of what it says.
 
@@ -96,7 +103,7 @@ class LatencyTable:
         return self._at(self.draft, nodes)
 
     def host_cost(self, layers: int) -> float:
-        """The host's cost of an iteration that drafts `layers` layers, without a policy's own decisions."""
+        """Cost of the host in an iteration that drafts `layers` layers, a policy's own aside."""
         return self.iteration + self.layer * layers
 
     def _at(self, costs: tuple[float, ...], nodes: float) -> float:
@@ -135,7 +142,8 @@ class LatencyTable:
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
-        """A table from a JSON file of its `to_dict`: what `python -m decoding.latency output=...` wrote.
+        """A table from a JSON file of its `to_dict`, as `python -m decoding.latency output=...`
+        writes.
 
         Raises:
             UserError: no such file, or not such a table.
@@ -167,19 +175,22 @@ class UnitCosts:
         return self.target_base + self.per_node * nodes
 
     def host_cost(self, layers: int) -> float:
-        """The host costs nothing."""
+        """Cost of the host, which is nothing here."""
         return 0.0
 
 
 def costs_digest(costs: Costs) -> str:
-    """Hash of what a table says, in hex; equal for tables that give equal costs, whoever measured them and when."""
+    """Hash of what a table says, in hex; equal for tables that give equal costs, whoever measured
+    them and when.
+    """
     nodes = [*range(1, 257), 512, 1024, 4096]
     said = [[costs.draft_cost(n), costs.target_cost(n)] for n in nodes], [costs.host_cost(n) for n in (0, 1)]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def iteration_seconds(costs: Costs, widths: Sequence[int], roots: int) -> float:
-    """What an iteration costs: a draft pass per layer over the nodes above it, one target pass over all, the host.
+    """Cost of an iteration: a draft pass per layer over the nodes above it, one target pass over
+    all, the host.
 
     Args:
         widths: drafts of each layer that was drafted.

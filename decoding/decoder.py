@@ -1,6 +1,7 @@
 """DSBDDecoder: draft a forest, verify it in one target pass, commit what was accepted. 2409.16560.
 
-`beam_sample` is the same engine without a draft model: each iteration draws one layer from the target.
+`beam_sample` is the same engine without a draft model: each iteration draws one layer from the
+target.
 """
 
 from __future__ import annotations
@@ -65,39 +66,41 @@ class DSBDDecoder:
     ) -> list[DecodeResult]:
         """Continue each prompt.
 
-        A prompt's result depends on its own random stream alone, not on its neighbours, unless its policy learns from
-        them (LearnedWidth and BanditWidth do, where `share` is left on): every prompt has its own forest and its own
-        copy of the policy (`WidthPolicy.fork`).
+        A prompt's result depends on its own random stream alone, not on its neighbours, unless its
+        policy learns from them (LearnedWidth and BanditWidth do, where `share` is left on): every
+        prompt has its own forest and its own copy of the policy (`WidthPolicy.fork`).
 
         Args:
             prompts: lists of token ids or 1-D tensors, or one 2-D tensor.
-            generator: random stream, from which each prompt's own is derived with its tokens (and, of equal prompts,
-                which of them it is); or one for each prompt.
+            generator: random stream, from which each prompt's own is derived with its tokens (and,
+                of equal prompts, which of them it is); or one for each prompt.
             recorder: is told of every layer; one for each prompt, unless there is only one.
             batch_size: prompts decoded at a time, the next when one is done; None: all.
-            rules: logits processors, stopping criteria and a listener; one for each prompt, unless there is only one.
+            rules: logits processors, stopping criteria and a listener; one for each prompt, unless
+                there is only one.
 
         Returns:
-            One DecodeResult per prompt, with config.num_return_sequences hypotheses where there are as many.
+            One DecodeResult per prompt, with config.num_return_sequences hypotheses where there are
+            as many.
 
         Raises:
             UserError: a prompt that the models cannot take, or NaN logits.
             OutOfDeviceMemory: a UserError that holds the results of the prompts that were done.
         """
-        rows = as_token_lists(prompts)
-        for i, row in enumerate(rows):
-            check_prompt(self.pair, row, self.config, i)
+        token_lists = as_token_lists(prompts)
+        for i, tokens in enumerate(token_lists):
+            check_prompt(self.pair, tokens, self.config, i)
         if batch_size is not None:
             whole("batch_size", batch_size, least=1, hint="or None for all")
-        if not rows:
+        if not token_lists:
             return []
-        recorders = _one_each(recorder, len(rows), "recorders")
-        given = _one_each(rules, len(rows), "rules")
-        streams = _streams(generator, rows)
-        size = min(batch_size or len(rows), len(rows))
-        results: list[DecodeResult | None] = [None] * len(rows)
+        recorders = _one_each(recorder, len(token_lists), "recorders")
+        given = _one_each(rules, len(token_lists), "rules")
+        streams = _streams(generator, token_lists)
+        size = min(batch_size or len(token_lists), len(token_lists))
+        results: list[DecodeResult | None] = [None] * len(token_lists)
         try:
-            batch = Batch(self.pair, self.config, self.policy, rows, streams, recorders, size, results, given)
+            batch = Batch(self.pair, self.config, self.policy, token_lists, streams, recorders, size, results, given)
             try:
                 batch.decode()
             except (UserError, torch.OutOfMemoryError):
@@ -111,7 +114,9 @@ class DSBDDecoder:
 
 
 class OutOfDeviceMemory(UserError):
-    """The device's memory did not suffice; `finished` holds the results of the prompts that were done, by index."""
+    """The device's memory did not suffice; `finished` holds the results of the prompts that were
+    done, by index.
+    """
 
     def __init__(self, config: DecodingConfig, batch_size: int, results: Sequence[DecodeResult | None]) -> None:
         self.finished = {i: result for i, result in enumerate(results) if result is not None}
@@ -130,9 +135,10 @@ def beam_sample(
     batch_size: int | None = None,
     engine: str = "auto",
 ) -> list[DecodeResult]:
-    """Beam sampling with the target alone, on the same engine and with the same semantics as DSBDDecoder.
+    """Beam sampling with the target alone, with the engine and the semantics of DSBDDecoder.
 
-    Args, Returns, Raises: as `DSBDDecoder.generate`; drafting settings are ignored. `engine` as for `ModelPair`.
+    Args, Returns, Raises: as `DSBDDecoder.generate`; drafting settings are ignored. `engine` as for
+    `ModelPair`.
     """
     pair = ModelPair(target=target, draft=None, tokenizer=None, engine=engine)
     return DSBDDecoder(pair, config.with_changes(draft_depth=0)).generate(prompts, generator, batch_size=batch_size)
@@ -146,16 +152,16 @@ def as_token_lists(prompts: Prompts) -> list[list[int]]:
                 f"prompts is a tensor of {prompts.ndim} dimension(s); give a 2-D tensor [prompts, tokens], or a list "
                 "of token lists."
             )
-        return [[int(t) for t in row] for row in prompts]
+        return [[int(t) for t in tokens] for tokens in prompts]
     if isinstance(prompts, str) or any(isinstance(p, str) for p in prompts):
         raise UserError("prompts holds text; give token ids, for instance tokenizer(text)['input_ids'].")
     if any(isinstance(p, int) for p in prompts):
         raise UserError("prompts is one list of token ids; give a list of such lists: [prompt].")
-    return [[int(t) for t in row] for row in prompts]
+    return [[int(t) for t in tokens] for tokens in prompts]
 
 
 def _streams(
-    generator: torch.Generator | Sequence[torch.Generator] | None, rows: list[list[int]]
+    generator: torch.Generator | Sequence[torch.Generator] | None, token_lists: list[list[int]]
 ) -> list[torch.Generator]:
     """A random stream for each prompt."""
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -164,9 +170,10 @@ def _streams(
                 f"generator is {generator!r}; give a torch.Generator, such as torch.Generator().manual_seed(0), or one "
                 "for each prompt."
             )
-        if len(generator) != len(rows):
+        if len(generator) != len(token_lists):
             raise UserError(
-                f"{len(generator)} generators for {len(rows)} prompts; give one generator, or one for each prompt."
+                f"{len(generator)} generators for {len(token_lists)} prompts; give one generator, or one for each "
+                "prompt."
             )
         return list(generator)
     if generator is None:
@@ -175,10 +182,10 @@ def _streams(
     base = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     seen: Counter[tuple[int, ...]] = Counter()
     streams = []
-    for row in rows:
-        copy = seen[tuple(row)]
-        seen[tuple(row)] += 1
-        digest = hashlib.sha256(f"{base} {copy} {row}".encode()).digest()
+    for tokens in token_lists:
+        copy = seen[tuple(tokens)]
+        seen[tuple(tokens)] += 1
+        digest = hashlib.sha256(f"{base} {copy} {tokens}".encode()).digest()
         streams.append(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
     return streams
 

@@ -1,4 +1,6 @@
-"""One iteration's forest as a tree for the terminal: what was drafted, and what verification made of every node."""
+"""One iteration's forest as a tree for the terminal: what was drafted, and what verification made
+of every node.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
-from decoding.dice.sampling import Dice, Distribution
+from decoding.dice.sampling import Distribution
 from decoding.forest.tree import TokenForest
 from decoding.policies.base import DraftContext
-from decoding.results import LayerEvent
+from decoding.results import LayerEvent, Recorder
 
 ACCEPTED, SURPLUS, DRAWN, REJECTED, UNJUDGED = "accepted", "surplus", "drawn", "rejected", "unjudged"
 TextOf = Callable[[Sequence[int], Sequence[int]], str]  # (tokens before, none at the prompt's end; tokens) -> text
@@ -49,7 +51,7 @@ class NodeView:
 
 @dataclass
 class LayerView:
-    """A layer as numbers: drafted w, asked M, accepted K; M is None where the layer was not reached."""
+    """A layer as numbers: drafted w, asked M, accepted K; M is None where it was not reached."""
 
     draft_width: int
     target_width: int | None = None
@@ -71,15 +73,13 @@ class ForestView:
     nodes: dict[int, NodeView] = field(default_factory=dict)  # in order of their layers, then as drawn
 
 
-class ForestRecorder:
+class ForestRecorder(Recorder):
     """A decoder's recorder that keeps one iteration's forest.
 
     Args:
-        iteration: which one, counted from 1; None: the first that drafted something, or the first of all.
+        iteration: which one, counted from 1; None: the first that drafted something, or the first
+            of all.
     """
-
-    shadow: Dice | None = None
-    needs_hidden = False
 
     def __init__(self, iteration: int | None = None) -> None:
         self.wanted, self.iterations = iteration, 0
@@ -138,7 +138,8 @@ class ForestRecorder:
     def _judge(self, event: LayerEvent, drafts: list[int], kept: dict[int, float]) -> dict[int, None]:
         """Set the states of a layer's drafts; returns the accepted ones."""
         assert self.view is not None
-        # In draw order, of the drafts that were judged; beam search keeps what it proposed, or does not.
+        # In draw order, of the drafts that were judged; beam search keeps what it proposed, or does
+        # not.
         bits = [node in kept for node in drafts] if event.verdict is None else event.verdict.bits
         accepted: dict[int, None] = {}
         slots = 0
@@ -152,9 +153,6 @@ class ForestRecorder:
                 self.view.nodes[node].state = REJECTED
         return accepted
 
-    def end(self, best_path: list[int]) -> None:
-        """Nothing to add."""
-
 
 def _weight(joint: Distribution, parent: int, token: int) -> float | None:
     """The child's log-weight, None outside the support."""
@@ -162,7 +160,7 @@ def _weight(joint: Distribution, parent: int, token: int) -> float | None:
     return float(joint.weights[found[0]]) if len(found) else None
 
 
-# -------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 
 def render(view: ForestView, text_of: TextOf, ascii_only: bool = False) -> RenderableType:
@@ -219,7 +217,7 @@ class _Drawing:
         return self.quoted(text) if len(text) <= _TAIL else "..." + self.quoted(text[-_TAIL:])
 
     def legend(self) -> Iterator[Text]:
-        """What the marks in use mean, and the numbers."""
+        """Lines on the meaning of the marks in use, and of the numbers."""
         used = {seen.state for seen in self.view.nodes.values()}
         for state, style in _STYLES.items():
             if state in used:
@@ -230,7 +228,7 @@ class _Drawing:
         return _STYLES[state].ascii_mark if self.ascii_only else _STYLES[state].mark
 
     def quoted(self, text: str) -> str:
-        """As Python would write it: no control character, no escape sequence reaches the terminal."""
+        """The text as Python writes it: no control character reaches the terminal."""
         return ascii(text) if self.ascii_only else repr(text)
 
 

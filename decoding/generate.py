@@ -1,7 +1,8 @@
-"""Continue a text: `python -m decoding.generate "text"`, conf/generate.yaml. Prints, and writes nothing.
+"""Continue a text: `python -m decoding.generate "text"`, conf/generate.yaml. Prints, and writes
+nothing.
 
-The text stands first, or last behind `--` where Hydra would read it as a setting; all else is Hydra's. It may also come
-as file=... or through a pipe.
+The text stands first, or last behind `--` where Hydra would read it as a setting; all else is
+Hydra's. It may also come as file=... or through a pipe.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def run(cfg: DictConfig, text: str | None = None) -> DecodeResult:
 
     Args:
         cfg: the config; it may name the text too.
-        text: what to continue; None: what `text` or `file` of the config say, or else what is piped in.
+        text: what to continue; None: what `text` or `file` of the config say, or else what is piped
+            in.
 
     Returns:
         What was decoded.
@@ -87,11 +89,13 @@ def run(cfg: DictConfig, text: str | None = None) -> DecodeResult:
     return result
 
 
-# ------------------------------------------------------------------------------------------------ input
+# -------------------------------------------------------------------------------------------- input
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The text that a command line (without the program's name) holds, None without one, and what is left for Hydra."""
+    """The text that a command line (without the program's name) holds, None without one, and what
+    is left for Hydra.
+    """
     if "--" in arguments:
         place = arguments.index("--")
         settings, words = arguments[:place], arguments[place + 1 :]
@@ -103,7 +107,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _is_text(word: str) -> bool:
-    """Whether a word is neither an option nor what Hydra can read as a setting."""
+    """True if a word is neither an option nor readable for Hydra as a setting."""
     if word.startswith("-"):
         return False
     try:
@@ -156,14 +160,14 @@ def tokenised(pair: ModelPair, text: str) -> list[int]:
 
 
 def forest_recorder(cfg: DictConfig) -> ForestRecorder | None:
-    """What listens for --show-forest, None where it was not asked for."""
+    """The recorder that --show-forest asks for; None without it."""
     wanted = cfg.forest_iteration
     if wanted is not None:
         whole("forest_iteration", wanted, least=1)
     return ForestRecorder(wanted) if cfg.show_forest or wanted is not None else None
 
 
-# ----------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------- output
 
 
 def show(
@@ -194,17 +198,17 @@ def show(
     console.print(Text(f"\n{footer(result.stats)}", "dim"))
 
 
-def heading(place: int, result: DecodeResult, config: DecodingConfig) -> str:
+def heading(rank: int, result: DecodeResult, config: DecodingConfig) -> str:
     """A hypothesis in numbers."""
-    score, length = result.scores[place], len(result.sequences[place])
+    score, length = result.scores[rank], len(result.sequences[rank])
     per_token = score * length**config.length_penalty / length
-    if result.finished[place]:
+    if result.finished[rank]:
         end = f"finished after {length} tokens"
     elif length >= config.max_new_tokens:
         end = f"cut at max_new_tokens ({length})"
     else:
         end = f"unfinished after {length} tokens"
-    return f"[{place + 1}] score {score:.3f}, log-probability {per_token:.3f} a token, {end}"
+    return f"[{rank + 1}] score {score:.3f}, log-probability {per_token:.3f} a token, {end}"
 
 
 def footer(stats: DecodeStats) -> str:
@@ -218,7 +222,7 @@ def footer(stats: DecodeStats) -> str:
 
 
 def continuation(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], special: bool = True) -> str:
-    """Text of tokens as it follows those before them: some tokenizers drop a space at the beginning.
+    """Text of tokens as it follows those before: some tokenizers drop a space at the beginning.
 
     Args:
         special: write special tokens, such as EOS, too.

@@ -22,7 +22,7 @@ from decoding.support.files import json_bytes, write_whole
 
 
 class LatencyTable:
-    """Ways to a table, by the names that configs know; the table itself is `decoding.cost_table.LatencyTable`."""
+    """Ways to a `decoding.cost_table.LatencyTable`, by the names that configs know."""
 
     load = staticmethod(cost_table.LatencyTable.load)
     measure = staticmethod(measure_seconds)
@@ -30,7 +30,7 @@ class LatencyTable:
 
 @entry_point("latency")
 def main(cfg: DictConfig) -> cost_table.LatencyTable:
-    """Print the table that conf/latency.yaml describes, write it where `output` says, and return it."""
+    """Print the table that conf/latency.yaml describes, write it to `output`, and return it."""
     made = instantiate(cfg.latency)
     table: cost_table.LatencyTable = (
         made(instantiate(cfg.pair)) if callable(made) else made

@@ -1,9 +1,11 @@
-"""Read results again: tables, plots, and the fastest row at a quality, of one run or of several side by side.
+"""Read results again: tables, plots, and the fastest row at a quality, of one run or of several
+side by side.
 
     python -m decoding.report outputs/evaluate/.../results.json
     python -m decoding.report a/results.json b/results.json out=plots format=svg quality=-0.35
 
-A row belongs to one run: nothing is averaged over runs, and no speed of one is divided by that of another.
+A row belongs to one run: nothing is averaged over runs, and no speed of one is divided by that of
+another.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from decoding.measure.pages import (
 from decoding.measure.plots import FORMATS, drawn, plot_calibration, plot_frontier
 from decoding.measure.results_file import RESULTS, read_results, write_results
 from decoding.measure.rows import REFERENCES
+from decoding.support.checks import choice
 from decoding.support.files import write_whole
 
 FRONTIER, FRONTIER_ALSO, CALIBRATION, TABLE = "frontier", "frontier_also", "calibration", "results.md"
@@ -47,7 +50,7 @@ _FIELDS = {"complete", "failed", "unscored", "provenance"}
 _PROVENANCE = {"argv", "git_sha", "versions", "machine", "date", "pair", "task"}
 
 
-# ---------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def write_report(directory: Path, results: Node) -> dict[str, Path]:
@@ -60,7 +63,8 @@ def write_report(directory: Path, results: Node) -> dict[str, Path]:
 
 
 def write_pages(directory: Path, runs: Runs, form: str = "png") -> dict[str, Path]:
-    """Write results.md, the frontiers and, where there is something to show, the calibration of the controller.
+    """Write results.md, the frontiers and, where there is something to show, the calibration of the
+    controller.
 
     Args:
         runs: results by the label of their run.
@@ -84,7 +88,7 @@ def write_pages(directory: Path, runs: Runs, form: str = "png") -> dict[str, Pat
 
 
 def frontiers(runs: Runs) -> dict[str, str]:
-    """The plots of quality against speed that results call for: the metric of speed by the file's stem."""
+    """Plots of quality against speed that results call for: the metric of speed by file stem."""
     sources = [results["provenance"] for results in runs.values()]
     tables = [source.get("latency") for source in sources]
     modelled = all(table is not None and table.get("measured") is None for table in tables)
@@ -94,11 +98,11 @@ def frontiers(runs: Runs) -> dict[str, str]:
     return {stem: speed for stem, speed in plots.items() if speed in shown}
 
 
-# ---------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 class Arguments(NamedTuple):
-    """The command line, read."""
+    """Arguments of a command line."""
 
     files: list[str]
     out: str | None = None
@@ -126,16 +130,16 @@ def read_arguments(words: Sequence[str]) -> Arguments:
     if not files:
         raise UserError(f"No results were given: {_USAGE}.")
     found = Arguments(files, **given)
-    if found.format not in FORMATS:
-        raise UserError(f"format is {found.format!r}; choose one of {', '.join(FORMATS)}.")
+    choice("format", found.format, FORMATS)
     return found
 
 
 def read_runs(files: Sequence[str]) -> dict[str, Node]:
-    """Results by the label of their run: the folder they lie in, as much of its path as tells them apart.
+    """Results by the label of their run: its folder, as much of the path as tells them apart.
 
     Raises:
-        UserError: a file that is missing, damaged, of another version, given twice, or no results at all.
+        UserError: a file that is missing, damaged, of another version, given twice, or no results
+            at all.
     """
     runs = [_read(file) for file in files]
     if len(runs) == 1:
@@ -148,7 +152,9 @@ def read_runs(files: Sequence[str]) -> dict[str, Node]:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the folders' paths that differ; of the files' where two lie in one folder."""
+    """The shortest ends of the folders' paths that differ; of the files' where two lie in one
+    folder.
+    """
     folders = [path.parent.parts for path in paths]
     parts = folders if len(set(folders)) == len(paths) else [path.parts for path in paths]
     longest = max(map(len, parts))
@@ -176,11 +182,22 @@ def command_line(words: Sequence[str]) -> None:
     runs = read_runs(given.files)
     winners = winner_lines(runs, given.quality, given.speed)  # a wrong name is refused before anything is written
     files = write_pages(Path(given.out), runs, given.format) if given.out is not None else {}
-    console = Console(markup=False)
-    console = console if console.is_terminal else Console(width=160, markup=False)
+    show(runs, files, winners)
+
+
+def show(runs: Runs, files: Mapping[str, Path], winners: Sequence[str] = ()) -> None:
+    """Print the tables of results, the sentences about them, and where everything is.
+
+    Args:
+        runs: results by the label of their run.
+        files: path by name.
+        winners: further sentences.
+    """
+    console = Console(markup=False, highlight=False)  # brackets are intervals
+    console = console if console.is_terminal else Console(markup=False, highlight=False, width=160)
     for label, results in runs.items():
         if label:
-            console.print(f"{label}: {machine_of(results)}, {results['provenance']['date']}", highlight=False)
+            console.print(f"{label}: {machine_of(results)}, {results['provenance']['date']}")
     of_bench = len(runs) == 1 and "roofline" in runs.get("", {})
     for table in tables(runs[""]) if of_bench else [console_table(joined_rows(runs))]:
         console.print(table)
@@ -189,17 +206,17 @@ def command_line(words: Sequence[str]) -> None:
         of_evaluation = [*comparison_lines(results), *remark_lines(results)]
         lines = headlines(results) if "roofline" in results else of_evaluation
         for line in [label, *lines] if label and lines else lines:
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
     for line in [*winners, *(f"{name}: {path}" for name, path in files.items())]:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def winner_lines(runs: Runs, quality: str | None = None, speed: str = "tokens_per_second") -> list[str]:
     """The fastest row of each run that is at least as likely as asked for, in a sentence each.
 
     Args:
-        quality: a log-probability per token, or the name of a row whose own is meant; None: that of every reference row
-            of the run.
+        quality: a log-probability per token, or the name of a row whose own is meant; None: that of
+            every reference row of the run.
         speed: the metric that is meant by speed.
 
     Raises:
@@ -207,8 +224,8 @@ def winner_lines(runs: Runs, quality: str | None = None, speed: str = "tokens_pe
     """
     rows = joined_rows(runs)
     metrics = sorted({name for row in rows for name in row["summary"] if name.endswith("tokens_per_second")})
-    if speed not in metrics and rows:
-        raise UserError(f"speed is {speed!r}; choose one of {', '.join(metrics)}.")
+    if rows:
+        choice("speed", speed, metrics)
     lines = []
     for label, results in runs.items():
         for name, value in _qualities(results["rows"], quality).items():
@@ -230,9 +247,9 @@ def winner_lines(runs: Runs, quality: str | None = None, speed: str = "tokens_pe
 
 def _qualities(rows: Sequence[Node], quality: str | None) -> dict[str, float]:
     """The qualities that are asked for, by whose they are."""
-    known = [row for row in rows if "log_prob" in row["summary"]]
+    measured = [row for row in rows if "log_prob" in row["summary"]]
     if quality is None:
-        asked = [row for row in known if row["method"] in REFERENCES]
+        asked = [row for row in measured if row["method"] in REFERENCES]
     else:
         try:
             value = float(quality)
@@ -240,7 +257,7 @@ def _qualities(rows: Sequence[Node], quality: str | None) -> dict[str, float]:
             value = math.nan
         if math.isfinite(value):
             return {"": value}
-        asked = [row for row in known if row["name"] == quality]
+        asked = [row for row in measured if row["name"] == quality]
     return {f" of {row['name']}": row["summary"]["log_prob"]["value"] for row in asked}
 
 

@@ -1,9 +1,9 @@
-"""What a decoding gives: hypotheses, what they took, and what recorders are told on the way."""
+"""Results of a decoding: hypotheses, what they took, and what recorders are told on the way."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from decoding.dice.acceptance import LayerVerdict
 from decoding.dice.sampling import Dice
@@ -15,10 +15,10 @@ PHASES = ("prompt", "draft", "target", "verify", "policy", "other")  # prompt: b
 
 @dataclass
 class DecodeStats:
-    """What decoding one prompt took: counts, seconds, and a record of every iteration.
+    """Statistics of decoding one prompt: counts, seconds, and a record of every iteration.
 
-    `records` is empty where another library decoded: of its layers nothing is known but how many there were. All lists
-    below are read from it.
+    `records` is empty where another library decoded: of its layers nothing is known but how many
+    there were. All lists below are read from it.
     """
 
     prompt_tokens: int = 0
@@ -53,7 +53,7 @@ class DecodeStats:
 
     @property
     def passed(self) -> list[bool]:
-        """Whether every committed layer passed; a layer drawn from the target does."""
+        """For every committed layer, true if it passed; a layer drawn from the target does."""
         return [layer.passed for layer in self.layers]
 
     @property
@@ -77,7 +77,9 @@ class DecodeStats:
         return self.new_tokens / max(self.iterations, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, as in results.json: the records as lists of numbers, a tenth of their size as objects."""
+        """The statistics as results.json holds them: records as lists, a tenth of their size as
+        objects.
+        """
         lists = ("target_widths", "draft_widths", "accepted", "passed", "roots", "forests")
         counts = {name: value for name, value in vars(self).items() if name != "records"}
         return counts | {name: getattr(self, name) for name in lists}
@@ -93,11 +95,11 @@ class DecodeResult:
     stats: DecodeStats
 
 
-class Recorder(Protocol):
-    """Listens to a decoding run, for traces."""
+class Recorder:
+    """Listens to a decoding run, for traces; a subclass overrides what it wants to hear."""
 
-    shadow: Dice | None
-    needs_hidden: bool  # ask the decoder for hidden states in the contexts
+    shadow: Dice | None = None
+    needs_hidden: bool = False  # ask the decoder for hidden states in the contexts
 
     def drafted(
         self,
@@ -131,5 +133,6 @@ class LayerEvent:
     verdict: LayerVerdict | None  # None at a layer drawn from the target
     kept: list[tuple[int, float]]  # nodes with weights, best first, finished ones included
     slots: list[int] = field(default_factory=list)  # the same nodes in the order in which they were drawn
-    # Under shared noise: how many drafts hold the first j = 1.. of the target's selection, as `verdict.needs`.
+    # Under shared noise: how many drafts hold the first j = 1.. of the target's selection, as
+    # `verdict.needs`.
     need: list[int] = field(default_factory=list)

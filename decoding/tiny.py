@@ -2,9 +2,9 @@
 
     python -m decoding.tiny [--out DIR] [--steps N] [--compile]
 
-is the whole recipe: it reads the standard library of the running interpreter (`tasks/stdlib.py`, split
-"model"), trains a byte-level BPE tokenizer and two Llama-architecture models on it, measures both on the
-held-out modules and writes what `ModelPair.tiny()` loads.
+is the whole recipe: it reads the standard library of the running interpreter (`tasks/stdlib.py`,
+split "model"), trains a byte-level BPE tokenizer and two Llama-architecture models on it, measures
+both on the held-out modules and writes what `ModelPair.tiny()` loads.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ CONTEXT = 512  # tokens, also the length of the training sequences
 TARGET_SHAPE = dict(hidden_size=256, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2)
 DRAFT_SHAPE = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
-# Line ends and indentation are words of their own, so that a prefix cut at a line end is tokenised as it
-# would be inside the file.
+# Line ends and indentation are words of their own, so that a prefix cut at a line end is tokenised
+# as it would be inside the file.
 _WORDS = Regex(r"\n+| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+")
 
 
@@ -95,25 +96,22 @@ def read_tokens(tokenizer: PreTrainedTokenizerFast, split: str, tests: bool) -> 
     return torch.tensor(ids, dtype=torch.int64), sum(len(text.encode()) for text in texts)
 
 
-def draw_sequences(tokens: Tensor, fit: FitConfig) -> Iterator[Tensor]:
-    """Yield `fit.steps` batches [rows, CONTEXT] int64, each epoch a fresh shuffle at a fresh offset."""
+def draw_batches(fit: FitConfig, epoch: Callable[[torch.Generator], Tensor]) -> Iterator[Tensor]:
+    """Yield `fit.steps` batches [fit.rows, ...] of what `epoch` gives, [N, ...] in a fresh order
+    each time.
+    """
     generator = torch.Generator().manual_seed(fit.seed)
     queue: list[Tensor] = []
     for _ in range(fit.steps):
         while len(queue) < fit.rows:
-            rows = cut_rows(tokens[int(torch.randint(CONTEXT, (1,), generator=generator)) :])
-            queue += list(rows[torch.randperm(len(rows), generator=generator)])
+            queue += list(epoch(generator))
         yield torch.stack([queue.pop() for _ in range(fit.rows)])
 
 
-def draw_rows(count: int, fit: FitConfig) -> Iterator[Tensor]:
-    """Yield `fit.steps` batches [rows] of row numbers below `count`, each epoch a fresh shuffle."""
-    generator = torch.Generator().manual_seed(fit.seed)
-    queue: list[int] = []
-    for _ in range(fit.steps):
-        while len(queue) < fit.rows:
-            queue += torch.randperm(count, generator=generator).tolist()
-        yield torch.tensor([queue.pop() for _ in range(fit.rows)])
+def shuffled_rows(tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows of CONTEXT tokens from a random offset on, shuffled; [N] -> [rows, CONTEXT] int64."""
+    rows = cut_rows(tokens[int(torch.randint(CONTEXT, (1,), generator=generator)) :])
+    return rows[torch.randperm(len(rows), generator=generator)]
 
 
 def cut_rows(tokens: Tensor) -> Tensor:
@@ -132,7 +130,7 @@ def fit_model(
     title: str,
     compiled: bool = False,
 ) -> None:
-    """Train `model` in place: Muon for matrices, AdamW for the rest, linear warm-up and decay to zero.
+    """Train `model` in place: Muon for matrices, AdamW for the rest, linear warm-up and decay.
 
     Args:
         loss_of: (the model's forward, a batch, share of the run done) -> scalar loss.
@@ -178,7 +176,9 @@ def next_token_loss(logits_of: Logits, batch: Tensor, done: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Lessons:
-    """What the target says after every token of some sequences: its TEACHER_TOP likeliest tokens."""
+    """The target's TEACHER_TOP likeliest tokens after every token of some sequences, with their
+    probabilities.
+    """
 
     rows: Tensor  # [N, CONTEXT] int64
     likely: Tensor  # [N, CONTEXT, TEACHER_TOP] int16
@@ -199,10 +199,12 @@ class Lessons:
         return cls(rows, torch.cat(likely), torch.cat(probs))
 
     def loss(self, logits_of: Logits, batch: Tensor, done: float) -> Tensor:
-        """KL(p || q), then, from the middle of the run, mostly the total variation distance; batch [B] of rows.
+        """KL(p || q), then, from the middle of the run, mostly the total variation distance; batch
+        [B] of rows.
 
-        The accept probability of a draft is Σ min(p, q) = 1 - TV(p, q) (2211.17192, theorem 3.5), so the total
-        variation is what the draft is for; it gives no useful gradient far from the target, hence the KL first.
+        The accept probability of a draft is Σ min(p, q) = 1 - TV(p, q) (2211.17192, theorem 3.5),
+        so the total variation is what the draft is for; it gives no useful gradient far from the
+        target, hence the KL first.
         """
         likely, p = self.likely[batch].long(), self.probs[batch].float()  # [B, T, K]
         log_q = logits_of(self.rows[batch]).log_softmax(-1).gather(-1, likely)
@@ -228,7 +230,7 @@ def bits_per_byte(model: LlamaForCausalLM, tokens: Tensor, num_bytes: int) -> fl
 
 @torch.no_grad()
 def mean_overlap(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokens: Tensor, top_k: int = 10) -> float:
-    """Mean of Σ min(P, Q) over held-out positions, both cut to their `top_k` tokens and re-normalised."""
+    """Mean of Σ min(P, Q) over held-out positions, both cut to `top_k` tokens and re-normalised."""
     shares = []
     rows = cut_rows(tokens)
     for window in track(rows[:: max(1, len(rows) // 200)], "overlap"):
@@ -295,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_pair(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, save and measure the pair in a new folder; the old one is untouched until this is done.
+    """Train, save and measure the pair in a new folder; the old one stays until this is done.
 
     Returns:
         The held-out numbers and the settings, for recipe.json.
@@ -313,12 +315,15 @@ def train_pair(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     print(f"{tokens.numel():,} training tokens, {library.numel():,} of them for the draft; parameters: {sizes}")
     if not options.draft_only:
         fit = FitConfig(steps=options.steps, seed=TARGET_FIT.seed)
-        fit_model(target, draw_sequences(tokens, fit), fit, next_token_loss, "target", options.compile)
+        fit_model(
+            target, draw_batches(fit, partial(shuffled_rows, tokens)), fit, next_token_loss, "target", options.compile
+        )
     tokenizer.save_pretrained(folder / "tokenizer")
     save_model(target, folder / "target")
     lessons = Lessons.from_target(target.float(), library)
     fit = FitConfig(steps=options.draft_steps, seed=DRAFT_FIT.seed)
-    fit_model(draft, draw_rows(len(lessons.rows), fit), fit, lessons.loss, "draft", options.compile)
+    batches = draw_batches(fit, lambda generator: torch.randperm(len(lessons.rows), generator=generator))
+    fit_model(draft, batches, fit, lessons.loss, "draft", options.compile)
     save_model(draft, folder / "draft")
     return measure_pair(*load_tiny(folder)) | {
         "parameters": sizes,

@@ -1,1 +1,3 @@
-"""Research scripts: was it worth it? They may import anything, nothing imports them, and they are not installed."""
+"""Research scripts: was it worth it? They may import anything, nothing imports them, and they are
+not installed.
+"""

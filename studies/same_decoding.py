@@ -1,11 +1,12 @@
-"""Does a change of the code change what is decoded? Record what two commits decode, then compare the records.
+"""Does a change of the code change what is decoded? Record what two commits decode, then compare
+the records.
 
     PYTHONPATH=<checkout> python studies/same_decoding.py record <file.json> [controller directory]
     python studies/same_decoding.py compare <file.json> <file.json>
 
-A record holds 40 prompts of the built-in pair under six policies, alone and in batches, and the traces of a small
-collection. It uses public names alone, so that it runs at any commit; `learned` needs a controller that both commits
-can read, and is left out without one.
+A record holds 40 prompts of the built-in pair under six policies, alone and in batches, and the
+traces of a small collection. It uses public names alone, so that it runs at any commit; `learned`
+needs a controller that both commits can read, and is left out without one.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def record(controller: str | None) -> dict[str, Any]:
                 decoder = DSBDDecoder(pair, config, policy())
                 streams = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
                 results = decoder.generate(prompts, streams, batch_size=size)
-                found[f"{name} {policy_name} batch {size}"] = [told(result) for result in results]
+                found[f"{name} {policy_name} batch {size}"] = [content(result) for result in results]
         streams = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-        found[f"{name} target alone"] = [told(r) for r in beam_sample(pair.target, prompts, config, streams)]
+        found[f"{name} target alone"] = [content(r) for r in beam_sample(pair.target, prompts, config, streams)]
     found["traces"] = traces()
     return found
 
@@ -73,8 +74,8 @@ def policies(controller: str | None) -> dict[str, Any]:
     return made
 
 
-def told(result: Any) -> dict[str, Any]:
-    """What a result says, but for its seconds."""
+def content(result: Any) -> dict[str, Any]:
+    """All that a result says, but for its seconds."""
     stats = result.stats
     return {
         "sequences": result.sequences,

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import evaluate
 from controller.checkpoint import save_controller
 from decoding import UserError
+from decoding.measure import turns
 from decoding.measure.methods import METHODS
 from decoding.measure.turns import Record, log_probability
 from tests.controller.synthetic import ABOUT, random_net
@@ -159,13 +160,11 @@ def test_same_seed_same_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["policies=[fixed,sometimes]"], "'sometimes'; choose among"),
         (["policies=[learned]"], "give controller=<directory>"),
         (["policies=[learned]", "controller_path=/nowhere/at/all"], "/nowhere/at/all"),
         (["prompts.split=model"], "train, val, test"),
         (["policies=[learned_also]"], "give controller=<directory>"),
         (["references=[learned]"], "give controller=<directory>"),
-        (["references=[hf_beam]"], "references holds 'hf_beam'; choose among"),
         (["policies=[learned_also]", "controller_path=/some/where"], "latency@also="),
         (["prompts.limit=0"], "prompts.limit is 0"),
         (["bootstrap=0"], "bootstrap is 0; give a whole number of at least 1"),
@@ -189,15 +188,15 @@ def test_without_widths_there_are_powers_of_two_up_to_the_configs(tmp_path: Path
 
 
 def test_an_interrupted_evaluation_is_scored_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = evaluate.take_turns
+    take_turns = turns.take_turns
 
     def interrupted(records: list[Record], *given: Any, **options: Any) -> Iterator[int]:
-        yield from turns(records, *given, **options)
+        yield from take_turns(records, *given, **options)
         for each in records:
             del each.repeats[0][2:]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "take_turns", interrupted)
+    monkeypatch.setattr(turns, "take_turns", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(config(tmp_path, "prompts.limit=4", "policies=[fixed]"))
     read = json.loads((tmp_path / "out" / "results.json").read_text())

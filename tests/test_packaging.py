@@ -40,7 +40,10 @@ def test_the_oldest_version_is_the_lower_bound(requirement: Requirement) -> None
 
 
 def test_the_pinned_versions_are_allowed() -> None:
-    pinned = pins("constraints.txt")
+    pinned, extras = pins("constraints.txt"), PROJECT["optional-dependencies"]
+    assert pinned["torch"] == "2.13.0" and pinned["lightning"] not in ("2.6.2", "2.6.3")
+    needed = [Requirement(line).name for line in [*PROJECT["dependencies"], *extras["dev"], *extras["energy"]]]
+    assert [name for name in needed if name not in pinned] == []
     for requirement in REQUIREMENTS:
         if requirement.name in pinned:
             assert requirement.specifier.contains(pinned[requirement.name]), requirement

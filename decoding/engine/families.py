@@ -1,4 +1,6 @@
-"""What is known of model families beyond their configs: a record each. The others run as transformers runs them."""
+"""Model families, as far as their configs do not tell: a record each. The others run as
+transformers runs them.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,12 @@ class Family:
     """Models of one `model_type`.
 
     Args:
-        fused: the class of models that `FusedForward` computes: each block is norm, attention with rotary positions,
-            residual, norm, gated SiLU, residual, and its parts are called as Llama's. None: their own forward runs.
+        fused: the class of models that `FusedForward` computes: each block is norm, attention with
+            rotary positions, residual, norm, gated SiLU, residual, and its parts are called as
+            Llama's. None: their own forward runs.
         alibi: they make an ALiBi bias, unless a field `alibi` of the config says that they do not.
-        unfit: why they are refused although the probe could accept them: some of their passes would be wrong.
+        unfit: why they are refused although the probe could accept them: some of their passes would
+            be wrong.
     """
 
     fused: str | None = None
@@ -42,5 +46,5 @@ def family_of(config: Any) -> Family:
 
 
 def has_alibi(config: Any) -> bool:
-    """Whether a model of this config makes an ALiBi bias."""
+    """True if a model of this config makes an ALiBi bias."""
     return family_of(config).alibi and getattr(config, "alibi", True)

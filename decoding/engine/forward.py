@@ -1,6 +1,8 @@
-"""One forest pass of a model: `TransformersForward` calls the model itself, `fused.py` and `graphs.py` are faster.
+"""One forest pass of a model: `TransformersForward` calls the model itself, `fused.py` and
+`graphs.py` are faster.
 
-A forward owns no prompts: it reads and writes a `Store`, the flat KV buffer of a batch, where its inputs say.
+A forward owns no prompts: it reads and writes a `Store`, the flat KV buffer of a batch, where its
+inputs say.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from decoding.errors import UserError
 
 @dataclass
 class PassInputs:
-    """What a pass reads: T tokens of `rows` prompts, each row's in N = T / rows places, or ragged with `pad`."""
+    """Inputs of a pass: T tokens of `rows` prompts, each row's in N = T / rows places, or ragged
+    with `pad`.
+    """
 
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64
@@ -38,22 +42,22 @@ class PassInputs:
 
     @property
     def rows(self) -> int:
-        """Rows read."""
+        """Number of rows that the pass reads."""
         return self.mask.shape[0]
 
     @property
     def masks(self) -> dict[bool, Tensor]:
-        """Of layers that slide (True), and of those that do not."""
+        """The attention mask by kind of layer: {slides: mask}."""
         return {True: self.mask if self.window_mask is None else self.window_mask, False: self.mask}
 
     @property
     def read(self) -> int:
-        """S: slots read in each row."""
+        """S, the number of slots that the pass reads in each row."""
         return self.mask.shape[3]
 
 
 class PassOutput(NamedTuple):
-    """What a pass gives; with `last_only` the first two are of the last token alone."""
+    """Outputs of a pass; with `last_only` the first two are of the last token alone."""
 
     logits: Tensor  # [T, V]
     hidden: Tensor | None = None  # [T, H] what the head read, where asked for
@@ -67,14 +71,14 @@ class Store(Protocol):
     capacity: int
 
     def grow(self, capacity: int) -> None:
-        """More slots in each row; what is in the buffer stays."""
+        """Give each row more slots; what is in the buffer stays."""
 
     def copy_slots(self, source: int, row: int, count: int) -> None:
         """Copy the first `count` slots of one row into another: a prefix that prompts share."""
 
     @property
     def bytes(self) -> int:
-        """Memory taken."""
+        """Bytes of memory that the buffer takes."""
         ...
 
 
@@ -86,7 +90,7 @@ class Forward(Protocol):
     name: str
 
     def new_store(self, rows: int, capacity: int) -> Any:
-        """An empty buffer."""
+        """A new, empty KV buffer."""
 
     def __call__(self, inputs: PassInputs, store: Any) -> PassOutput:
         """Run a pass."""
@@ -94,7 +98,9 @@ class Forward(Protocol):
 
 
 class _FlatLayer(CacheLayerMixin):
-    """Keys and values of one layer, [rows * capacity, heads, dim]; reads and writes go where the store says."""
+    """Keys and values of one layer, [rows * capacity, heads, dim]; reads and writes go where the
+    store says.
+    """
 
     is_sliding = False
 
@@ -150,7 +156,7 @@ class TransformersStore(Cache):
         super().__init__(layers=list(self._flat))
 
     def grow(self, capacity: int) -> None:
-        """More slots in each row; what is in the buffer stays."""
+        """Give each row more slots; what is in the buffer stays."""
         for layer in self._flat:
             if layer.is_initialized:
                 layer.keys, layer.values = (
@@ -168,7 +174,7 @@ class TransformersStore(Cache):
 
     @property
     def bytes(self) -> int:
-        """Memory taken."""
+        """Bytes of memory that the buffer takes."""
         buffers = [b for layer in self._flat if layer.is_initialized for b in (layer.keys, layer.values)]
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
@@ -231,7 +237,7 @@ class TransformersForward:
         return PassOutput(logits, hidden, states)
 
     def _mask(self, model: Any, inputs: PassInputs) -> AbstractContextManager[Tensor | dict[str, Tensor]]:
-        """The attention mask as the model takes it: by kind of layer where the kinds see different things."""
+        """The attention mask as the model takes it: by kind of layer where the kinds differ."""
         if inputs.key_positions is not None:
             return alibi_by_position(model, inputs.mask, inputs.key_positions)
         if inputs.window_mask is None:

@@ -1,7 +1,9 @@
-"""A forest pass for models of Llama's shape, in few operations: projections fused, rotary embedding as one complex
-product, one write of keys and values a layer, weights laid out for the CPU's matrix kernels.
+"""A forest pass for models of Llama's shape, in few operations: projections fused, rotary embedding
+as one complex product, one write of keys and values a layer, weights laid out for the CPU's matrix
+kernels.
 
-What it computes is what the model's own `forward` computes; `check_forest_pass` compares the two before it is used.
+What it computes is what the model's own `forward` computes; `check_forest_pass` compares the two
+before it is used.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ _PROJECTIONS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
-# On a GPU without cuDNN's attention, which torch prefers on some: it plans anew, in many milliseconds, for every shape.
+# On a GPU without cuDNN's attention, which torch prefers on some: it plans anew, in many
+# milliseconds, for every shape.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 Rotation = Callable[[int], Tensor]  # positions -> e^(i * angle) of each, [positions, D/2] complex64
@@ -33,7 +36,9 @@ Residual = Callable[[Tensor, Tensor], Tensor]  # (input, residual) -> residual +
 
 
 def can_fuse(model: Any) -> bool:
-    """Whether `FusedForward` knows this model: the family, plain float weights on one device, nothing hooked in."""
+    """True if `FusedForward` knows this model: the family, plain float weights on one device,
+    nothing hooked in.
+    """
     config = model.config
     if type(model).__name__ != family_of(config).fused or getattr(config, "hidden_act", None) != "silu":
         return False
@@ -52,14 +57,18 @@ def can_fuse(model: Any) -> bool:
 
 
 def hooked(model: Any) -> bool:
-    """Whether someone watches or changes what passes between the model's modules, which a fused pass would skip."""
+    """True if someone watches or changes what passes between the model's modules, which a fused
+    pass would skip.
+    """
     return any(
         module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules()
     )
 
 
 class FusedStore:
-    """Keys beside values, [rows * capacity, 2 * heads * dim] a layer; and the rotary table for as many positions."""
+    """Keys beside values, [rows * capacity, 2 * heads * dim] a layer; and the rotary table for as
+    many positions.
+    """
 
     def __init__(
         self, like: Tensor, rows: int, capacity: int, layers: int, heads: int, dim: int, rotation: Rotation
@@ -71,7 +80,7 @@ class FusedStore:
         self._views: dict[tuple[int, int, int], list[tuple[Tensor, Tensor]]] = {}
 
     def grow(self, capacity: int) -> None:
-        """More slots in each row; what is in the buffer stays."""
+        """Give each row more slots; what is in the buffer stays."""
         self.buffers = [larger(buffer, self.rows, self.capacity, capacity) for buffer in self.buffers]
         self.capacity, self.turns = capacity, self._rotation(capacity)
         self._views.clear()
@@ -84,11 +93,11 @@ class FusedStore:
 
     @property
     def bytes(self) -> int:
-        """Memory taken."""
+        """Bytes of memory that the buffer takes."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def views(self, inputs: PassInputs) -> list[tuple[Tensor, Tensor]]:
-        """What a pass reads of each layer: keys and values, [rows, heads, S, dim]."""
+        """The keys and values of each layer that a pass reads, [rows, heads, S, dim] each."""
         key = (inputs.first_row, inputs.rows, inputs.read)
         views = self._views.get(key)
         if views is None:
@@ -103,8 +112,9 @@ class FusedStore:
 class _Norm:
     """RMSNorm before a projection: x -> x * w / sqrt(mean(x^2) + eps).
 
-    On the CPU it costs as much as the projection of a few tokens when it is five operations; with w folded into the
-    projection's weight it is three: x / hypot(|x|, sqrt(H eps)), since sqrt(H) is folded in too.
+    On the CPU it costs as much as the projection of a few tokens when it is five operations; with w
+    folded into the projection's weight it is three: x / hypot(|x|, sqrt(H eps)), since sqrt(H) is
+    folded in too.
     """
 
     def __init__(self, norm: Any) -> None:
@@ -118,7 +128,7 @@ class _Norm:
         return _linear(weight * (self.weight * self._width**0.5) if self._folded else weight, bias)
 
     def __call__(self, states: Tensor) -> Tensor:
-        """[T, H] both ways."""
+        """Normalise states, [T, H] both ways."""
         if self._floor is None:
             return F.rms_norm(states, (self._width,), self.weight, self.eps)
         return states / torch.linalg.vector_norm(states, dim=-1, keepdim=True).hypot_(self._floor)
@@ -150,7 +160,9 @@ _made: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], weakref.ref[A
 
 
 def _shared(module: nn.Module, weights: Iterable[Tensor], make: Callable[[], Any]) -> Any:
-    """What `make` returns, once for all models that share a module, and again when the weights have changed."""
+    """The result of `make`, once for all models that share a module, and again when the weights
+    have changed.
+    """
     weights = list(weights)
     made_for, made = _made.get(module, (None, lambda: None))
     thing = made() if made_for == signature(weights) else None
@@ -188,7 +200,7 @@ class FusedForward:
         self._rotary = model.model.rotary_emb
 
     def new_store(self, rows: int, capacity: int) -> FusedStore:
-        """An empty buffer."""
+        """A new, empty KV buffer."""
         return FusedStore(self._embedding, rows, capacity, len(self._layers), self._kv_heads, self._dim, self._rotation)
 
     def __call__(self, inputs: PassInputs, store: FusedStore) -> PassOutput:
@@ -228,7 +240,9 @@ class FusedForward:
         return PassOutput(logits, self._normed(states) if inputs.hidden else None, kept)
 
     def _normed(self, states: Tensor) -> Tensor:
-        """What the model's own head reads, [T, H] both ways; `_norm` leaves its weight to the head."""
+        """States as the model's own head reads them, [T, H] both ways; `_norm` leaves its weight to
+        the head.
+        """
         return F.rms_norm(states, states.shape[-1:], self._norm.weight, self._norm.eps)
 
     def _turned(self, qkv: Tensor, turns: Tensor, layer: _Layer) -> Tensor:
@@ -246,7 +260,9 @@ class FusedForward:
         return qkv[:, : self._heads * dim]
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """Queries that share a key head are stacked: no copy of keys per query head. [B * N, heads * D] both ways."""
+        """Queries that share a key head are stacked: no copy of keys per query head.
+        [B * N, heads * D] both ways.
+        """
         rows, kv, dim = keys.shape[0], self._kv_heads, self._dim
         group = self._heads // kv
         if group == 1:
@@ -266,7 +282,7 @@ class FusedForward:
 
 
 def _keep(kept: Tensor | None, layers: tuple[int, ...], number: int, states: Tensor) -> None:
-    """Copy hidden states [T, H] of a number into `kept` [T, K, H]: the next block may add to them in place."""
+    """Copy hidden states [T, H] into `kept` [T, K, H]: the next block may add to them in place."""
     if kept is not None:
         for place, layer in enumerate(layers):
             if layer == number:
@@ -274,12 +290,16 @@ def _keep(kept: Tensor | None, layers: tuple[int, ...], number: int, states: Ten
 
 
 def _pairs_together(dim: int) -> Tensor:
-    """Order of a head's channels in which the two that rotate together are neighbours: 0, D/2, 1, D/2 + 1, ..."""
+    """Order of a head's channels in which the two that rotate together are neighbours: 0, D/2, 1,
+    D/2 + 1, ...
+    """
     return torch.arange(dim).view(2, -1).t().flatten()
 
 
 def _rows_reordered(linear: nn.Linear, order: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A projection's weight and bias with each head's channels in `order`; scores do not change if q and k share it."""
+    """A projection's weight and bias with each head's channels in `order`; scores do not change if
+    q and k share it.
+    """
 
     def reorder(values: Tensor) -> Tensor:
         return values.unflatten(0, (-1, len(order)))[:, order.to(values.device)].flatten(0, 1)
@@ -295,7 +315,9 @@ def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor |
 
 
 def _packs(weight: Tensor) -> bool:
-    """Whether this weight is laid out anew for oneDNN: 1.5 to 3 times the speed of a plain product at 4 to 32 rows."""
+    """True if this weight is laid out anew for oneDNN: 1.5 to 3 times the speed of a plain product
+    at 4 to 32 rows.
+    """
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32

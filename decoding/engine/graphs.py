@@ -1,4 +1,6 @@
-"""CUDA graphs: a pass of each shape is captured once and replayed, so that the host launches one thing a pass."""
+"""CUDA graphs: a pass of each shape is captured once and replayed, so that the host launches one
+thing a pass.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,12 @@ class GraphedForward:
     """Captures another forward, lazily, a graph for each (buffer, rows, queries, slots).
 
     Args:
-        forward: what a graph runs; passes of more than `GRAPH_LIMIT` shapes, and of models that cannot be captured, go
-            to it as they are.
+        forward: what a graph runs; passes of more than `GRAPH_LIMIT` shapes, and of models that
+            cannot be captured, go to it as they are.
 
     Attributes:
-        captures, replays, eager: passes of each kind, for the bench: many captures mean shapes that do not repeat.
+        captures, replays, eager: passes of each kind, for the bench: many captures mean shapes that
+            do not repeat.
     """
 
     ragged, static = False, True
@@ -36,11 +39,13 @@ class GraphedForward:
         self.captures = self.replays = self.eager = 0
 
     def new_store(self, rows: int, capacity: int) -> Any:
-        """An empty buffer."""
+        """A new, empty KV buffer."""
         return self._forward.new_store(rows, capacity)
 
     def __call__(self, inputs: PassInputs, store: Any) -> PassOutput:
-        """As the captured forward; the tensors are overwritten by the next pass of the same shape."""
+        """Run one pass of the captured forward; the tensors are overwritten by the next pass of the
+        same shape.
+        """
         slides = inputs.window_mask is not None
         shape = (inputs.rows, inputs.tokens.shape[0], inputs.read)
         key = (id(store), store.capacity, *shape, inputs.hidden, inputs.layers, slides)
@@ -79,7 +84,8 @@ class _Captured:
         self._inputs = PassInputs(**read, first_row=inputs.first_row, hidden=inputs.hidden, layers=inputs.layers)
         device = inputs.tokens.device
         current, side = torch.cuda.current_stream(device), _side_stream(device)
-        # This block gives the device and the stream back after a capture that failed, too; torch's own does not.
+        # This block gives the device and the stream back after a capture that failed, too; torch's
+        # own does not.
         with torch.cuda.device(device), torch.cuda.stream(side):
             side.wait_stream(current)
             forward(self._inputs, store)  # libraries set themselves up in the first pass, which cannot be captured
@@ -97,7 +103,7 @@ class _Captured:
 
 
 def _read_by(inputs: PassInputs) -> list[str]:
-    """Names of the tensors that a pass in static shapes reads; some only where a model slides or has ALiBi."""
+    """Names of the tensors that a captured pass reads; some only where a model slides or has ALiBi."""
     names = ("tokens", "positions", "slots", "mask", "window_mask", "key_positions")
     return [name for name in names if getattr(inputs, name) is not None]
 
@@ -106,8 +112,9 @@ def _read_by(inputs: PassInputs) -> list[str]:
 def _side_stream(device: torch.device) -> Any:
     """The stream of all warm-ups and captures on a device.
 
-    One for both, so that cuBLAS has its workspace before a capture and puts none into a pool of graphs, which could
-    then never be freed; and one for all, since it keeps a workspace for every stream.
+    One for both, so that cuBLAS has its workspace before a capture and puts none into a pool of
+    graphs, which could then never be freed; and one for all, since it keeps a workspace for every
+    stream.
     """
     return torch.cuda.Stream(device)
 
@@ -115,7 +122,8 @@ def _side_stream(device: torch.device) -> Any:
 def _check_that_nothing_waits(forward: Forward, inputs: PassInputs, store: Any) -> None:
     """A pass; RuntimeError where the host waits for the device.
 
-    Found in a capture, that would leave torch's allocator and its generators on the GPU in disorder.
+    Found in a capture, that would leave torch's allocator and its generators on the GPU in
+    disorder.
     """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():

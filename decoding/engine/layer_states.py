@@ -1,4 +1,6 @@
-"""LayerStates: hidden states of chosen layers at every slot of a batch's flat buffer, for drafts that read them."""
+"""LayerStates: hidden states of chosen layers at every slot of a batch's flat buffer, for drafts
+that read them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from decoding.engine.forward import larger
 
 
 class LayerStates:
-    """K states a slot, beside the keys and values of the same token; the first pass tells their width.
+    """K states a slot, beside the keys and values of its token; the first pass tells their width.
 
     Args:
         rows: of the KV buffer.
@@ -35,7 +37,7 @@ class LayerStates:
         rows[row, :count] = rows[source, :count]
 
     def grow(self, capacity: int) -> None:
-        """More slots in each row; what is kept stays."""
+        """Give each row more slots; what is kept stays."""
         if self._states is not None:
             self._states = larger(self._states, self._rows, self._capacity, capacity)
         self._capacity = capacity
@@ -43,5 +45,5 @@ class LayerStates:
     def read(self, row: int, slots: Sequence[int]) -> Tensor:
         """The states at some slots of a row that were written; [N, K, H]."""
         assert self._states is not None, "the row was opened"
-        places = torch.tensor([row * self._capacity + slot for slot in slots], dtype=torch.int64)
-        return self._states.index_select(0, places.to(self._states.device))
+        indices = torch.tensor([row * self._capacity + slot for slot in slots], dtype=torch.int64)
+        return self._states.index_select(0, indices.to(self._states.device))

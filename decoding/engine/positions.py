@@ -1,4 +1,4 @@
-"""Positions in a forest pass: which layers see a window only, and the ALiBi bias of a token in any slot."""
+"""Positions in a forest pass: layers that see a window only, and the ALiBi bias of any slot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def window_of(config: Any) -> int | None:
 
 
 def sliding_layers(config: Any) -> list[bool]:
-    """Whether each layer sees a window only."""
+    """For each layer, true if it sees a window only."""
     text = config.get_text_config()
     count = text.num_hidden_layers
     kinds = getattr(text, "layer_types", None)
@@ -35,12 +35,13 @@ def alibi_by_position(
     mask: Tensor,  # [rows, 1, N, S] additive
     key_positions: Tensor,  # [rows, S] int64
 ) -> Iterator[Tensor]:
-    """Within the block, the model's layers see `mask`, and a bias by `key_positions`: of tokens, not of slots.
+    """Within the block, the model's layers see `mask`, and a bias by `key_positions`: of tokens,
+    not of slots.
 
-    Models with ALiBi make the bias themselves, for keys in order, from a 2-D mask. They are given such a mask, and for
-    the time of a pass hooks on their blocks hand on the forest's mask and the bias gathered by position. Softmax does
-    not see what is added to all keys of a query alike, so slope * (position of the key) is enough; the models count on
-    that too.
+    Models with ALiBi make the bias themselves, for keys in order, from a 2-D mask. They are given
+    such a mask, and for the time of a pass hooks on their blocks hand on the forest's mask and the
+    bias gathered by position. Softmax does not see what is added to all keys of a query alike, so
+    slope * (position of the key) is enough; the models count on that too.
 
     Yields:
         The attention mask to call the model with: ones, [rows, S].
@@ -61,7 +62,9 @@ def alibi_by_position(
 
 
 def _by_position(config: Any, alibi: Tensor, mask: Tensor, key_positions: Tensor) -> dict[str, Tensor]:
-    """The model's own bias of keys 0, 1, ..., S - 1 -> that of the tokens in the slots, rounded as the model rounds."""
+    """The model's own bias of keys 0, 1, ..., S - 1 -> that of the tokens in the slots, rounded as
+    the model rounds.
+    """
     rows, read = key_positions.shape
     heads = alibi.numel() // (rows * read)
     # Dead slots may hold positions beyond the slots read; nobody sees them.

@@ -1,4 +1,4 @@
-"""Runner: what a model keeps between decodings: how it is run, its CUDA graphs, and KV buffers to use again."""
+"""Runner: a model with what it keeps between decodings: CUDA graphs, and KV buffers to use again."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class Runner:
     def borrow(self, rows: int, capacity: int) -> Any:
         """A KV buffer of so many rows, with at least that capacity; its content is stale."""
         fits = [store for store in self._spare if store.rows == rows and store.capacity >= capacity]
-        # One that is too small goes: two of a kind would add up. Those of other batch sizes stay, with their graphs.
+        # One that is too small goes: two of a kind would add up. Those of other batch sizes stay,
+        # with their graphs.
         self._spare = [store for store in self._spare if store.rows != rows or store in fits[1:]]
         return fits[0] if fits else self.prompts.new_store(rows, capacity)
 
@@ -77,14 +78,14 @@ _runners: weakref.WeakKeyDictionary[Any, dict[str, tuple[tuple[Any, ...], Runner
 
 
 def runner_of(model: Any, engine: str) -> Runner:
-    """The model's runner, made when it is first asked for, and again when its weights or hooks have changed."""
-    known = _runners.setdefault(model, {})
-    now = signature(model.parameters())
-    current = {name: runner for name, (made_for, runner) in known.items() if made_for == now}
+    """The model's runner, made at first, and again when the weights or hooks have changed."""
+    kept = _runners.setdefault(model, {})
+    weights = signature(model.parameters())
+    current = {name: runner for name, (made_for, runner) in kept.items() if made_for == weights}
     if engine in current and not (current[engine].prompts.name == FusedForward.name and hooked(model)):
         return current[engine]
     fused = next((r.prompts for r in current.values() if isinstance(r.prompts, FusedForward)), None)
     with torch.inference_mode(False), torch.no_grad():  # weights that are moved stay trainable
         runner = Runner(model, engine, fused)
-    known[engine] = (signature(model.parameters()), runner)  # again: fusing may have moved weights
+    kept[engine] = (signature(model.parameters()), runner)  # again: fusing may have moved weights
     return runner

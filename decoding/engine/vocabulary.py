@@ -1,6 +1,7 @@
-"""Vocabularies: a draft whose token ids are not the target's, or not all of them, speaks the target's.
+"""Vocabularies: a draft whose token ids are not all the target's speaks the target's.
 
-Drafts only propose: a token that a draft lacks has Q = 0, and a wrong table costs acceptance, not exactness.
+Drafts only propose: a token that a draft lacks has Q = 0, and a wrong table costs acceptance, not
+exactness.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ class VocabularyMap:
         size: V, rows of the target's output.
         draft_size: Vd, rows of the draft's.
         filler: the draft's id that stands for tokens that it lacks.
-        ids: [V] the draft's id of each of the target's tokens, `filler` where it has none; None: ids mean the same.
-        target_rows, draft_rows: [S] the tokens of both, as the target's and as the draft's ids; None with `ids`.
+        ids: [V] the draft's id of each of the target's tokens, `filler` where it has none; None:
+            ids mean the same.
+        target_rows, draft_rows: [S] the tokens of both, as the target's and as the draft's ids;
+            None with `ids`.
     """
 
     size: int
@@ -50,11 +53,11 @@ class VocabularyMap:
 
     @property
     def shared(self) -> int:
-        """S: tokens of both."""
+        """S, the number of tokens that both vocabularies have."""
         return min(self.size, self.draft_size) if self.target_rows is None else len(self.target_rows)
 
     def to(self, device: torch.device) -> VocabularyMap:
-        """The same map for logits on `device`."""
+        """This map for logits on `device`."""
         if self.target_rows is None or self.draft_rows is None or self.target_rows.device == device:
             return self
         return replace(self, target_rows=self.target_rows.to(device), draft_rows=self.draft_rows.to(device))
@@ -66,7 +69,7 @@ class VocabularyMap:
         return [token if token < self.draft_size else self.filler for token in tokens]
 
     def to_target(self, logits: Tensor) -> Tensor:
-        """The draft's logits in the target's places, -inf for tokens that it lacks; [N, Vd] -> [N, V].
+        """The draft's logits in the target's order, -inf for what it lacks; [N, Vd] -> [N, V].
 
         Rows that the target lacks are dropped; the softmax that follows makes up for them.
         """
@@ -79,27 +82,28 @@ class VocabularyMap:
 
     @property
     def digest(self) -> bytes:
-        """Equal for equal maps."""
+        """A hash that is equal for equal maps."""
         numbers = [self.size, self.draft_size, self.filler, *(self.ids or ())]
         rows = [] if self.target_rows is None else self.target_rows.tolist()
         return hashlib.sha256(np.array([*numbers, -1, *rows], dtype=np.int64).tobytes()).digest()
 
     def describe(self) -> dict[str, Any]:
-        """For results and traces; JSON-able."""
+        """The map in a few numbers for results and traces; JSON-able."""
         return {"draft_size": self.draft_size, "shared": self.shared, "by": "id" if self.ids is None else "token"}
 
 
 def match_vocabularies(
     size: int, draft_size: int, tokenizer: Any | None, draft_tokenizer: Any | None
 ) -> VocabularyMap | None:
-    """How the draft's ids become the target's; None where both are the same and as many.
+    """The map from the draft's ids to the target's; None where both are the same and as many.
 
-    Tokens are matched by their strings where both tokenizers are known; otherwise ids mean the same, as far as both
-    models have them. Tokens that were added to the draft's tokenizer (special tokens are) and that the target lacks are
-    never proposed.
+    Tokens are matched by their strings where both tokenizers are known; otherwise ids mean the
+    same, as far as both models have them. Tokens that were added to the draft's tokenizer (special
+    tokens are) and that the target lacks are never proposed.
 
     Args:
-        size, draft_size: rows of the models' outputs; either may be more than its tokenizer has tokens.
+        size, draft_size: rows of the models' outputs; either may be more than its tokenizer has
+            tokens.
         tokenizer, draft_tokenizer: of transformers.
 
     Raises:

@@ -1,8 +1,9 @@
-"""ForestCache: where the nodes of a batch of prompts live in one model's flat KV buffer. Design section 6.
+"""ForestCache: slots of a batch's nodes in one model's flat KV buffer. Design section 6.
 
-A row per prompt, a slot per node, and an additive mask row per node: its parent's row plus its own slot. Slots of
-dead nodes are used again, lowest first, so nothing is ever moved and the slots in use stay about as many as one
-sequence has tokens. The keys and values themselves belong to `forward.py`.
+A row per prompt, a slot per node, and an additive mask row per node: its parent's row plus its own
+slot. Slots of dead nodes are used again, lowest first, so nothing is ever moved and the slots in
+use stay about as many as one sequence has tokens. The keys and values themselves belong to
+`forward.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SLOT_BUCKET = 256
 QUERY_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class _Row:
+class _SlotTable:
     """The slot table of one prompt."""
 
     def __init__(self, prompt_length: int) -> None:
@@ -42,7 +43,9 @@ class _Row:
 
 @dataclass
 class Placement:
-    """Slots for the T nodes of a pass, on the host, row after row; each row's nodes stand in the first of N places."""
+    """Slots for the T nodes of a pass, on the host, row after row; each row's nodes stand in the
+    first of N places.
+    """
 
     order: list[tuple[int, int]]  # [T] (row, node)
     places: list[int]  # [T] where each node stands among rows * N
@@ -81,7 +84,7 @@ class ForestCache:
         self.rows, self.static = rows, static
         self._hidden = torch.finfo(dtype).min
         self._longest, self._device, self._dtype = longest_prompt, device, dtype
-        self._tables: list[_Row | None] = [None] * rows
+        self._tables: list[_SlotTable | None] = [None] * rows
         self.spare, self.capacity = spare, self._capacity(spare)
         self._masks = self._mask_table(spare, self.capacity)
         self._positions = self._position_table(self.capacity) if positions else None
@@ -97,8 +100,8 @@ class ForestCache:
     def _mask_table(self, spare: int, capacity: int) -> Tensor:
         """Mask rows in which nothing is seen, [rows * (spare + 1) + 1, capacity].
 
-        A row's mask rows: its prompt's last token, then one for each node slot. The very last is the fillers': it sees
-        slot 0, since a query that sees nothing would divide by zero.
+        A row's mask rows: its prompt's last token, then one for each node slot. The very last is
+        the fillers': it sees slot 0, since a query that sees nothing would divide by zero.
         """
         shape = (self.rows * (spare + 1) + 1, capacity)
         masks = torch.full(shape, self._hidden, dtype=self._dtype, device=self._device)
@@ -106,7 +109,7 @@ class ForestCache:
         return masks
 
     def _position_table(self, capacity: int) -> Tensor:
-        """[rows, capacity] int64"""
+        """A table of positions, [rows, capacity] int64."""
         return torch.zeros(self.rows, capacity, dtype=torch.int64, device=self._device)
 
     def _grow(self, spare: int) -> None:
@@ -129,7 +132,7 @@ class ForestCache:
 
     def open(self, row: int, prompt_length: int) -> None:
         """A prompt takes a row; whatever was in it is forgotten."""
-        self._tables[row] = _Row(prompt_length)
+        self._tables[row] = _SlotTable(prompt_length)
         mask = self._masks[row * (self.spare + 1)]
         mask.fill_(self._hidden)
         mask[:prompt_length] = 0
@@ -149,7 +152,7 @@ class ForestCache:
         return self._table(row).peak
 
     def holds(self, row: int, node: int) -> bool:
-        """Whether the node's keys and values are in the buffer."""
+        """True if the node's keys and values are in the buffer."""
         return node in self._table(row).slot_of
 
     def slot(self, row: int, node: int) -> int:
@@ -167,7 +170,8 @@ class ForestCache:
         """Give nodes slots.
 
         Args:
-            wanted: row -> (nodes, their parents), parents before children; a parent has a slot or comes with its child.
+            wanted: row -> (nodes, their parents), parents before children; a parent has a slot or
+                comes with its child.
         """
         while any(
             self._table(row).next + max(0, len(nodes) - len(self._table(row).free))
@@ -214,14 +218,17 @@ class ForestCache:
         return self.rows * (self.spare + 1)
 
     def filler_slot(self, row: int) -> int:
-        """Where in the flat buffer such a query writes: a slot that no mask row shows."""
+        """The place in the flat buffer where a query writes that fills up a row: a slot that no
+        mask row shows.
+        """
         return (row + 1) * self.capacity - 1
 
     def masks(self, base_rows: Tensor, mask_rows: Tensor, bits: Tensor, rows: int, read: int) -> Tensor:
-        """Mask rows of placed nodes: the base's row plus the slots between; kept for their children.
+        """Mask rows of placed nodes: the base's row plus the slots between; kept for children.
 
         Args:
-            base_rows, mask_rows: as in `Placement`, at each of rows * N places; fillers have their own row.
+            base_rows, mask_rows: as in `Placement`, at each of rows * N places; fillers have their
+                own row.
             bits: as in `Placement`.
 
         Returns:
@@ -234,7 +241,7 @@ class ForestCache:
 
     @property
     def keeps_positions(self) -> bool:
-        """Whether `note`, `positions` and `window_mask` work."""
+        """True if `note`, `positions` and `window_mask` work."""
         return self._positions is not None
 
     @property
@@ -248,12 +255,15 @@ class ForestCache:
         self._positions.view(-1).index_copy_(0, slots, positions)
 
     def positions(self, first_row: int, rows: int, read: int) -> Tensor:
-        """Of the token in each slot read, [rows, slots read]; of an empty slot, of whatever was there."""
+        """Positions of the tokens in each slot read, [rows, slots read]; for an empty slot, that of
+        whatever was there.
+        """
         assert self._positions is not None
         return self._positions[first_row : first_row + rows, :read]
 
     def window_mask(self, mask: Tensor, positions: Tensor, first_row: int, window: int) -> Tensor:
-        """A mask without what lies `window` tokens or more before its query, as sliding layers of transformers see it.
+        """A mask without what lies `window` tokens or more before its query, as sliding layers of
+        transformers see it.
 
         Along a path: all that a query sees are its ancestors, whatever their slots.
 
@@ -286,7 +296,7 @@ class ForestCache:
             bucket *= 2
         return min(bucket, self.capacity)
 
-    def _table(self, row: int) -> _Row:
+    def _table(self, row: int) -> _SlotTable:
         table = self._tables[row]
         assert table is not None, "the row was opened"
         return table

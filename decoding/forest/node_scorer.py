@@ -1,4 +1,6 @@
-"""NodeScorer: what decoding asks of whatever scores nodes, the target's `ForestScorer` and the scorer of any draft."""
+"""NodeScorer: what decoding asks of whatever scores nodes, the target's `ForestScorer` and the
+scorer of any draft.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,15 @@ Process = Callable[[int, Sequence[int], Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ScorerOptions:
-    """What every scorer of a batch is made with.
+    """Settings that every scorer of a batch is made with.
 
     Args:
         rows: prompts at a time.
         longest_prompt: tokens of the longest of them.
         spare_slots: KV slots of a row for new tokens; more are made when they run out.
         temperature: divides the logits.
-        top: log-probabilities of so many likeliest tokens per node are brought to the host, for `tops`; None: all stay
-            on the device, for `log_probs`.
+        top: log-probabilities of so many likeliest tokens per node are brought to the host, for
+            `tops`; None: all stay on the device, for `log_probs`.
         keep_hidden: `hidden` will be asked for.
         process: (row, nodes, logits [N, V] float32) -> their log-probabilities; None: log-softmax.
         engine: how models are run, as for `ModelPair`.
@@ -41,17 +43,19 @@ class ScorerOptions:
 
 
 class NodeScorer(Protocol):
-    """Nodes in, log-probabilities of the next token out, in the target's token ids, for a batch of prompts."""
+    """Nodes in, log-probabilities of the next token out, in the target's ids, for a batch."""
 
     top: int | None  # `tops` gives at most so many tokens of a node; None: `log_probs` gives all, on the device
     model_seconds: float  # spent in `score`, in passes or what stands for them
 
     def open(self, row: int, prompt: Sequence[int], forest: TokenForest, shared: tuple[int, int] | None = None) -> None:
-        """A prompt takes a row; its last token is node 0 of `forest`, scored at once. The target's scorer comes first.
+        """A prompt takes a row; its last token is node 0 of `forest`, scored at once. The target's
+        scorer comes first.
 
         Args:
             row: that the prompt takes.
-            shared: (row, count): the first `count` tokens are those of the prompt that was opened in that row.
+            shared: (row, count): the first `count` tokens are those of the prompt that was opened
+                in that row.
         """
 
     def close_row(self, row: int) -> None:
@@ -62,22 +66,23 @@ class NodeScorer(Protocol):
         ...
 
     def proposes(self, row: int, nodes: Sequence[int]) -> bool:
-        """Whether any token may follow any of some scored nodes; where none may, nothing further is drafted."""
+        """True if any token may follow any of some scored nodes; else nothing further is drafted."""
         ...
 
     def tops(self, row: int, nodes: Sequence[int]) -> tuple[FloatArray, IntArray]:
-        """Log-probabilities of the likeliest next tokens at scored nodes, and the tokens; [N, K] each.
+        """Log-probabilities of the likeliest next tokens at scored nodes, and their ids; [N, K]
+        each.
 
         -inf stands for want of more; what is finite in a row are different tokens.
         """
         ...
 
     def log_probs(self, row: int, nodes: Sequence[int]) -> Tensor:
-        """Log-probabilities of the next token at scored nodes, [N, V] float32 on the target's device."""
+        """Log-probabilities of the next token at scored nodes, [N, V] on the target's device."""
         ...
 
     def hidden(self, row: int, nodes: Sequence[int]) -> Tensor | None:
-        """Last hidden states at those of `nodes` that have been scored, [N, H]; None where none is kept."""
+        """Last hidden states at the scored ones of `nodes`, [N, H]; None where none is kept."""
 
     def forget(self, row: int, dead: Sequence[int], live: Sequence[int]) -> None:
         """Nodes died; of the others, log-probabilities are asked for at `live` nodes only."""
@@ -94,6 +99,6 @@ class NodeScorer(Protocol):
 
 
 def mean_hidden(scorer: NodeScorer, row: int, nodes: Sequence[int]) -> FloatArray | None:
-    """Mean of the last hidden states at those of `nodes` that have been scored, [H]; None where none is kept."""
+    """Mean of the last hidden states at the scored ones of `nodes`, [H]; None where none is kept."""
     states = scorer.hidden(row, nodes)
     return states.float().mean(0).cpu().numpy() if states is not None else None

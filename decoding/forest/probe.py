@@ -26,8 +26,8 @@ def check_forest_pass(model: Any, role: str, engine: str = "auto") -> None:
 
     A fused pass that differs is replaced by the model's own, with a warning.
 
-    Masks and positions are passed as transformers' attention models take them; a model that ignores either
-    (some with learned relative positions) would be decoded wrongly without a word.
+    Masks and positions are passed as transformers' attention models take them; a model that ignores
+    either (some with learned relative positions) would be decoded wrongly without a word.
 
     Raises:
         UserError: the two passes differ, or the model cannot run a forest pass at all.
@@ -62,7 +62,9 @@ def check_forest_pass(model: Any, role: str, engine: str = "auto") -> None:
 
 
 def _distance(model: Any, role: str, engine: str) -> float:
-    """Largest total variation between a forest's rows and those of one sequence at a time through the model itself."""
+    """Largest total variation between a forest's rows and those of one sequence at a time through
+    the model itself.
+    """
     kind = getattr(model.config, "model_type", type(model).__name__)
     vocabulary = model.config.get_text_config().vocab_size
     window = runner_of(model, engine).window
@@ -70,7 +72,8 @@ def _distance(model: Any, role: str, engine: str) -> float:
     prompt = [(i * i + 3) % vocabulary for i in range(length)]
     forest = TokenForest()
     scorer = ForestScorer(model, rows=1, longest_prompt=length, spare_slots=2 * _SIBLINGS, engine=engine)
-    # Many siblings: the last one's slots lie far from its position, so that taking one for the other shows.
+    # Many siblings: the last one's slots lie far from its position, so that taking one for the
+    # other shows.
     siblings = [forest.child(0, (5 + i) % vocabulary) for i in range(_SIBLINGS)]
     last = [forest.child(siblings[0], 6 % vocabulary), forest.child(siblings[-1], 5 % vocabulary)]
     try:

@@ -1,4 +1,6 @@
-"""TokenForest: the tokens of all hypotheses of a prompt, as nodes with parents. It knows nothing of slots or models."""
+"""TokenForest: the tokens of all hypotheses of a prompt, as nodes with parents. It knows nothing of
+slots or models.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ from __future__ import annotations
 class TokenForest:
     """Nodes in order of creation; node 0 is the prompt's last token, its depth 0.
 
-    A node lives while a beam ends in it or it has a living child; `release` reports the nodes that die.
+    A node lives while a beam ends in it or it has a living child; `release` reports the nodes that
+    die.
     """
 
     def __init__(self) -> None:
@@ -20,9 +23,9 @@ class TokenForest:
 
     def child(self, parent: int, token: int) -> int:
         """The child of `parent` that carries `token`; made if there is none yet."""
-        known = self._children[parent].get(token)
-        if known is not None:
-            return known
+        child = self._children[parent].get(token)
+        if child is not None:
+            return child
         node = len(self.tokens)
         self.tokens.append(token)
         self.parents.append(parent)
@@ -44,7 +47,8 @@ class TokenForest:
         return tokens[::-1]
 
     def release(self, leaves: list[int], keep: set[int]) -> list[int]:
-        """Let go of the paths that end in `leaves`, except what leads to a node of `keep` or has other children.
+        """Let go of the paths that end in `leaves`, except what leads to a node of `keep` or has
+        other children.
 
         Returns:
             The nodes that died, children before parents.

@@ -1,1 +1,1 @@
-"""What a pass takes: here by the clock or NVML, elsewhere by a data sheet."""
+"""The cost of a pass: here by the clock or NVML, elsewhere by a data sheet."""

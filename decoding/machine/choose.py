@@ -1,4 +1,4 @@
-"""Which table of costs to plan with: measured here, kept, modelled or given."""
+"""The table of costs to plan with: measured here, kept, modelled or given."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ Given: TypeAlias = LatencyTable | Mapping[str, Any] | str | Path | Callable[[Mod
 
 
 def cost_table(pair: ModelPair, latency: Given | None = None, objective: str | None = None) -> LatencyTable:
-    """What passes and the host cost, in the unit of an objective.
+    """The table of costs of passes and of the host, in the unit of an objective.
 
     Args:
         pair: whose passes, where they are measured.
-        latency: a table, its `to_dict`, the JSON file of that, or a function of the pair that gives one, as
-            conf/latency/measured.yaml builds; None: measured here in the objective's unit, or kept since.
-        objective: "seconds" or "joules"; None: whatever the table is in, seconds where it is measured.
+        latency: a table, its `to_dict`, the JSON file of that, or a function of the pair that gives
+            one, as conf/latency/measured.yaml builds; None: measured here in the objective's unit,
+            or kept since.
+        objective: "seconds" or "joules"; None: whatever the table is in, seconds where it is
+            measured.
 
     Raises:
-        UserError: a table that cannot be read, or that is in another unit than the objective; what cannot be measured.
+        UserError: a table that cannot be read, or that is in another unit than the objective; what
+            cannot be measured.
     """
     if objective is not None:
         choice("objective", objective, UNITS)

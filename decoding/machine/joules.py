@@ -29,16 +29,19 @@ def measure_joules(
     fresh: bool = False,
     meter: Callable[[torch.device], EnergyMeter] = EnergyMeter,
 ) -> LatencyTable:
-    """A table in joules: of a pass over forests of several sizes, and of the board while it waits for the host.
+    """A table in joules: of a pass over forests of several sizes, and of the board while it waits
+    for the host.
 
-    Joules of the whole board, nothing subtracted: that is what is paid for. Passes of one size are repeated until a
-    window is over, because the counter moves in steps. The host's joules are the watts that the board takes idle, right
-    after the passes, times the host's seconds. Kept and read as `measure_seconds` keeps its tables.
+    Joules of the whole board, nothing subtracted: that is what is paid for. Passes of one size are
+    repeated until a window is over, because the counter moves in steps. The host's joules are the
+    watts that the board takes idle, right after the passes, times the host's seconds. Kept and read
+    as `measure_seconds` keeps its tables.
 
     Args:
         pair: on an NVIDIA GPU.
         prompt_tokens, cache_dir, fresh: as for `measure_seconds`.
-        window_seconds: of each size, model, and of waiting; much longer than the counter's step (0.1 seconds at most).
+        window_seconds: of each size, model, and of waiting; much longer than the counter's step
+            (0.1 seconds at most).
         meter: makes what measures a window on a device.
 
     Raises:
@@ -93,7 +96,7 @@ def _pass_joules(
 def _window_joules(
     work: Callable[[], object], window: EnergyMeter, seconds: float, pair: ModelPair
 ) -> tuple[float, float]:
-    """Joules of one call of `work`, which is repeated until the window is over; and watts meanwhile."""
+    """Joules of one call of `work`, repeated until the window is over; and watts meanwhile."""
     calls = 0
     with window:
         began = time.perf_counter()

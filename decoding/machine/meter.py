@@ -1,4 +1,6 @@
-"""Joules of a stretch of work, from NVIDIA's total-energy counter (NVML); None where the machine cannot tell."""
+"""Joules of a stretch of work, from NVIDIA's total-energy counter (NVML); None where the machine
+cannot tell.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import torch
 class EnergyMeter:
     """Measures the energy that one GPU takes between entry and exit of a `with` block.
 
-    The counter covers the whole board, other processes included, and moves in steps of some 20 to 100
-    milliseconds: measure windows much longer than that, or sum many.
+    The counter covers the whole board, other processes included, and moves in steps of some 20 to
+    100 milliseconds: measure windows much longer than that, or sum many.
 
     Args:
         device: the torch device that works; anything but CUDA gives None.
@@ -39,7 +41,7 @@ class EnergyMeter:
 
     @property
     def available(self) -> bool:
-        """Whether this machine can tell."""
+        """True if this machine can tell the joules."""
         return self._millijoules() is not None
 
     def _millijoules(self) -> int | None:
@@ -53,7 +55,7 @@ class EnergyMeter:
 
 
 def _open(device: torch.device) -> tuple[Any, Any]:
-    """(pynvml, handle of the device), or (None, None)."""
+    """Open NVML: (pynvml, handle of the device), or (None, None)."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None, None
     try:
@@ -62,7 +64,8 @@ def _open(device: torch.device) -> tuple[Any, Any]:
         return None, None
     try:
         pynvml.nvmlInit()
-        # CUDA_VISIBLE_DEVICES renumbers devices for torch but not for NVML; the UUID is the same for both.
+        # CUDA_VISIBLE_DEVICES renumbers devices for torch but not for NVML; the UUID is the same
+        # for both.
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
     except (pynvml.NVMLError, AttributeError):

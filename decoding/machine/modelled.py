@@ -1,4 +1,6 @@
-"""Latency tables of devices that are not at hand, from their data sheets: a roofline, and stated assumptions."""
+"""Latency tables of devices that are not at hand, from their data sheets: a roofline, and stated
+assumptions.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,23 @@ def modelled(
     layer: float = 0.0,
     device: str = "modelled",
 ) -> LatencyTable:
-    """A table for two Llamas: a pass takes what its bytes take or what its arithmetic takes, whichever is longer.
+    """A table for two Llamas: a pass takes what its bytes take or what its arithmetic takes,
+    whichever is longer.
 
-    Not a measurement. Bytes are the weights that a pass multiplies (an embedding table is looked up, unless it is also
-    the head) and the keys and values of the context; arithmetic is two operations a weight and node.
+    Not a measurement. Bytes are the weights that a pass multiplies (an embedding table is looked
+    up, unless it is also the head) and the keys and values of the context; arithmetic is two
+    operations a weight and node.
 
     Args:
-        target_size, draft_size: names in `decoding.pairs.inflate.SHAPES`, or mappings with the fields of `Shape`.
-        bytes_per_second, flop_per_second: of the device's data sheet, the latter dense and in the weights' dtype.
+        target_size, draft_size: names in `decoding.pairs.inflate.SHAPES`, or mappings with the
+            fields of `Shape`.
+        bytes_per_second, flop_per_second: of the device's data sheet, the latter dense and in the
+            weights' dtype.
         bandwidth_share, compute_share: shares of these that passes are assumed to reach, in (0, 1].
         bytes_per_weight: 2 for bfloat16.
         context_tokens: behind the forest.
-        launch: seconds that each pass is assumed to take besides: to start it, and to bring its results to the host.
+        launch: seconds that each pass is assumed to take besides: to start it, and to bring its
+            results to the host.
         iteration, layer: assumed host seconds, as in `LatencyTable`.
         device: its name, shown with the table.
 

@@ -1,4 +1,6 @@
-"""Single passes over forests of a chosen size behind a prompt: what the clock, NVML and the roofline measure."""
+"""Single passes over forests of a chosen size behind a prompt: what the clock, NVML and the
+roofline measure.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class ForestPasses:
     """Passes over forests of a chosen size behind a prompt; leaving `with` gives the buffers back.
 
     Args:
-        scorers: by role, in the order to open them: a draft may read what the target's scorer knows of the prompt.
+        scorers: by role, in the order to open them: a draft may read what the target's scorer knows
+            of the prompt.
         role: whose passes they are.
         prompt: token ids.
     """
@@ -73,7 +76,7 @@ def synthetic_prompt(pair: ModelPair, tokens: int) -> list[int]:
 
 def rising(costs: Sequence[float] | FloatArray) -> tuple[float, ...]:
     """The nearest costs, in squares, that never decrease: more nodes take no less."""
-    places = range(len(costs))
+    indices = range(len(costs))
     return tuple(
-        float(max(min(np.mean(costs[i : j + 1]) for j in places[k:]) for i in places[: k + 1])) for k in places
+        float(max(min(np.mean(costs[i : j + 1]) for j in indices[k:]) for i in indices[: k + 1])) for k in indices
     )

@@ -28,11 +28,12 @@ def measure_seconds(
     cache_dir: str | Path | None = None,
     fresh: bool = False,
 ) -> LatencyTable:
-    """Seconds of passes over forests of several sizes, and of the host in a short decoding; medians.
+    """Seconds of passes over forests of several sizes, and of the host; medians.
 
-    Measured once: later calls, of other processes too, read what is kept for this device, pair, engine and
-    versions. A table is measured again after 30 days, or where what is kept cannot be read; one that was measured
-    while the machine was busy (`spread` above BUSY) is not kept on disk.
+    Measured once: later calls, of other processes too, read what is kept for this device, pair,
+    engine and versions. A table is measured again after 30 days, or where what is kept cannot be
+    read; one that was measured while the machine was busy (`spread` above BUSY) is not kept on
+    disk.
 
     Args:
         pair: both models; what an n-gram draft takes to look up its nodes is timed in the same way.
@@ -75,27 +76,29 @@ def _measure(pair: ModelPair, prompt_tokens: int, repeats: int) -> LatencyTable:
 def _alternating(target: ForestPasses, draft: ForestPasses, repeats: int) -> FloatArray:
     """Seconds of passes in turns, [2, N, repeats] for N = len(NODE_COUNTS).
 
-    In turns over models and sizes, as in decoding: each finds the processor's caches as another left them, and a
-    moment in which the machine was busy does not fall on one size alone.
+    In turns over models and sizes, as in decoding: each finds the processor's caches as another
+    left them, and a moment in which the machine was busy does not fall on one size alone.
     """
     times = [[[model.run(count)[0] for model in (target, draft)] for count in NODE_COUNTS] for _ in range(repeats + 2)]
     return np.array(times[2:]).transpose(2, 1, 0)  # the first two warm up
 
 
 def _host_seconds(pair: ModelPair, prompt: list[int]) -> tuple[float, float]:
-    """The host's seconds of an iteration without drafts, and of each drafted layer, from short decodings.
+    """The host's seconds of an iteration without drafts, and of each drafted layer, from short
+    decodings.
 
-    Phases "verify" and "other": what is inside neither model, slots and masks of passes included, so that nothing is
-    counted twice. Where the draft proposes nothing, a layer counts as an iteration does: joints and draws are alike.
+    Phases "verify" and "other": what is inside neither model, slots and masks of passes included,
+    so that nothing is counted twice. Where the draft proposes nothing, a layer counts as an
+    iteration does: joints and draws are alike.
     """
     top_k = min(TOP, pair.vocab_size)
     width = min(4, top_k)
-    room = _HOST_TOKENS if pair.context is None else min(_HOST_TOKENS, pair.context - len(prompt))
+    new_tokens = _HOST_TOKENS if pair.context is None else min(_HOST_TOKENS, pair.context - len(prompt))
     config = DecodingConfig(
         target_width=width,
         draft_width=max(width, min(8, pair.vocab_size)),
         draft_depth=_HOST_DEPTH,
-        max_new_tokens=max(room, 1),
+        max_new_tokens=max(new_tokens, 1),
         top_k=top_k,
         eos_token_id=-1,
     )

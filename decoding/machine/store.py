@@ -1,4 +1,6 @@
-"""Tables of what passes cost, kept on disk between runs: a JSON file for each machine, pair and way of measuring."""
+"""Tables of what passes cost, kept on disk between runs: a JSON file for each machine, pair and way
+of measuring.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def device_name(pair: ModelPair) -> str:
 
 
 def cache_key(pair: ModelPair, **settings: Any) -> dict[str, Any]:
-    """All that decides what a pass of a pair costs, and `settings` of how it was measured; JSON-able."""
+    """All that decides the cost of a pair's passes, and how it was measured (`settings`);
+    JSON-able.
+    """
     about, versions = machine(), library_versions()
     models = pair.models
     return {
@@ -62,7 +66,7 @@ def cache_key(pair: ModelPair, **settings: Any) -> dict[str, Any]:
 
 
 def entry_file(key: dict[str, Any], cache_dir: str | Path | None = None) -> Path:
-    """Where the table with that key is kept; `cache_dir` None: latency/ in `cache_root`."""
+    """The file of the table with that key; `cache_dir` None: latency/ in `cache_root`."""
     directory = cache_root() / "latency" if cache_dir is None else Path(cache_dir).expanduser()
     return directory / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
 
@@ -70,12 +74,14 @@ def entry_file(key: dict[str, Any], cache_dir: str | Path | None = None) -> Path
 def kept_or(
     measure: Callable[[], LatencyTable], key: dict[str, Any], cache_dir: str | Path | None, fresh: bool
 ) -> LatencyTable:
-    """The table that is kept under a key, in this process or on disk; else what `measure` gives, which is then kept.
+    """The table that is kept under a key, in this process or on disk; else what `measure` gives,
+    which is then kept.
 
     Args:
         measure: makes the table.
         key: of `cache_key`.
-        cache_dir: as in `entry_file`; a table that was measured while the machine was busy is not written there.
+        cache_dir: as in `entry_file`; a table that was measured while the machine was busy is not
+            written there.
         fresh: measure again, whatever is kept.
     """
     file = entry_file(key, cache_dir)
@@ -92,7 +98,7 @@ def kept_or(
 
 
 def _read(file: Path, key: dict[str, Any]) -> LatencyTable | None:
-    """The table of a file; None if there is none of that key, it is damaged, or older than LONGEST_AGE."""
+    """The table of a file; None if it has another key, is damaged, or older than LONGEST_AGE."""
     with suppress(OSError, ValueError, KeyError, TypeError, UserError):
         entry = json.loads(file.read_bytes())
         age = datetime.now(UTC) - datetime.fromisoformat(entry["table"]["measured"])

@@ -1,4 +1,6 @@
-"""Rows against each other at the same quality: learned widths over others with paired intervals, and who is fastest."""
+"""Rows against each other at the same quality: learned widths over others with paired intervals,
+and who is fastest.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,17 @@ OURS = "learned"
 
 
 def curve_of(method: str, settings: Mapping[str, Any]) -> str:
-    """The curve of speed against quality that a row is a point of: its method, and which width and stop it sets."""
+    """The curve of speed against quality that a row is a point of: its method, and which width and
+    stop it sets.
+    """
     asked = {LAST: "final_width", STOP: "stop_entropy"}
     return method + "".join(suffix for suffix, name in asked.items() if settings.get(name) is not None)
 
 
 def curve_of_row(row: Mapping[str, Any]) -> str:
-    """The same of a row of results, with its draft, its batch and, where several runs are joined, the run's label."""
+    """The curve of a row of results, with its draft, its batch and, where several runs are joined,
+    the run's label.
+    """
     run = f"{row['run']}: " if "run" in row else ""
     draft = f" draft={row['draft']}" if row.get("draft") is not None else ""
     return run + curve_of(row["method"], row["settings"]) + draft + "".join(row["name"].partition(", batch ")[1:])
@@ -33,7 +39,8 @@ def speed_at(speeds: FloatArray, qualities: FloatArray, quality: float) -> float
 
     Args:
         speeds, qualities: of its settings, [N] each.
-        quality: asked for. Above the curve's best, that setting's speed counts, though it is worse: generous to it.
+        quality: asked for. Above the curve's best, that setting's speed counts, though it is worse:
+            generous to it.
     """
     order = np.lexsort((qualities, speeds))[::-1]  # fastest first
     kept: list[int] = []
@@ -59,14 +66,16 @@ def comparisons(
         hand_set: methods whose settings someone would tune.
         references: row index by the reference's name; its own quality is where speeds are compared.
         speeds, qualities: values [N], and the same under each resample of the prompts [N, B].
-        hindsight: [N] speeds with layers that failed not drafted; the best of these at a quality is the oracle.
+        hindsight: [N] speeds with layers that failed not drafted; the best of these at a quality is
+            the oracle.
         ours: the curve that is compared.
 
     Returns:
-        One entry per reference that the learned rows reach: its name, quality, the learned speed, and per curve ratio,
-        low and high of learned over it (95% over resamples); "hand-set" is all rows of `hand_set` as one curve, and
-        where some of them have a last width or stop by entropy, "hand-set, plain" those that do neither. With
-        hindsight also the oracle's speed and the share of the way to it from the fastest hand-set one.
+        One entry per reference that the learned rows reach: its name, quality, the learned speed,
+        and per curve ratio, low and high of learned over it (95% over resamples); "hand-set" is all
+        rows of `hand_set` as one curve, and where some of them have a last width or stop by
+        entropy, "hand-set, plain" those that do neither. With hindsight also the oracle's speed and
+        the share of the way to it from the fastest hand-set one.
     """
     members = {curve: [i for i, name in enumerate(curves) if name == curve] for curve in dict.fromkeys(curves)}
     if ours not in members:
@@ -118,7 +127,9 @@ def _at(
 
 
 def undominated(points: Sequence[tuple[float, float]], keep: int) -> list[int]:
-    """Indices of (speed, quality) that no other beats in both, at most `keep`, evenly along the quality; fast first."""
+    """Indices of (speed, quality) that no other beats in both, at most `keep`, evenly along the
+    quality; fast first.
+    """
     best, front = -math.inf, []
     for j in sorted(range(len(points)), key=lambda j: (-points[j][0], -points[j][1])):
         if points[j][1] > best:
@@ -132,7 +143,9 @@ def undominated(points: Sequence[tuple[float, float]], keep: int) -> list[int]:
 
 
 def fastest_at(rows: Sequence[Mapping[str, Any]], quality: float, speed: str) -> Mapping[str, Any] | None:
-    """The fastest of results' rows whose log-probability per token is at least `quality`; None: none reaches it."""
-    known = [row for row in rows if {speed, "log_prob"} <= row["summary"].keys()]
-    able = [row for row in known if row["summary"]["log_prob"]["value"] >= quality]
+    """The fastest of results' rows whose log-probability per token is at least `quality`; None:
+    none reaches it.
+    """
+    measured = [row for row in rows if {speed, "log_prob"} <= row["summary"].keys()]
+    able = [row for row in measured if row["summary"]["log_prob"]["value"] >= quality]
     return max(able, key=lambda row: row["summary"][speed]["value"], default=None)

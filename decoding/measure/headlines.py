@@ -1,6 +1,7 @@
-"""What a bench found: its tables, and a line for each number that one asks for.
+"""The findings of a bench: its tables, and a line for each number that one asks for.
 
-Speeds are medians over repeats with their range, log-probabilities have their 95% interval over prompts.
+Speeds are medians over repeats with their range, log-probabilities have their 95% interval over
+prompts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _SPEED = (
     Column("log-prob", "log_prob", ".3f", "prompts"),
     Column("tokens/iter.", "block_efficiency", ".2f"),
     Column("KV / length", "kv_slots_per_token", ".2f"),
+    Column("at its peak", "kv_slots_peak_per_token", ".2f"),
     Column("KV MB", "kv_megabytes", ".1f"),
     Column("J/token", "joules_per_token", ".3g", "repeats"),
 )
@@ -34,16 +36,16 @@ _PHASES = (
 Node = Mapping[str, Any]
 
 
-# ---------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def tables(results: Node) -> Iterator[Table]:
     """Everything that bench.json holds, for the terminal."""
     yield console_table(results["rows"], _SPEED)
     yield console_table(results["rows"], _PHASES, "ms per iteration")
-    if _known(results["roofline"]):
+    if _was_measured(results["roofline"]):
         yield _roofline_table(results["roofline"])
-    if _known(results["profile"]):
+    if _was_measured(results["profile"]):
         yield _operator_table(results["profile"], "operators", "host operator")
         if results["profile"]["kernels"]:
             yield _operator_table(results["profile"], "kernels", "GPU kernel")
@@ -51,27 +53,27 @@ def tables(results: Node) -> Iterator[Table]:
 
 def _roofline_table(found: Node) -> Table:
     table = plain_table("target pass, nodes", "MB to read", "bound ms", "pass ms", "with slots, masks", "bound / pass")
-    for row in found["passes"]:
+    for measured in found["passes"]:
         table.add_row(
-            str(row["nodes"]),
-            f"{row['bytes'] / 1e6:,.1f}",
-            f"{1000 * row['bound_seconds']:.2f}",
-            f"{1000 * row['pass_seconds']:.2f}",
-            f"{1000 * row['score_seconds']:.2f}",
-            f"{row['share']:.0%}",
+            str(measured["nodes"]),
+            f"{measured['bytes'] / 1e6:,.1f}",
+            f"{1000 * measured['bound_seconds']:.2f}",
+            f"{1000 * measured['pass_seconds']:.2f}",
+            f"{1000 * measured['score_seconds']:.2f}",
+            f"{measured['share']:.0%}",
         )
     return table
 
 
 def _operator_table(found: Node, key: str, heading: str) -> Table:
     table = plain_table(heading, "calls", "ms", "share")
-    for row in found[key]:
-        name = row["name"] if len(row["name"]) <= 80 else row["name"][:77] + "..."
-        table.add_row(name, f"{row['calls']:,}", f"{1000 * row['seconds']:.1f}", f"{row['share']:.1%}")
+    for operator in found[key]:
+        name = operator["name"] if len(operator["name"]) <= 80 else operator["name"][:77] + "..."
+        table.add_row(name, f"{operator['calls']:,}", f"{1000 * operator['seconds']:.1f}", f"{operator['share']:.1%}")
     return table
 
 
-# ------------------------------------------------------------------------------------------- headlines
+# ---------------------------------------------------------------------------------------- headlines
 
 
 def headlines(results: Node) -> list[str]:
@@ -93,9 +95,6 @@ def headlines(results: Node) -> list[str]:
         *lines,
         *_speed_lines(rows),
         *_batch_lines(rows),
-        *_overhead_lines(rows),
-        *_slot_lines(rows),
-        *_energy_lines(rows),
         *_graph_lines(results),
         *_roofline_lines(results["roofline"]),
         *_profile_lines(results["profile"]),
@@ -131,7 +130,7 @@ def _speed_lines(rows: Sequence[Node]) -> list[str]:
 
 
 def _batch_lines(rows: Sequence[Node]) -> list[str]:
-    """Batched rows against the same at batch 1, repeat by repeat."""
+    """Lines on batched rows against their twins at batch 1, repeat by repeat."""
     single = {row["name"]: _speeds(row) for row in rows}
     lines = []
     for row in rows:
@@ -148,38 +147,10 @@ def _speeds(row: Node) -> list[float]:
     return list(found.get("repeats", [found["value"]]))
 
 
-def _overhead_lines(rows: Sequence[Node]) -> list[str]:
-    told = _told(rows, "overhead_share", ".1%")
-    return [f"Time in neither model, share of an iteration: {told}"] if told else []
-
-
-def _slot_lines(rows: Sequence[Node]) -> list[str]:
-    """At the widest rows of this engine."""
-    engine = [row for row in rows if row["family"] != TRANSFORMERS]
-    widest = max((row["config"]["target_width"] for row in engine), default=1)
-    told = [
-        f"{row['name']} {row['summary']['kv_slots_per_token']['value']:.2f} at the end, "
-        f"{row['summary']['kv_slots_peak_per_token']['value']:.2f} at its peak"
-        for row in engine
-        if row["config"]["target_width"] == widest
-    ]
-    return [f"KV slots over sequence length at width {widest}: {'; '.join(told)}"] if told else []
-
-
-def _energy_lines(rows: Sequence[Node]) -> list[str]:
-    told = _told(rows, "joules_per_token", ".3g")
-    return [f"Joules per token: {told}" if told else "Joules per token: no NVML counter on this device."]
-
-
-def _told(rows: Sequence[Node], metric: str, form: str) -> str:
-    """A metric of every row that has it, in a line."""
-    return "; ".join(
-        f"{row['name']} {row['summary'][metric]['value']:{form}}" for row in rows if metric in row["summary"]
-    )
-
-
 def _graph_lines(results: Node) -> list[str]:
-    """Captures within turns are shapes that had not come up while warming up, or whose buffer had been given up."""
+    """Captures within turns are shapes that had not come up while warming up, or whose buffer had
+    been given up.
+    """
     lines = []
     for role, counts in results["graphs"].items():
         timed = [(row["name"], row["graphs"].get(role, {}).get("captures", 0)) for row in results["rows"]]
@@ -224,7 +195,7 @@ def _profile_lines(found: Node | None) -> list[str]:
 
 
 def _soak_lines(found: Node | None) -> list[str]:
-    if not _known(found):
+    if not _was_measured(found):
         return [f"Memory over many prompts: {found['error']}"] if found else []
     assert found is not None
     first, last = found["resident_megabytes"][0], found["resident_megabytes"][-1]
@@ -235,5 +206,5 @@ def _soak_lines(found: Node | None) -> list[str]:
     ]
 
 
-def _known(part: Node | None) -> bool:
+def _was_measured(part: Node | None) -> bool:
     return part is not None and "error" not in part

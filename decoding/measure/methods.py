@@ -1,8 +1,9 @@
-"""Ways to decode, by name: `METHODS[name](pair, config, settings)` is a function `(prompts, streams) -> results`.
+"""Ways to decode, by name: `METHODS[name](pair, config, settings)` is a function
+`(prompts, streams) -> results`.
 
-Those of this engine are settings of DSBDDecoder, so that a comparison with it compares methods and not
-implementations; the `hf_` ones are transformers' own `generate`. A policy of anybody's own is a method too: by its
-dotted name, or by that of its YAML in conf/policy (`find_method`).
+Those of this engine are settings of DSBDDecoder, so that a comparison with it compares methods and
+not implementations; the `hf_` ones are transformers' own `generate`. A policy of anybody's own is a
+method too: by its dotted name, or by that of its YAML in conf/policy (`find_method`).
 """
 
 from __future__ import annotations
@@ -59,10 +60,12 @@ class Method:
         knobs: settings that are worth sweeping, in the order of a row's name.
         fixed: DecodingConfig fields that it always has.
         family: as of a WidthPolicy; "transformers" for what is not of this engine.
-        inexact: it is nothing without its own surplus and refill, and has them where the config says `exact`, too.
+        inexact: it is nothing without its own surplus and refill, and has them where the config
+            says `exact`, too.
         drafts: another draft than the pair's changes it.
         batches: it decodes prompts together.
-        arguments: names of further settings that it takes, those of a policy that are not worth sweeping.
+        arguments: names of further settings that it takes, those of a policy that are not worth
+            sweeping.
     """
 
     name: str
@@ -76,7 +79,7 @@ class Method:
     arguments: tuple[str, ...] = ()
 
     def configure(self, config: DecodingConfig, settings: Settings) -> DecodingConfig:
-        """The config with the method's and the row's settings; narrower widths pull their dependents along."""
+        """The config with the method's and the row's settings; narrower widths pull others along."""
         changes: dict[str, Any] = {name: value for name, value in settings.items() if name in _OF_CONFIG}
         changes.update(self.fixed)
         if self.inexact:
@@ -94,7 +97,7 @@ class Method:
         return self.build(pair, self.configure(config, settings), settings)
 
 
-# ------------------------------------------------------------------------------------------- policies
+# ----------------------------------------------------------------------------------------- policies
 
 
 def policy_method(
@@ -118,30 +121,30 @@ def policy_method(
 
 
 def arguments_of(knobs: tuple[Knob, ...], settings: Settings) -> dict[str, Any]:
-    """What of a row's settings a policy is made with, by its own arguments' names."""
+    """Those of a row's settings that a policy is made with, by its own arguments' names."""
     named = {knob.name: knob.argument or knob.name for knob in knobs if not knob.of_config}
     return {named.get(name, name): value for name, value in settings.items() if name not in _OF_CONFIG}
 
 
-def find_method(name: Any, known: Mapping[str, Method], said: str = "policies holds") -> Method:
+def find_method(name: Any, methods: Mapping[str, Method], said: str = "policies holds") -> Method:
     """A method by its name, the name of a YAML in conf/policy, or the dotted name of a WidthPolicy.
 
     Args:
-        known: methods by name; they come first.
+        methods: by name; they come first.
         said: how a sentence about the name begins.
 
     Raises:
         UserError: none of the three.
     """
-    if name in known:
-        return known[name]
+    if name in methods:
+        return methods[name]
     if isinstance(name, str) and (CONF_DIR / "policy" / f"{name}.yaml").is_file():
         return _of_yaml(name)
     if isinstance(name, str) and is_dotted(name):
         return _of_class(name, name, f"{said} {name!r}, which")
-    others = sorted({path.stem for path in (CONF_DIR / "policy").glob("*.yaml")} - set(known))
+    others = sorted({path.stem for path in (CONF_DIR / "policy").glob("*.yaml")} - set(methods))
     raise UserError(
-        f"{said} {name!r}; choose among {', '.join([*known, *others])}, or give the dotted name of a WidthPolicy "
+        f"{said} {name!r}; choose among {', '.join([*methods, *others])}, or give the dotted name of a WidthPolicy "
         "of your own, such as mine.HalfWidth."
     )
 
@@ -150,22 +153,22 @@ def _of_yaml(name: str) -> Method:
     """The policy that conf/policy/<name>.yaml describes; what is in it may be set by a row."""
     path = CONF_DIR / "policy" / f"{name}.yaml"
     node: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    target = node.get("_target_") if isinstance(node, dict) else None
-    if not isinstance(target, str):
+    dotted = node.get("_target_") if isinstance(node, dict) else None
+    if not isinstance(dotted, str):
         raise UserError(f"{path} has no _target_; give the dotted name of a WidthPolicy there.")
-    return _of_class(name, target, str(path), node)
+    return _of_class(name, dotted, str(path), node)
 
 
-def _of_class(name: str, target: str, where: str, node: Any = None) -> Method:
-    """A policy's class, or a method of it that makes one, by its dotted name; `node` holds its arguments."""
+def _of_class(name: str, dotted: str, where: str, node: Any = None) -> Method:
+    """A policy's class, or a method that makes one, by its dotted name; `node` has the arguments."""
     try:
-        make = locate(target)
+        make = locate(dotted)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{where} needs {target}, which cannot be imported: {error}.") from error
+        raise UserError(f"{where} needs {dotted}, which cannot be imported: {error}.") from error
     policy = make if inspect.isclass(make) else getattr(make, "__self__", None)
     if not (inspect.isclass(policy) and issubclass(policy, WidthPolicy)):
-        raise UserError(f"{where} needs {target}, which is no WidthPolicy; derive it from decoding.WidthPolicy.")
-    given = {"_target_": target, **(node or {})}
+        raise UserError(f"{where} needs {dotted}, which is no WidthPolicy; derive it from decoding.WidthPolicy.")
+    given = {"_target_": dotted, **(node or {})}
     further = [key for key in dict.fromkeys([*given, *inspect.signature(make).parameters]) if key[0] != "_"]
     return policy_method(policy, name, partial(_instantiated, given, where), arguments=tuple(further))
 
@@ -183,7 +186,7 @@ def _instantiated(node: Mapping[str, Any], where: str, **arguments: Any) -> Widt
     return policy
 
 
-# -------------------------------------------------------------------------------------------- methods
+# ------------------------------------------------------------------------------------------ methods
 
 
 def _engine_alone(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:

@@ -1,8 +1,9 @@
-"""Yardsticks that cheat and that nobody can ship: what widths and depths could give if the future were known for free.
+"""Yardsticks that cheat and that nobody can ship: what widths and depths could give if the future
+were known for free.
 
-`SurvivorOracle` asks the target model how the layer's candidates go on; `hindsight_seconds` charges a decoding as if
-no layer that failed had been drafted. Both give text of the same distribution as honest decoding: what they cheat with
-is time, so compare them by modelled seconds.
+`SurvivorOracle` asks the target model how the layer's candidates go on; `hindsight_seconds` charges
+a decoding as if no layer that failed had been drafted. Both give text of the same distribution as
+honest decoding: what they cheat with is time, so compare them by modelled seconds.
 """
 
 from __future__ import annotations
@@ -19,32 +20,34 @@ from torch import Tensor
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, iteration_seconds
 from decoding.decoder import DSBDDecoder, Prompts, as_token_lists
-from decoding.dice.sampling import Dice
 from decoding.errors import UserError
 from decoding.forest.tree import TokenForest
 from decoding.pairs.pair import ModelPair, end_tokens
 from decoding.policies.base import DraftContext, TargetContext, WidthPolicy
-from decoding.results import DecodeResult, DecodeStats, LayerEvent
+from decoding.results import DecodeResult, DecodeStats, Recorder
 from decoding.support.arrays import IntArray
 from decoding.support.checks import whole
 
-# --------------------------------------------------------------------------------- survivors, by looking ahead
+# ---------------------------------------------------------------------- survivors, by looking ahead
 
 
-class SurvivorOracle(WidthPolicy):
-    """NOT ACHIEVABLE: M is the rank of the candidate that turns out best when the target looks ahead, free of charge.
+class SurvivorOracle(WidthPolicy, Recorder):
+    """NOT ACHIEVABLE: M is the rank of the candidate that turns out best when the target looks
+    ahead, free of charge.
 
-    The layer's heaviest candidates, entries of P, are continued greedily by the target. Each is scored as a hypothesis
-    of its weight and its continuation; M is the rank by weight, 1 for the heaviest, of the one that wins, in the range
-    that the config allows. M depends on P and the target alone, so every guarantee of the output stands (design 5.4).
+    The layer's heaviest candidates, entries of P, are continued greedily by the target. Each is
+    scored as a hypothesis of its weight and its continuation; M is the rank by weight, 1 for the
+    heaviest, of the one that wins, in the range that the config allows. M depends on P and the
+    target alone, so every guarantee of the output stands (design 5.4).
 
-    It is its own recorder, since only recorders see the forest: one oracle decodes one prompt at a time. `make` builds
-    the function that does so.
+    It is its own recorder, since only recorders see the forest: one oracle decodes one prompt at a
+    time. `make` builds the function that does so.
 
     Args:
         pair: whose target looks ahead.
         prompt: token ids.
-        lookahead: tokens that each candidate is continued by, at most; fewer where max_new_tokens or an EOS ends it.
+        lookahead: tokens that each candidate is continued by, at most; fewer where max_new_tokens
+            or an EOS ends it.
         candidates: that are looked at, heaviest first.
 
     Raises:
@@ -53,7 +56,6 @@ class SurvivorOracle(WidthPolicy):
 
     name = "oracle_survivor"
     family = "control"
-    shadow: Dice | None = None  # as a recorder: no coins of its own
 
     def __init__(self, pair: ModelPair, prompt: Sequence[int], lookahead: int = 8, candidates: int = 10) -> None:
         for name, value in (("lookahead", lookahead), ("candidates", candidates)):
@@ -67,7 +69,9 @@ class SurvivorOracle(WidthPolicy):
     def make(
         cls, pair: ModelPair, config: DecodingConfig, lookahead: int = 8, candidates: int = 10
     ) -> Callable[[Prompts, torch.Generator | Sequence[torch.Generator]], list[DecodeResult]]:
-        """A function that decodes prompts one by one under an oracle each; lookahead is not in the stats' seconds."""
+        """A function that decodes prompts one by one under an oracle each; lookahead is not in the
+        stats' seconds.
+        """
 
         def generate(prompts: Prompts, generator: torch.Generator | Sequence[torch.Generator]) -> list[DecodeResult]:
             results = []
@@ -108,7 +112,9 @@ class SurvivorOracle(WidthPolicy):
 
     @torch.inference_mode()
     def _look_ahead(self, paths: list[tuple[int, ...]], config: DecodingConfig) -> None:
-        """Continue candidates of one layer greedily, all in one batch, and keep what the target says of that."""
+        """Continue candidates of one layer greedily, all in one batch, and keep what the target
+        says of that.
+        """
         if not paths:
             return
         target, ends, depth = self.pair.target, self._ends, len(paths[0])
@@ -140,8 +146,6 @@ class SurvivorOracle(WidthPolicy):
         best = log_p.max(-1)
         return best.values, best.indices
 
-    # What a recorder is told.
-
     def drafted(
         self,
         forest: TokenForest,
@@ -149,14 +153,8 @@ class SurvivorOracle(WidthPolicy):
         layers: list[list[tuple[int, float]]],
         contexts: list[DraftContext],
     ) -> None:
-        """Where the paths of P's parents are found."""
+        """Keep the forest, where the paths of P's parents are found."""
         self._forest = forest
-
-    def layer(self, event: LayerEvent) -> None:
-        """Nothing to learn from."""
-
-    def end(self, best_path: list[int]) -> None:
-        """Nothing to learn from."""
 
 
 def _heaviest(weights: np.ndarray, count: int) -> IntArray:
@@ -165,11 +163,12 @@ def _heaviest(weights: np.ndarray, count: int) -> IntArray:
     return found[np.argsort(-weights[found], kind="stable")]
 
 
-# ----------------------------------------------------------------------------------- seconds, with hindsight
+# -------------------------------------------------------------------------- seconds, with hindsight
 
 
 def modelled_seconds(stats: DecodeStats, costs: Costs) -> float:
-    """Seconds that a table gives a decoding: what each iteration drafted, scored and did beside; the prompt is free.
+    """Seconds that a table gives a decoding: what each iteration drafted, scored and did beside;
+    the prompt is free.
 
     Raises:
         UserError: stats without records, such as those of transformers' own methods.
@@ -179,9 +178,11 @@ def modelled_seconds(stats: DecodeStats, costs: Costs) -> float:
 
 
 def hindsight_seconds(stats: DecodeStats, costs: Costs) -> float:
-    """NOT ACHIEVABLE: `modelled_seconds` of a decoding if no layer that failed had been drafted, nor any below it.
+    """NOT ACHIEVABLE: `modelled_seconds` of a decoding if no layer that failed had been drafted,
+    nor any below it.
 
-    The text would be as good: what a failed layer is refilled with is distributed as a layer that the target draws.
+    The text would be as good: what a failed layer is refilled with is distributed as a layer that
+    the target draws.
 
     Raises:
         UserError: as for `modelled_seconds`.

@@ -1,6 +1,7 @@
-"""Results as one reads them: tables for the terminal and for results.md, and the sentences around them.
+"""Results as one reads them: tables for the terminal and for results.md, and the sentences around
+them.
 
-Everything here is made from what results.json holds (docs/results.md).
+Everything here is made from what results.json holds (docs/formats.md).
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ target's cache at the end. Seconds are per prompt."""
 
 
 def joined_rows(runs: Runs) -> list[Node]:
-    """The rows of all runs, one run after another; of several, each row's `run` and name have the label of its run."""
+    """The rows of all runs, one run after another; of several, each row's `run` and name have the
+    label of its run.
+    """
     return [
         {**row, "run": label, "name": f"{label}: {row['name']}"} if label else row
         for label, results in runs.items()
@@ -62,7 +65,7 @@ def joined_rows(runs: Runs) -> list[Node]:
     ]
 
 
-# --------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def console_table(rows: Sequence[Node], columns: Sequence[Column] | None = None, first: str = "row") -> Table:
@@ -107,7 +110,7 @@ def results_page(runs: Runs, plots: Mapping[str, str] | None = None) -> str:
 
 
 def _source_lines(label: str, results: Node) -> list[str]:
-    """Where a run's rows came from."""
+    """Lines on the origin of a run's rows."""
     source = results["provenance"]
     prompts = len(results["rows"][0]["prompts"]) if results["rows"] else 0
     note = source["pair"].get("note")
@@ -129,7 +132,7 @@ def machine_of(results: Node) -> str:
 
 
 def _run_lines(label: str, results: Node) -> list[str]:
-    """What a run says beside its rows: comparisons, failures, tuning."""
+    """Lines on a run beside its rows: comparisons, what it lost, tuning."""
     lines = list(comparison_lines(results))
     for remark in remark_lines(results):
         lines += [remark, ""]
@@ -145,7 +148,7 @@ def _run_lines(label: str, results: Node) -> list[str]:
 
 
 def remark_lines(results: Node) -> list[str]:
-    """What is missing from a run, and why."""
+    """Lines on what is missing from a run, and why."""
     lines = [f"{name} failed: {sentence}" for name, sentence in results["failed"].items()]
     return lines + ([f"Log-probabilities are missing: {results['unscored']}"] if results["unscored"] else [])
 
@@ -194,7 +197,9 @@ def comparison_lines(results: Mapping[str, Any]) -> list[str]:
 
 
 def _reference_cell(entry: Mapping[str, Any]) -> str:
-    """Its name, and the resamples that intervals are over where learned rows did not reach its quality in all."""
+    """Its name, and the resamples that intervals are over where learned rows did not reach its
+    quality in all.
+    """
     some = f" ({entry['resamples']} of {entry['of']} resamples)" if entry["resamples"] < entry["of"] else ""
     return f"{entry['reference']}{some}"
 
@@ -244,7 +249,9 @@ def cell(row: Node, column: Column) -> str:
 
 
 def spread(found: Node, form: str, over: str = "repeats") -> str:
-    """A value in words: with its interval over "prompts", as the median and range of its "repeats", or alone ("")."""
+    """A value in words: with its interval over "prompts", as the median and range of its "repeats",
+    or alone ("").
+    """
     repeats = [value for value in found.get("repeats", []) if value is not None]
     if over == "repeats" and repeats:
         return f"{np.median(repeats):{form}} [{min(repeats):{form}}, {max(repeats):{form}}]"

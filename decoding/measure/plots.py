@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from decoding.errors import UserError
 from decoding.measure.compare import LAST, OURS, STOP, curve_of, curve_of_row, undominated
 from decoding.support.arrays import FloatArray
+from decoding.support.checks import choice
 
 FORMATS = ("png", "svg", "pdf")
 _LABELLED = 12  # rows of a plot that can all have labels
@@ -22,11 +22,12 @@ _LINES = {"": "-", LAST: "--", STOP: ":", LAST + STOP: "-."}
 
 
 def plot_frontier(rows: Sequence[Mapping[str, Any]], speed: str = "tokens_per_second") -> Figure:
-    """Quality (log-probability per token) against tokens/s: one curve per method through its best rows.
+    """Quality (log-probability per token) against tokens/s: one curve per method through its best
+    rows.
 
-    Curves with a last width are dashed, those that stop by entropy dotted, in the colour of those that do neither.
-    Where there are many rows, only learned ones and beam sampling are labelled; rows far below the others are left out,
-    and counted.
+    Curves with a last width are dashed, those that stop by entropy dotted, in the colour of those
+    that do neither. Where there are many rows, only learned ones and beam sampling are labelled;
+    rows far below the others are left out, and counted.
 
     Args:
         rows: those without the metric, or without a quality, are left out.
@@ -83,22 +84,24 @@ _CURVES_IN_A_ROW = 5
 def calibration_curves(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The reliability bins that a controller was saved with, by title; empty where it has none."""
     bins = provenance.get("reliability")
-    known = isinstance(bins, Mapping) and {"predicted", "observed", "rows"} <= set(bins)
-    if not known or bins is None:
+    complete = isinstance(bins, Mapping) and {"predicted", "observed", "rows"} <= set(bins)
+    if not complete or bins is None:
         return {}
     curves = bins.get("curves", {"candidate": bins})
     return {title: curves[name] for name, title in _CURVES.items() if name in curves}
 
 
 def plot_calibration(calibration: Mapping[str, Any]) -> Figure:
-    """Reliability of each predicted probability: observed share against prediction, dots by how many there are."""
+    """Reliability of each predicted probability: observed share against prediction, dots by how
+    many there are.
+    """
     across = min(len(calibration), _CURVES_IN_A_ROW)
     down = -(-len(calibration) // across)
     figure = Figure(figsize=(4.2 * across, 4.4 * down), layout="constrained")
-    places = figure.subplots(down, across, squeeze=False).flatten()
-    for axes in places[len(calibration) :]:
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in panels[len(calibration) :]:
         axes.set_axis_off()
-    for axes, (name, curve) in zip(places, calibration.items(), strict=False):
+    for axes, (name, curve) in zip(panels, calibration.items(), strict=False):
         predicted = np.array(curve["predicted"], dtype=np.float64)
         observed = np.array(curve["observed"], dtype=np.float64)
         count = np.array(curve["rows"], dtype=np.float64)
@@ -136,8 +139,7 @@ def drawn(figure: Figure, form: str = "png") -> bytes:
     Raises:
         UserError: another format.
     """
-    if form not in FORMATS:
-        raise UserError(f"format is {form!r}; choose one of {', '.join(FORMATS)}.")
+    choice("format", form, FORMATS)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=form, dpi=150)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Where the time of a decoding goes, by operator: torch's profiler around a few iterations."""
+"""The time of a decoding by operator: torch's profiler around a few iterations."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from decoding.measure.methods import Generate
+from decoding.measure.summary import overhead
 from decoding.results import DecodeResult
 
 TOP = 15  # operators reported
@@ -21,15 +23,16 @@ def profile_decoding(
 ) -> dict[str, Any]:
     """Decode prompts under torch's profiler and write its trace.
 
-    The decoding runs three times: to warm up, for the share of time in neither model (which the profiler would
-    inflate), and under the profiler.
+    The decoding runs three times: to warm up, for the share of time in neither model (which the
+    profiler would inflate), and under the profiler.
 
     Args:
         trace: file to write, in Chrome's trace format.
 
     Returns:
-        trace, iterations, overhead_share (see `overhead_share`), and the `TOP` host operators and GPU kernels that took
-        longest, each with name, calls, seconds (without what it calls) and share of the sum.
+        trace, iterations, overhead_share (None where no phase but "other" is known), and the `TOP`
+        host operators and GPU kernels that took longest, each with name, calls, seconds (without
+        what it calls) and share of the sum.
     """
 
     def decode() -> list[DecodeResult]:
@@ -45,17 +48,20 @@ def profile_decoding(
             torch.cuda.synchronize(device)
     profiler.export_chrome_trace(str(trace))
     events = profiler.key_averages()
+    beside, all_seconds = np.sum([overhead(result.stats) for result in results], axis=0).tolist()
     return {
         "trace": str(trace),
         "iterations": sum(result.stats.iterations for result in results),
-        "overhead_share": overhead_share([result.stats.seconds for result in results]),
+        "overhead_share": beside / all_seconds if all_seconds else None,
         "operators": _longest(events, DeviceType.CPU, "self_cpu_time_total"),
         "kernels": _longest(events, DeviceType.CUDA, "self_device_time_total"),
     }
 
 
 def _longest(events: Iterable[Any], device: DeviceType, field: str) -> list[dict[str, Any]]:
-    """The events of a device that took longest, in seconds without what they call, and as shares of all of them."""
+    """The events of a device that took longest, in seconds without what they call, and as shares of
+    all of them.
+    """
     taken = [(getattr(event, field) / 1e6, event) for event in events if event.device_type == device]
     total = sum(seconds for seconds, _ in taken) or 1.0
     longest = sorted(taken, key=lambda item: -item[0])[:TOP]
@@ -63,15 +69,3 @@ def _longest(events: Iterable[Any], device: DeviceType, field: str) -> list[dict
         {"name": event.key, "calls": event.count, "seconds": seconds, "share": seconds / total}
         for seconds, event in longest
     ]
-
-
-def overhead_share(seconds: Sequence[dict[str, float]]) -> float | None:
-    """Share of the iterations' time that is in neither model; None where no phase but "other" is known.
-
-    Args:
-        seconds: of each prompt, by phase; the prompts' own passes are no part of an iteration and are left out where
-            they have a phase, "prompt".
-    """
-    total = sum(sum(phases.values()) - phases.get("prompt", 0.0) for phases in seconds)
-    models = sum(phases["target"] + phases["draft"] for phases in seconds)
-    return 1 - models / total if models > 0 else None

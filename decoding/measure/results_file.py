@@ -1,4 +1,6 @@
-"""The results of an evaluation or a bench as a file: its version, written and read. docs/results.md has the fields."""
+"""The results of an evaluation or a bench as a file: its version, written and read. docs/formats.md
+has the fields.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,14 @@ def write_results(path: Path, results: Mapping[str, Any]) -> Path:
 
 
 def read_results(results: Results) -> Mapping[str, Any]:
-    """What a results.json holds.
+    """Read a results.json.
 
     Args:
         results: its path, or what it holds, which is checked all the same.
 
     Raises:
-        UserError: it cannot be read, is of another version, or has no rows as evaluate.py writes them.
+        UserError: it cannot be read, is of another version, or has no rows as evaluate.py writes
+            them.
     """
     where = name_of(results)
     if isinstance(results, str | Path):
@@ -56,5 +59,5 @@ def read_results(results: Results) -> Mapping[str, Any]:
 
 
 def name_of(results: Results) -> str:
-    """How a sentence that goes on with a plural verb calls these results."""
+    """The name of these results in a sentence that goes on with a plural verb."""
     return f"The results {str(results)!r}" if isinstance(results, str | Path) else "The results"

@@ -1,12 +1,12 @@
-"""Passes against the machine: the bytes that a pass must read, the bandwidth measured here, the seconds it took.
+"""Passes against the machine: the bytes that a pass must read, the bandwidth measured here, the
+seconds it took.
 
-Generating a token reads every weight once; what that takes at the memory's bandwidth is the bound that an engine
-can come close to, and that a few more nodes in the pass do not move.
+Generating a token reads every weight once; what that takes at the memory's bandwidth is the bound
+that an engine can come close to, and that a few more nodes in the pass do not move.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from decoding.cost_table import NODE_COUNTS
 from decoding.machine.passes import forest_passes
@@ -24,7 +25,8 @@ _CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def roofline(pair: ModelPair, prompt: Sequence[int], top: int = 1, repeats: int = 9) -> dict[str, Any]:
-    """Target passes over 1 to 32 nodes behind a prompt, against what their bytes take at the measured bandwidth.
+    """Target passes over 1 to 32 nodes behind a prompt, against what their bytes take at the
+    measured bandwidth.
 
     Args:
         pair: only the target is run.
@@ -33,10 +35,11 @@ def roofline(pair: ModelPair, prompt: Sequence[int], top: int = 1, repeats: int 
         repeats: timed passes for each number of nodes; medians are reported.
 
     Returns:
-        bandwidth (see `read_bandwidth`), weight_bytes, kv_bytes_per_slot, context_tokens, cache_bytes (None: unknown),
-        in_cache (all bytes fit the last-level cache, so that memory bounds nothing), and passes: nodes, bytes,
-        bound_seconds, pass_seconds (inside the model, results on the host), score_seconds (with slots and masks),
-        share = bound_seconds / pass_seconds.
+        bandwidth (see `read_bandwidth`), weight_bytes, kv_bytes_per_slot, context_tokens,
+        cache_bytes (None: unknown), in_cache (all bytes fit the last-level cache, so that memory
+        bounds nothing), and passes: nodes, bytes, bound_seconds, pass_seconds (inside the model,
+        results on the host), score_seconds (with slots and masks), share = bound_seconds /
+        pass_seconds.
     """
     bandwidth = read_bandwidth(pair.device)
     weights, slot = weight_bytes(pair.target), kv_bytes_per_slot(pair.target)
@@ -68,10 +71,11 @@ def roofline(pair: ModelPair, prompt: Sequence[int], top: int = 1, repeats: int 
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of the weights that a pass multiplies: all but embedding tables that are not tied to the head.
+    """Bytes of the weights that a pass multiplies: all but embedding tables that are not tied to
+    the head.
 
-    Tables are looked up, a row a token. Experts of a mixture are all counted, though a pass over few tokens reads only
-    some of them.
+    Tables are looked up, a row a token. Experts of a mixture are all counted, though a pass over
+    few tokens reads only some of them.
     """
     head = model.get_output_embeddings()
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -91,7 +95,9 @@ def kv_bytes_per_slot(model: Any) -> int:
 
 @torch.inference_mode()
 def pass_seconds(pair: ModelPair, prompt: Sequence[int], top: int, repeats: int) -> list[tuple[float, float]]:
-    """(seconds in the model, seconds with slots and masks) of a pass for each of NODE_COUNTS; medians."""
+    """(seconds in the model, seconds with slots and masks) of a pass for each of NODE_COUNTS;
+    medians.
+    """
     medians = []
     with forest_passes(pair, "target", prompt, top) as passes:
         for count in NODE_COUNTS:
@@ -103,7 +109,8 @@ def pass_seconds(pair: ModelPair, prompt: Sequence[int], top: int, repeats: int)
 
 @torch.inference_mode()
 def read_bandwidth(device: torch.device, repeats: int = 7) -> dict[str, Any]:
-    """How fast the device reads memory: the fastest of a sum and a matrix-vector product over a large buffer.
+    """Measure how fast the device reads memory: the fastest of a sum and a matrix-vector product
+    over a large buffer.
 
     Returns:
         bytes_per_second (median of `repeats`), operation, buffer_bytes.
@@ -128,22 +135,12 @@ def _buffer_bytes(device: torch.device) -> int:
 
 
 def _seconds(operation: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median seconds of one call; on a GPU several are queued, so that launching them is not what is timed."""
+    """Median seconds of one call; on a GPU several are queued, so that launching them is not what
+    is timed.
+    """
+    timer = Timer("operation()", globals={"operation": operation}, num_threads=torch.get_num_threads())
     calls = 8 if device.type == "cuda" else 1
-    times = []
-    for _ in range(repeats + 1):  # the first warms up
-        _wait(device)
-        began = time.perf_counter()
-        for _ in range(calls):
-            operation()
-        _wait(device)
-        times.append((time.perf_counter() - began) / calls)
-    return float(np.median(times[1:]))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return float(np.median([timer.timeit(calls).mean for _ in range(repeats)]))
 
 
 def cache_bytes(device: torch.device) -> int | None:

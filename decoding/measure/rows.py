@@ -1,4 +1,6 @@
-"""Rows of a comparison: a method with settings each, from a grid (evaluate.py) or one by one (conf/bench.yaml)."""
+"""Rows of a comparison: a method with settings each, from a grid (evaluate.py) or one by one
+(conf/bench.yaml).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,11 @@ from decoding.errors import UserError
 from decoding.measure.methods import FLAGS, METHODS, TRANSFORMERS, Generate, Method, find_method
 from decoding.pairs.pair import ModelPair
 from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, TARGET_WIDTH, Knob
+from decoding.support.checks import whole
+from decoding.support.settings import check_type
 
 REFERENCES = ("hf_beam_sample", "beam_sample")  # a row's speed-up is over these at its own target width
 _WIDTHS = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH)
-_WORDS = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Row:
 
     Args:
         method: what decodes.
-        settings: that tell the row from others of its method; those of its widths are always among them.
+        settings: that tell the row from others of its method; those of its widths are always among
+            them.
         config: as the method runs it.
         batch_size: prompts decoded together; None: as many as the run says.
         draft: instead of the pair's own.
@@ -49,15 +53,17 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Method and settings in a line, such as `fixed M=2/4 w=6 γ=3 exact, batch 8` (M of at most 4)."""
+        """Method and settings in a line, such as `fixed M=2/4 w=6 γ=3 exact, batch 8`
+        (M of at most 4).
+        """
         return self.alone + (f", batch {self.batch_size}" if (self.batch_size or 1) > 1 else "")
 
     def build(self, pair: ModelPair) -> Generate:
-        """What decodes prompts by this row."""
+        """The function that decodes prompts by this row."""
         return self.method(pair, self.config, self.settings)
 
 
-# ----------------------------------------------------------------------------------------- from a grid
+# -------------------------------------------------------------------------------------- from a grid
 
 
 def make_rows(
@@ -67,14 +73,15 @@ def make_rows(
     references: Sequence[str] = REFERENCES,
     methods: Mapping[str, Method] = METHODS,
 ) -> list[Row]:
-    """Methods times the settings that they take, and the reference rows at every target width among them.
+    """Methods times the settings that they take, and the reference rows at every target width among
+    them.
 
     Args:
         names: of methods, as `find_method` reads them; the rows' order.
         config: what no axis sets.
-        grid: values of each axis, None for the knob's own grid; one that is absent or empty keeps the config's value or
-            the policy's. Methods that choose M themselves take no `widths`: they have the config's target_width, or the
-            widest of `widths` if that is more.
+        grid: values of each axis, None for the knob's own grid; one that is absent or empty keeps
+            the config's value or the policy's. Methods that choose M themselves take no `widths`:
+            they have the config's target_width, or the widest of `widths` if that is more.
         references: methods of the reference rows.
         methods: that names are looked up in first.
 
@@ -102,18 +109,18 @@ def axes_of(methods: Iterable[Method]) -> dict[str, Knob]:
     return {knob.on_axis: knob for method in methods for knob in method.knobs}
 
 
-def _read_grid(grid: Mapping[str, Any], known: Mapping[str, Knob]) -> dict[str, list[Any]]:
-    unknown = set(grid) - set(known)
+def _read_grid(grid: Mapping[str, Any], knobs: Mapping[str, Knob]) -> dict[str, list[Any]]:
+    unknown = set(grid) - set(knobs)
     if unknown:
-        raise UserError(f"grid holds {', '.join(sorted(unknown))}; its axes are {', '.join(known)}.")
+        raise UserError(f"grid holds {', '.join(sorted(unknown))}; its axes are {', '.join(knobs)}.")
     axes: dict[str, list[Any]] = {}
     for name, values in grid.items():
-        values = known[name].grid if values is None else values
+        values = knobs[name].grid if values is None else values
         if not isinstance(values, list | tuple):
             raise UserError(f"grid.{name} is {values!r}; give a list, such as [{values}].")
         for value in values:
             if value is not None:
-                check_kind(f"A value of grid.{name}", value, known[name].kind)
+                check_type(f"A value of grid.{name}", value, knobs[name].kind)
         axes |= {name: list(values)} if values else {}
     return axes
 
@@ -133,9 +140,9 @@ def _rows_of(method: Method, config: DecodingConfig, axes: Mapping[str, Sequence
             refused[f"{too_wide[0]} asks for more than the target width"] = True
         else:
             nothing_drafted = settings.get("draft_depth") == 0
-            told = tuple((knob.name, value) for knob, value in given if not (nothing_drafted and knob.of_drafts))
-            if told not in seen:
-                seen.add(told)
+            key = tuple((knob.name, value) for knob, value in given if not (nothing_drafted and knob.of_drafts))
+            if key not in seen:
+                seen.add(key)
                 rows.append(_row(method, method.configure(config, settings), settings))
     if not rows:
         raise UserError(f"The grid leaves no row for {method.name!r}: {'; '.join(refused)}. Change the grid.")
@@ -148,7 +155,7 @@ def _row(method: Method, config: DecodingConfig, settings: Mapping[str, Any], **
     return Row(method, {**taken, **settings}, config, **more)
 
 
-# ------------------------------------------------------------------------------------------ one by one
+# --------------------------------------------------------------------------------------- one by one
 
 
 def read_rows(entries: Any, config: DecodingConfig) -> list[Row]:
@@ -167,24 +174,23 @@ def read_rows(entries: Any, config: DecodingConfig) -> list[Row]:
     return rows
 
 
-def _read_row(place: str, entry: Any, config: DecodingConfig) -> Row:
+def _read_row(path: str, entry: Any, config: DecodingConfig) -> Row:
     if not isinstance(entry, dict):
-        raise UserError(f"{place} is {entry!r}; give a mapping, such as {{method: fixed, draft_width: 6}}.")
-    method = find_method(entry.get("method"), METHODS, f"{place}.method is")
+        raise UserError(f"{path} is {entry!r}; give a mapping, such as {{method: fixed, draft_width: 6}}.")
+    method = find_method(entry.get("method"), METHODS, f"{path}.method is")
     settings = {key: value for key, value in entry.items() if key != "method"}
-    _check_settings(place, method, settings)
+    _check_settings(path, method, settings)
     batch_size, draft = settings.pop("batch_size", 1), settings.pop("draft", None)
-    if batch_size < 1:
-        raise UserError(f"{place}.batch_size is {batch_size}; give a whole number of at least 1.")
+    whole(f"{path}.batch_size", batch_size, least=1)
     flags = {knob.name: settings.pop(knob.name) for knob in FLAGS if knob.name in settings}
     try:
         own_config = method.configure(config, {**flags, **settings})
     except UserError as error:
-        raise UserError(f"{place} ({method.name}): {error}") from error
+        raise UserError(f"{path} ({method.name}): {error}") from error
     return _row(method, own_config, {**settings, **flags}, batch_size=batch_size, draft=draft)
 
 
-def _check_settings(place: str, method: Method, settings: Mapping[str, Any]) -> None:
+def _check_settings(path: str, method: Method, settings: Mapping[str, Any]) -> None:
     """Refuse settings that a method does not take, and values of another kind."""
     ours = method.family != TRANSFORMERS
     kinds: dict[str, type | None] = dict.fromkeys(method.arguments)  # a policy's own arguments are its to check
@@ -194,13 +200,6 @@ def _check_settings(place: str, method: Method, settings: Mapping[str, Any]) -> 
         if key not in kinds and not (key == "batch_size" and value == 1):
             takes = f"it takes {', '.join(kinds)}" if kinds else "it takes none"
             one = ", and decodes one prompt at a time" if key == "batch_size" else ""
-            raise UserError(f"{place}.{key} is not a setting of {method.name}; {takes}{one}.")
+            raise UserError(f"{path}.{key} is not a setting of {method.name}; {takes}{one}.")
         if (kind := kinds.get(key)) is not None:
-            check_kind(f"{place}.{key}", value, kind)
-
-
-def check_kind(path: str, value: Any, kind: type) -> None:
-    """Refuse a value of another kind than a knob's."""
-    kinds = (int, float) if kind is float else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{path} is {value!r}; give {_WORDS.get(kind, kind.__name__)}.")
+            check_type(f"{path}.{key}", value, kind)

@@ -28,8 +28,9 @@ def soak(
         pair: the models that `generate` runs.
 
     Returns:
-        prompts: decoded when memory was looked at; resident_megabytes: peak of the process by then; kv_megabytes: KV
-        buffers kept then; device_megabytes: peak on the GPU by then, None without one.
+        prompts: decoded when memory was looked at; resident_megabytes: peak of the process by then;
+        kv_megabytes: KV buffers kept then; device_megabytes: peak on the GPU by then, None without
+        one.
     """
     found: dict[str, Any] = {"prompts": [], "resident_megabytes": [], "kv_megabytes": [], "device_megabytes": []}
     done = 0

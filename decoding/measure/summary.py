@@ -1,6 +1,8 @@
-"""What measurements come to: ratios of sums over the prompts, with paired bootstrap intervals, in JSON-able dicts.
+"""Summaries of measurements: ratios of sums over the prompts, with paired bootstrap intervals, in
+JSON-able dicts.
 
-docs/results.md lists the metrics. The same resamples of the prompts serve all rows, so that two rows' ratio is paired.
+docs/formats.md lists the metrics. The same resamples of the prompts serve all rows, so that two
+rows' ratio is paired.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +21,7 @@ from decoding.measure.compare import OURS, comparisons, curve_of
 from decoding.measure.oracles import hindsight_seconds, modelled_seconds
 from decoding.measure.rows import REFERENCES
 from decoding.measure.turns import Measurement, Record
-from decoding.results import PHASES
+from decoding.results import PHASES, DecodeStats
 from decoding.support.arrays import FloatArray
 
 Share = tuple[float, float]  # numerator and denominator of a prompt; a summary is the ratio of their sums
@@ -34,13 +37,15 @@ class Estimate(NamedTuple):
     repeats: list[float]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: value, the central 95% of the resamples and, where there are several, the repeats' values."""
+        """JSON-able: value, the central 95% of the resamples and, where there are several, the
+        repeats' values.
+        """
         low, high = np.nanpercentile(self.draws, [2.5, 97.5])
         bounds = {"value": self.value, "low": float(low), "high": float(high)}
         return bounds | ({"repeats": self.repeats} if len(self.repeats) > 1 else {})
 
 
-# ------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def _seconds(phase: str) -> Ratio:
@@ -52,14 +57,14 @@ def _milliseconds(phase: str) -> Ratio:
     return lambda m: (1000 * m.stats.seconds.get(phase, 0.0), m.stats.iterations) if m.stats.records else _NOTHING
 
 
-def _iteration_seconds(m: Measurement) -> float:
-    return m.stats.total_seconds - m.stats.seconds.get("prompt", 0.0)
+def _iteration_seconds(stats: DecodeStats) -> float:
+    return stats.total_seconds - stats.seconds.get("prompt", 0.0)
 
 
-def _overhead(m: Measurement) -> Share:
-    """Time of iterations that is in neither model."""
-    models = m.stats.seconds.get("target", 0.0) + m.stats.seconds.get("draft", 0.0)
-    return (_iteration_seconds(m) - models, _iteration_seconds(m)) if models > 0 else _NOTHING
+def overhead(stats: DecodeStats) -> Share:
+    """Time of iterations that is in neither model; zeros where no phase but "other" is known."""
+    models = stats.seconds.get("target", 0.0) + stats.seconds.get("draft", 0.0)
+    return (_iteration_seconds(stats) - models, _iteration_seconds(stats)) if models > 0 else _NOTHING
 
 
 def _task_metric(name: str) -> Ratio:
@@ -81,17 +86,19 @@ RATIOS: dict[str, Ratio] = {
     "kv_slots_peak_per_token": lambda m: (m.stats.kv_slots_peak, m.stats.prompt_tokens + m.stats.new_tokens),
     "joules_per_token": lambda m: _NOTHING if m.joules is None else (m.joules, m.stats.new_tokens),
     **{f"{phase}_seconds": _seconds(phase) for phase in PHASES},
-    "iteration_milliseconds": lambda m: (1000 * _iteration_seconds(m), m.stats.iterations),
+    "iteration_milliseconds": lambda m: (1000 * _iteration_seconds(m.stats), m.stats.iterations),
     **{f"{phase}_milliseconds": _milliseconds(phase) for phase in PHASES if phase != "prompt"},
     "prompt_milliseconds": lambda m: (1000 * m.stats.seconds.get("prompt", 0.0), bool(m.stats.records)),
-    "overhead_share": _overhead,
+    "overhead_share": lambda m: overhead(m.stats),
 }
 
 
 def _modelled(costs: Costs, hindsight: bool = False) -> Ratio:
-    """Tokens against modelled seconds, the policy's own measured ones included; or against those in hindsight.
+    """Tokens against modelled seconds, the policy's own measured ones included; or against those in
+    hindsight.
 
-    By a table of joules the policy costs nothing: what it draws is not known. An oracle takes no time either.
+    By a table of joules the policy costs nothing: what it draws is not known. An oracle takes no
+    time either.
     """
     in_seconds = getattr(costs, "unit", "seconds") == "seconds"
 
@@ -106,7 +113,7 @@ def _modelled(costs: Costs, hindsight: bool = False) -> Ratio:
     return share
 
 
-# ------------------------------------------------------------------------------------------ summaries
+# ---------------------------------------------------------------------------------------- summaries
 
 
 def summarise(
@@ -117,17 +124,21 @@ def summarise(
     reference: tuple[str, int] | None = None,
     kv_bytes_per_slot: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One JSON-able dict per row that measured something: name, settings, summary, histograms, measurements.
+    """One JSON-able dict per row that measured something: name, settings, summary, histograms,
+    measurements.
 
     Args:
-        records: measured and scored, with the same prompts in the same order in every row and repeat.
+        records: measured and scored, with the same prompts in the same order in every row and
+            repeat.
         resamples: of the bootstrap over prompts.
-        costs: tables by name; each adds `<name>_tokens_per_second` and `<name>_hindsight`, modelled.
-        reference: method and target width of a row; adds `speedup_over_reference` and `log_prob_over_reference`.
+        costs: tables by name; each adds `<name>_tokens_per_second` and `<name>_hindsight`,
+            modelled.
+        reference: method and target width of a row; adds `speedup_over_reference` and
+            `log_prob_over_reference`.
         kv_bytes_per_slot: of the target; adds `kv_megabytes`, of the longest prompt at its peak.
 
     Returns:
-        What docs/results.md says of `rows`; metrics that no prompt has are absent from a summary.
+        What docs/formats.md says of `rows`; metrics that no prompt has are absent from a summary.
     """
     records = [record for record in records if record.repeats]
     if not records:
@@ -191,22 +202,21 @@ def _estimates(
     found = {name: estimate(record.repeats, ratio, draws) for name, ratio in ratios.items()}
     for method in REFERENCES:
         if base := bases.get((method, record.row.config.target_width)):
-            found[f"speedup_over_{method}"] = _speedup(record, base, draws)
+            found[f"speedup_over_{method}"] = _over(record, base, "tokens_per_second", np.divide, draws)
     if reference is not None and reference in bases:
-        found["speedup_over_reference"] = _speedup(record, bases[reference], draws)
-        found["log_prob_over_reference"] = _over(record, bases[reference], "log_prob", np.subtract, draws)
+        base = bases[reference]
+        found["speedup_over_reference"] = _over(record, base, "tokens_per_second", np.divide, draws)
+        found["log_prob_over_reference"] = _over(record, base, "log_prob", np.subtract, draws)
     if kv_bytes_per_slot is not None:
         peak = max(m.stats.kv_slots_peak for repeat in record.repeats for m in repeat) * kv_bytes_per_slot / 1e6
         found["kv_megabytes"] = Estimate(peak, np.full(len(draws), peak), [])
     return found
 
 
-def _speedup(record: Record, base: Record, draws: NDArray[np.int64]) -> Estimate:
-    return _over(record, base, "tokens_per_second", np.divide, draws)
-
-
 def _over(record: Record, base: Record, name: str, how: Callable[..., Any], draws: NDArray[np.int64]) -> Estimate:
-    """A metric against another row's, prompt by prompt and repeat by repeat, in the repeats that both have."""
+    """A metric against another row's, prompt by prompt and repeat by repeat, in the repeats that
+    both have.
+    """
     common = min(len(record.repeats), len(base.repeats))
     ours, theirs = (estimate(some.repeats[:common], RATIOS[name], draws) for some in (record, base))
     each = [float(how(a, b)) for a, b in zip(ours.repeats, theirs.repeats, strict=True)]
@@ -214,7 +224,8 @@ def _over(record: Record, base: Record, name: str, how: Callable[..., Any], draw
 
 
 def estimate(repeats: Sequence[Sequence[Measurement]], ratio: Ratio, draws: NDArray[np.int64]) -> Estimate:
-    """Ratio of sums over prompts and repeats, and over each resample of the prompts; NaN where the denominator is 0.
+    """Ratio of sums over prompts and repeats, and over each resample of the prompts; NaN where the
+    denominator is 0.
 
     Args:
         draws: [B, N] prompts of each resample.
@@ -237,17 +248,17 @@ def _draws(records: Sequence[Record], resamples: int, seed: int) -> NDArray[np.i
 
 
 def _histogram(lists: Iterable[Sequence[int]]) -> dict[str, int]:
-    counts = Counter(value for values in lists for value in values)
-    return {str(value): counts[value] for value in sorted(counts)}
+    return {str(value): count for value, count in sorted(Counter(chain.from_iterable(lists)).items())}
 
 
-# ---------------------------------------------------------------------------------------- comparisons
+# -------------------------------------------------------------------------------------- comparisons
 
 
 def compare_records(
     records: Sequence[Record], resamples: int, seed: int, costs: Costs | None, ours: str = OURS
 ) -> list[dict[str, Any]]:
-    """`decoding.measure.compare.comparisons` of the learned rows at the qualities of this engine's beam sampling.
+    """`decoding.measure.compare.comparisons` of the learned rows at the qualities of this engine's
+    beam sampling.
 
     Args:
         records, resamples, seed: as for `summarise`.

@@ -1,9 +1,11 @@
-"""transformers' own `generate` behind this engine's interface, to compare with: prompts in, DecodeResults out."""
+"""transformers' own `generate` behind this engine's interface, to compare with: prompts in,
+DecodeResults out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,26 +28,30 @@ def hf_generate(
     assisted: bool = False,
     num_beams: int = 1,
 ) -> list[DecodeResult]:
-    """transformers' `generate`, one prompt at a time: sampling, beam sampling, assisted sampling, beam search.
+    """transformers' `generate`, one prompt at a time: sampling, beam sampling, assisted sampling,
+    beam search.
 
-    Differences from this engine that a reader of a comparison should know: top_k and top_p cut each beam's row, not the
-    joint distribution; beam sampling draws 2 * num_beams candidates (more with several EOS tokens) and keeps the best
-    num_beams of them; `scores` are NaN, because asking for them would slow it down. The generation config that comes
-    with the target (temperature, penalties, ...) is set aside, so that nothing but `config` counts.
+    Differences from this engine that a reader of a comparison should know: top_k and top_p cut each
+    beam's row, not the joint distribution; beam sampling draws 2 * num_beams candidates (more with
+    several EOS tokens) and keeps the best num_beams of them; `scores` are NaN, because asking for
+    them would slow it down. The generation config that comes with the target (temperature,
+    penalties, ...) is set aside, so that nothing but `config` counts.
 
     Args:
         pair: the models; the draft is used where `assisted`.
         prompts: as for DSBDDecoder.generate.
-        config: mode, max_new_tokens, min_new_tokens, temperature, top_k, top_p, EOS, length_penalty, early_stopping,
-            num_return_sequences.
-        generator: seeds torch's global generators within the call; they are restored after it. One, or one a prompt.
-        assisted: speculative sampling with pair.draft as `assistant_model`, or by transformers' own prompt lookup where
-            the draft is n-grams; needs num_beams=1.
+        config: mode, max_new_tokens, min_new_tokens, temperature, top_k, top_p, EOS,
+            length_penalty, early_stopping, num_return_sequences.
+        generator: seeds torch's global generators within the call; they are restored after it. One,
+            or one a prompt.
+        assisted: speculative sampling with pair.draft as `assistant_model`, or by transformers' own
+            prompt lookup where the draft is n-grams; needs num_beams=1.
         num_beams: beams; 1 is plain sampling.
 
     Returns:
-        One DecodeResult per prompt. `iterations` counts the prompt's own pass, which gives a token here; `target_calls`
-        does not, as everywhere; kv_slots are those of one copy of the sequence per beam; all seconds are "other".
+        One DecodeResult per prompt. `iterations` counts the prompt's own pass, which gives a token
+        here; `target_calls` does not, as everywhere; kv_slots are those of one copy of the sequence
+        per beam; all seconds are "other".
     """
     ends = end_tokens(pair, config)
     options: dict[str, Any] = {
@@ -103,23 +109,21 @@ def _hf_one(
 
 
 def _cut_at_end(tokens: list[int], ends: frozenset[int]) -> tuple[list[int], bool]:
-    """Tokens up to the first EOS, itself included, without the padding after it; and whether there is one."""
+    """Tokens up to the first EOS, itself included, without padding; and whether there is one."""
     for i, token in enumerate(tokens):
         if token in ends:
             return tokens[: i + 1], True
     return tokens, False
 
 
-def _seed_from(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-
-
 @contextmanager
 def _seeded(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Global generators seeded from `generator`; restored afterwards. `generate` takes no generator of its own."""
+    """Global generators seeded from `generator`; restored afterwards. `generate` takes no generator
+    of its own.
+    """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(_seed_from(generator))
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)))
         yield
 
 
@@ -142,9 +146,5 @@ def _count_calls(model: Any) -> Iterator[list[int]]:
     def count(*_: object) -> None:
         calls[0] += 1
 
-    hook = model.register_forward_pre_hook(count) if model is not None else None
-    try:
+    with model.register_forward_pre_hook(count) if model is not None else nullcontext():
         yield calls
-    finally:
-        if hook is not None:
-            hook.remove()

@@ -1,4 +1,5 @@
-"""Rows that take turns over the same prompts and seeds, by the clock; then what the target says of their texts.
+"""Rows that take turns over the same prompts and seeds, by the clock; then what the target says of
+their texts.
 
 Nothing is averaged here: a `Measurement` is one prompt decoded by one row, once.
 """
@@ -7,11 +8,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 
 from decoding.engine.runner import runner_of
 from decoding.errors import UserError
@@ -21,6 +24,7 @@ from decoding.measure.rows import Row
 from decoding.pairs.pair import ModelPair
 from decoding.results import DecodeStats
 from decoding.support.clock import now
+from decoding.support.progress import RunProgress
 from decoding.tasks.base import Prompt, Task, stable_hash
 
 OUT_OF_MEMORY = (
@@ -45,7 +49,7 @@ class Measurement:
     text: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, as in results.json."""
+        """The measurement as results.json holds it, JSON-able."""
         return vars(self) | {"stats": self.stats.to_dict()}
 
 
@@ -58,7 +62,7 @@ class Record:
     pair: ModelPair  # that it decodes with
     batch_size: int = 1
     repeats: list[list[Measurement]] = field(default_factory=list)  # prompts in order; the last may not be whole
-    counters: dict[str, dict[str, int]] = field(default_factory=dict)  # of CUDA graphs in its turns, by model
+    counters: dict[str, Counter[str]] = field(default_factory=dict)  # of CUDA graphs in its turns, by model
     error: str | None = None  # a row that failed takes no further turns
 
 
@@ -79,7 +83,8 @@ def make_records(rows: Sequence[Row], pair: ModelPair, batch_size: int = 1) -> l
 
 
 def read_prompts(about: Any, task: Task, pair: ModelPair) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to measure, and others to warm up with: of split val, or the same where there are no others.
+    """Prompts to measure, and others to warm up with: of split val, or the same where there are no
+    others.
 
     Args:
         about: split, limit and warmup, as in the `prompts` of a config.
@@ -93,7 +98,39 @@ def read_prompts(about: Any, task: Task, pair: ModelPair) -> tuple[list[Prompt],
         return prompts, prompts[: about.warmup]
 
 
-# ---------------------------------------------------------------------------------------------- turns
+# -------------------------------------------------------------------------------------------- turns
+
+
+def decode_all(
+    records: Sequence[Record],
+    prompts: Sequence[Prompt],
+    warmup: Sequence[Prompt],
+    seed: int,
+    repeats: int = 1,
+    repeated: Callable[[], object] = lambda: None,
+) -> bool:
+    """Warm up and take all turns, with a bar; whether Ctrl-C cut it short.
+
+    Args:
+        warmup: prompts that are decoded first and not measured.
+        repeated: called after each repeat.
+    """
+    transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
+    with RunProgress() as progress:
+        bar = progress.add_task("decoding", total=len(records) * (len(warmup) + repeats * len(prompts)))
+
+        def advance(count: int) -> None:
+            progress.advance(bar, count)
+
+        try:
+            warm_up(records, warmup, seed, advance)
+            for _ in take_turns(records, prompts, seed, repeats, advance):
+                repeated()
+        except KeyboardInterrupt:
+            progress.stop()
+            print("interrupted: going on with what was measured", file=sys.stderr)
+            return True
+    return False
 
 
 def warm_up(
@@ -102,7 +139,9 @@ def warm_up(
     seed: int,
     advance: Callable[[int], None] = lambda prompts: None,
 ) -> None:
-    """Decode prompts by every row without measuring; a row with a batch size fills a batch, with some of them twice."""
+    """Decode prompts by every row without measuring; a row with a batch size fills a batch, with
+    some of them twice.
+    """
     for record in records if prompts else ():
         count = max(len(prompts), record.row.batch_size or 1)
         group = [prompts[i % len(prompts)] for i in range(count)]
@@ -118,12 +157,15 @@ def take_turns(
     repeats: int = 1,
     advance: Callable[[int], None] = lambda prompts: None,
 ) -> Iterator[int]:
-    """Every row decodes all prompts, a batch of the largest row in a turn: machine drift hits all rows alike.
+    """Every row decodes all prompts, a batch of the largest row in a turn: machine drift hits all
+    rows alike.
 
-    The order of the rows rotates from turn to turn. A prompt has the same seed in all rows, another in each repeat.
+    The order of the rows rotates from turn to turn. A prompt has the same seed in all rows, another
+    in each repeat.
 
     Args:
-        records: get the measurements, not yet scored. One that fails takes no further turns, and says why.
+        records: get the measurements, not yet scored. One that fails takes no further turns, and
+            says why.
         advance: called with the number of prompts after each turn.
 
     Yields:
@@ -190,24 +232,26 @@ def prompt_stream(seed: int, prompt: Prompt) -> torch.Generator:
 
 
 def keep_whole(records: Sequence[Record], count: int) -> int:
-    """Forget the unfinished repeat of an interrupted run; of the first one keep the prompts that all rows decoded.
+    """Forget the unfinished repeat of an interrupted run; of the first one keep the prompts that
+    all rows decoded.
 
     Args:
         count: prompts of a repeat.
 
     Returns:
-        Prompts that are left of each repeat: `count`, or fewer where not even the first repeat is whole; 0: none.
+        Prompts that are left of each repeat: `count`, or fewer where not even the first repeat is
+        whole; 0: none.
     """
     alive = [record for record in records if record.error is None]
-    left = min((len(record.repeats[0]) if record.repeats else 0 for record in alive), default=count)
+    kept = min((len(record.repeats[0]) if record.repeats else 0 for record in alive), default=count)
     for record in records:
-        enough = [repeat[:left] for repeat in record.repeats if len(repeat) >= max(left, 1)]
-        record.repeats = enough if left == count else enough[:1] if left else []
-    return left
+        enough = [repeat[:kept] for repeat in record.repeats if len(repeat) >= max(kept, 1)]
+        record.repeats = enough if kept == count else enough[:1] if kept else []
+    return kept
 
 
 def sentence(error: BaseException) -> str:
-    """What to tell the user of a failure."""
+    """The sentence that tells the user of a failure."""
     return str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
 
 
@@ -222,12 +266,12 @@ def graph_counters(pair: ModelPair) -> dict[str, dict[str, int]]:
 
 
 def _add_counters(
-    total: dict[str, dict[str, int]], before: Mapping[str, Mapping[str, int]], after: Mapping[str, Mapping[str, int]]
+    total: dict[str, Counter[str]], before: Mapping[str, dict[str, int]], after: Mapping[str, dict[str, int]]
 ) -> None:
     for role in before.keys() & after.keys():
-        sums = total.setdefault(role, dict.fromkeys(_COUNTERS, 0))
-        for name in _COUNTERS:
-            sums[name] += after[role][name] - before[role][name]
+        sums = total.setdefault(role, Counter())
+        sums.update(after[role])
+        sums.subtract(before[role])
 
 
 def _groups(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
@@ -235,33 +279,30 @@ def _groups(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
     return [prompts[first : first + size] for first in range(0, len(prompts), size)]
 
 
-# -------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------ scoring
 
 
-def score_all(
-    records: Sequence[Record],
-    prompts: Sequence[Prompt],
-    pair: ModelPair,
-    task: Task,
-    advance: Callable[[int], None] = lambda prompts: None,
-) -> str | None:
-    """Fill in what the target and the task say of every text; after all timing, so that it disturbs no clock.
+def score_all(records: Sequence[Record], prompts: Sequence[Prompt], pair: ModelPair, task: Task) -> str | None:
+    """Fill in what the target and the task say of every text; after all timing, so that it disturbs
+    no clock.
 
     Returns:
         None, or a sentence where the device's memory did not suffice for it.
     """
-    try:
-        for record in records:
-            for repeat in record.repeats:
+    repeats = [repeat for record in records for repeat in record.repeats]
+    with RunProgress() as progress:
+        bar = progress.add_task("scoring", total=sum(map(len, repeats)))
+        try:
+            for repeat in repeats:
                 for measurement, prompt in zip(repeat, prompts, strict=False):  # an interrupted run has fewer
-                    score(measurement, prompt, pair, task)
-                    advance(1)
-    except torch.OutOfMemoryError:
-        return OUT_OF_MEMORY
+                    evaluate_text(measurement, prompt, pair, task)
+                    progress.advance(bar)
+        except torch.OutOfMemoryError:
+            return OUT_OF_MEMORY
     return None
 
 
-def score(measurement: Measurement, prompt: Prompt, pair: ModelPair, task: Task) -> None:
+def evaluate_text(measurement: Measurement, prompt: Prompt, pair: ModelPair, task: Task) -> None:
     """Fill in a measurement's log-probability under the target, text and metrics."""
     measurement.log_prob = log_probability(pair.target, prompt.tokens, measurement.tokens)
     if pair.tokenizer is not None:

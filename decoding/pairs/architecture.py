@@ -1,4 +1,6 @@
-"""What a transformers model is: sizes, a sample of its weights, and which models are refused, and why."""
+"""Architecture of a transformers model: sizes, a sample of its weights, and which models are
+refused, and why.
+"""
 
 from __future__ import annotations
 
@@ -57,21 +59,24 @@ def device_of(model: Any) -> torch.device:
 
 
 def context_of(model: Any) -> int | None:
-    """Tokens that a model takes; a chunk is a limit, and so is a length at which all angles of a model change."""
+    """Tokens that a model takes; a chunk is a limit, and so is a length at which all angles of a
+    model change.
+    """
     text = text_config(model)
     limits = [getattr(text, "max_position_embeddings", None)]
     limits.append(getattr(text, "attention_chunk_size", None))
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         limits.append(rope.get("original_max_position_embeddings"))
-    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
-    return min(known) if known else None
+    lengths = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return min(lengths) if lengths else None
 
 
 def weight_sample(model: Any) -> bytes:
     """A model's sizes and a sample of every weight, to be hashed.
 
-    Every weight, since a fine-tune may leave most of them as they were: merged adapters change projections only.
+    Every weight, since a fine-tune may leave most of them as they were: merged adapters change
+    projections only.
     """
     text = text_config(model)
     parts = [json.dumps([text.model_type, text.vocab_size, text.hidden_size, text.num_hidden_layers]).encode()]

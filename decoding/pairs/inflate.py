@@ -1,9 +1,10 @@
 """Widen a small Llama into the shape of a large one without changing its next-token distributions.
 
-The small model sits in a corner of the large one and the rest adds nothing, so that a pass computes the small
-model's probabilities at the large model's cost in time and memory. **It models the cost of a size; it is not a
-trained model of that size**: what it writes is what the small model writes. Read energy with care too: most of what is
-multiplied is zero, which draws less power than trained weights do.
+The small model sits in a corner of the large one and the rest adds nothing, so that a pass computes
+the small model's probabilities at the large model's cost in time and memory. **It models the cost
+of a size; it is not a trained model of that size**: what it writes is what the small model writes.
+Read energy with care too: most of what is multiplied is zero, which draws less power than trained
+weights do.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """How many weights a model of this shape has."""
+        """The number of weights of a model of this shape."""
         attention = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
         layer = self.hidden_size * (attention + 3 * self.intermediate_size + 2)
         embeddings = self.vocab_size * (1 if self.tie_word_embeddings else 2)
@@ -113,19 +114,24 @@ def shape_of(size: str | Mapping[str, Any] | Shape) -> Shape:
 def inflate(
     model: LlamaForCausalLM, shape: Shape, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> LlamaForCausalLM:
-    """A Llama of `shape` with the next-token distributions of `model`; tokens beyond its vocabulary have probability 0.
+    """A Llama of `shape` with the next-token distributions of `model`; tokens beyond its vocabulary
+    have probability 0.
 
-    - Width is padded with zeros. The mean square over H' dimensions is H / H' of the one over H, so norm weights are
+    - Width is padded with zeros. The mean square over H' dimensions is H / H' of the one over H, so
+      norm weights are
       scaled by sqrt(H / H') and eps by H / H'.
-    - Heads of D' = r D dimensions: queries are scaled by sqrt(r), because attention divides by sqrt(D'); the rotary
+    - Heads of D' = r D dimensions: queries are scaled by sqrt(r), because attention divides by
+      sqrt(D'); the rotary
       pair i goes to the pair r i, which turns at the same frequency.
     - A key-value head whose queries do not fit one group of `shape` is copied into several.
-    - Further heads, inner dimensions and layers (appended) hold small random numbers that no output projection reads.
-    - Padded rows of the vocabulary read one spare dimension, which holds the constant c in every real token. c² is
+    - Further heads, inner dimensions and layers (appended) hold small random numbers that no output
+      projection reads.
+    - Padded rows of the vocabulary read one spare dimension, which holds the constant c in every
+      real token. c² is
       taken out of eps, so that norms stay exact. They are for the size only: never feed their ids.
 
-    The result takes 8192 positions whatever `model` was trained for. Beyond its trained context the text means
-    nothing; cost, and the arithmetic of acceptance, stay what they are.
+    The result takes 8192 positions whatever `model` was trained for. Beyond its trained context the
+    text means nothing; cost, and the arithmetic of acceptance, stay what they are.
 
     Weights are filled one by one on `device`, in `dtype`: nothing large exists elsewhere.
 
@@ -137,11 +143,12 @@ def inflate(
         UserError: a model that is not such a Llama, or a shape that cannot hold it.
     """
     _check_model(model.config)
-    _check_room(model.config, shape)
+    _check_shape(model.config, shape)
     hidden, padded = model.config.hidden_size, shape.vocab_size > model.config.vocab_size
     narrow = hidden / shape.hidden_size
     floor = model.config.rms_norm_eps * hidden  # what eps adds to the sum of squares
-    # The largest power of two whose square leaves some eps; a power of two is the same number in every dtype.
+    # The largest power of two whose square leaves some eps; a power of two is the same number in
+    # every dtype.
     constant = 2.0 ** math.floor(math.log2(0.75 * floor) / 2) if padded else 0.0
     wide = _empty_llama(model, shape, (floor - constant**2) / shape.hidden_size, device, dtype)
     _fill_padding(wide)
@@ -167,28 +174,30 @@ def inflate(
 
 
 def query_scale(head_dim: int, wide_head_dim: int) -> float:
-    """What queries are multiplied by, because attention divides by the root of the head's size."""
+    """The factor of queries that undoes attention's division by the root of the head's size."""
     return math.sqrt(wide_head_dim / head_dim)
 
 
-def rotary_places(head_dim: int, wide_head_dim: int) -> Tensor:
-    """Where a head's dimensions go in a wider head, so that each keeps its frequency; [D] int64.
+def rotary_indices(head_dim: int, wide_head_dim: int) -> Tensor:
+    """Places of a head's dimensions in a wider head, so that each keeps its frequency; [D] int64.
 
-    Pair i (dimensions i and i + D/2) turns by θ^(-2i/D) a position, and so does pair r·i of r·D dimensions.
+    Pair i (dimensions i and i + D/2) turns by θ^(-2i/D) a position, and so does pair r·i of r·D
+    dimensions.
     """
     pairs = torch.arange(head_dim // 2) * (wide_head_dim // head_dim)
     return torch.cat([pairs, pairs + wide_head_dim // 2])
 
 
-def query_places(heads: int, kv_heads: int, wide_group: int) -> tuple[Tensor, int]:
-    """Where query heads go, so that each finds its own key-value head.
+def query_indices(heads: int, kv_heads: int, wide_group: int) -> tuple[Tensor, int]:
+    """Places of query heads, so that each finds its own key-value head.
 
     Args:
         heads, kv_heads: of the model, A and K.
         wide_group: query heads per key-value head of the shape, G'.
 
     Returns:
-        Index of every query head in the shape, [A] int64; copies of every key-value head, which lie side by side.
+        Index of every query head in the shape, [A] int64; copies of every key-value head, which lie
+        side by side.
     """
     group = heads // kv_heads
     copies = -(-group // wide_group)
@@ -201,9 +210,9 @@ def _fill_attention(source: Any, wide: Any) -> None:
     """One layer's projections; `source` and `wide` are attention modules."""
     config = source.config
     hidden, d, wide_d = config.hidden_size, source.head_dim, wide.head_dim
-    heads, copies = query_places(config.num_attention_heads, config.num_key_value_heads, wide.num_key_value_groups)
+    heads, copies = query_indices(config.num_attention_heads, config.num_key_value_heads, wide.num_key_value_groups)
     kv_heads = torch.arange(config.num_key_value_heads * copies)
-    rotary, plain = rotary_places(d, wide_d), torch.arange(d)
+    rotary, plain = rotary_indices(d, wide_d), torch.arange(d)
 
     def rows(heads: Tensor, places: Tensor) -> Tensor:
         return (heads[:, None] * wide_d + places).flatten().to(wide.q_proj.weight.device)
@@ -229,12 +238,13 @@ def _fill_embeddings(model: LlamaForCausalLM, wide: LlamaForCausalLM, constant: 
     _put(wide.lm_head.weight[:vocabulary, :hidden], model.lm_head.weight)
     if constant:
         wide.lm_head.weight[vocabulary:, hidden] = -_PAD_WEIGHT
-        # Tied, real rows also read the constant: the same small shift of all their logits, which softmax ignores.
+        # Tied, real rows also read the constant: the same small shift of all their logits, which
+        # softmax ignores.
         wide.model.embed_tokens.weight[:vocabulary, hidden] = constant
 
 
 def _fill_padding(wide: LlamaForCausalLM) -> None:
-    """Zeros where padding must add nothing, small random numbers elsewhere; the same on every device."""
+    """Zeros where padding must add nothing, small random numbers elsewhere; on any device alike."""
     noise = torch.rand(2**20, generator=torch.Generator().manual_seed(0))
     noise = (0.04 * (noise - 0.5)).to(wide.device, wide.dtype)
     for name, weight in wide.named_parameters():
@@ -245,9 +255,9 @@ def _fill_padding(wide: LlamaForCausalLM) -> None:
                 part.copy_(noise[: len(part)])
 
 
-def _put(place: Tensor, weight: Tensor) -> None:
+def _put(into: Tensor, weight: Tensor) -> None:
     """Copy into a part of a wide weight, in its dtype and on its device."""
-    place.copy_(weight)
+    into.copy_(weight)
 
 
 def _empty_llama(
@@ -288,7 +298,7 @@ def _check_model(config: Any) -> None:
         )
 
 
-def _check_room(config: Any, shape: Shape) -> None:
+def _check_shape(config: Any, shape: Shape) -> None:
     """Refuse a shape that cannot hold a model."""
     for name in (field.name for field in fields(Shape) if field.name not in ("tie_word_embeddings", "head_dim")):
         has, given = getattr(config, name), getattr(shape, name)
@@ -300,7 +310,7 @@ def _check_room(config: Any, shape: Shape) -> None:
             f"match. Give {config.head_dim}, {2 * config.head_dim} or another multiple."
         )
     group = shape.num_attention_heads // shape.num_key_value_heads
-    _, copies = query_places(config.num_attention_heads, config.num_key_value_heads, group)
+    _, copies = query_indices(config.num_attention_heads, config.num_key_value_heads, group)
     needed = config.num_key_value_heads * copies
     if shape.num_key_value_heads < needed:
         raise UserError(

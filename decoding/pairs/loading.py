@@ -1,4 +1,4 @@
-"""Where a pair's models come from: the package, a size to imitate, the hub or a directory.
+"""Sources of a pair's models: the package, a size to imitate, the hub or a directory.
 
 Each function returns the arguments of a `ModelPair`, whose class methods say what they mean.
 """
@@ -19,6 +19,7 @@ from decoding.pairs.architecture import check_architecture
 from decoding.pairs.builtin import load_tiny
 from decoding.pairs.drafts import ALLOWED, is_named
 from decoding.pairs.inflate import inflate, shape_of
+from decoding.support.checks import choice
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -40,8 +41,7 @@ def inflated_parts(
     draft: str | None,
 ) -> dict[str, Any]:
     """The built-in pair in models of real size."""
-    if dtype not in _DTYPES[1:]:
-        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES[1:])}.")
+    choice("dtype", dtype, _DTYPES[1:])
     if draft is not None and not draft.startswith("ngram"):
         raise UserError(f"draft is {draft!r}; an inflated pair takes ngram, ngram:N, or null for draft_size.")
     try:
@@ -79,8 +79,7 @@ def loaded_parts(
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """A pair from the Hugging Face hub or from local directories."""
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
+    choice("dtype", dtype, _DTYPES)
     check_device(device)
     sources = {"target": target} if _comes_without_model(draft) else {"target": target, "draft": draft}
     models, tokenizers = {}, {}
@@ -136,7 +135,7 @@ def _name(base: str, draft: str | None) -> str:
 
 
 def _comes_without_model(draft: str) -> bool:
-    """Whether a text names a draft that is not loaded; what looks like one and is not is refused."""
+    """True if a text names a draft that is not loaded; what only looks like one is refused."""
     if is_named(draft):
         return True
     if re.fullmatch(r"\w+:\w*", draft) and not Path(draft).exists():

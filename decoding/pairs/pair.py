@@ -26,6 +26,7 @@ from decoding.pairs.architecture import (
 )
 from decoding.pairs.drafts import Draft, draft_of
 from decoding.pairs.loading import inflated_parts, loaded_parts, tiny_parts
+from decoding.support.checks import choice
 
 
 @dataclass
@@ -34,23 +35,25 @@ class ModelPair:
 
     Args:
         target: a model in hand.
-        draft: another one; "layers:8", the target's own first layers; "ngram" or "ngram:4", what followed the same
-            tokens before; a `Draft` of any other kind; None where only the target is used.
+        draft: another one; "layers:8", the target's own first layers; "ngram" or "ngram:4", what
+            followed the same tokens before; a `Draft` of any other kind; None where only the target
+            is used.
         tokenizer: the target's, for text in and out; None if you work with token ids.
         name: shown in results.
-        engine: how the models are run: "auto", passes fused where the family is known, and CUDA graphs on a GPU;
-            "eager", without graphs; "transformers", the models' own forward.
+        engine: how the models are run: "auto", passes fused where the family is known, and CUDA
+            graphs on a GPU; "eager", without graphs; "transformers", the models' own forward.
         note: what a reader of results must know about the pair; shown with them.
-        draft_tokenizer: the draft's. With both, tokens are matched by their strings, so that the draft may know fewer
-            of them, under other ids; without, ids mean the same as far as both models have them.
+        draft_tokenizer: the draft's. With both, tokens are matched by their strings, so that the
+            draft may know fewer of them, under other ids; without, ids mean the same as far as both
+            models have them.
 
     Attributes:
         draft: the model where a model drafts, the target's first layers included; else the `Draft`.
         drafter: the draft as decoding sees it; None without one.
 
     Raises:
-        UserError: a model that cannot be decoded with a forest cache, a draft with tokens that the target lacks, or a
-            draft that does not exist.
+        UserError: a model that cannot be decoded with a forest cache, a draft with tokens that the
+            target lacks, or a draft that does not exist.
     """
 
     target: Any
@@ -64,8 +67,7 @@ class ModelPair:
     _fingerprint: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise UserError(f"engine is {self.engine!r}; choose one of {', '.join(ENGINES)}.")
+        choice("engine", self.engine, ENGINES)
         if not hasattr(self.target, "config"):
             raise UserError(f"target is {self.target!r}; give a causal language model of transformers, loaded.")
         check_architecture(self.target.config, "target")
@@ -92,21 +94,25 @@ class ModelPair:
         engine: str = "auto",
         draft: str | None = None,
     ) -> ModelPair:
-        """The built-in pair in models of real size: its distributions, and so its acceptance, at their cost.
+        """The built-in pair in models of real size: its distributions, and so its acceptance, at
+        their cost.
 
-        A cost model of a size, not trained models of it: the text is the built-in pair's, and means nothing beyond the
-        512 tokens that it was trained for. Nothing is downloaded or stored.
+        A cost model of a size, not trained models of it: the text is the built-in pair's, and means
+        nothing beyond the 512 tokens that it was trained for. Nothing is downloaded or stored.
 
         Args:
-            target_size, draft_size: names in `decoding.pairs.inflate.SHAPES`, or mappings with the fields of `Shape`.
+            target_size, draft_size: names in `decoding.pairs.inflate.SHAPES`, or mappings with the
+                fields of `Shape`.
             device: as for `load`.
             dtype: "bfloat16", "float16" or "float32".
             engine: how the models are run, as for the class.
-            draft: "ngram" or "ngram:4" instead of a model of `draft_size`. Not "layers:8": the layers that a size adds
-                do nothing, so an early exit would guess far better than a real one of its cost.
+            draft: "ngram" or "ngram:4" instead of a model of `draft_size`. Not "layers:8": the
+                layers that a size adds do nothing, so an early exit would guess far better than a
+                real one of its cost.
 
         Raises:
-            UserError: unknown sizes, sizes that cannot hold the built-in models, or too little memory on the GPU.
+            UserError: unknown sizes, sizes that cannot hold the built-in models, or too little
+                memory on the GPU.
         """
         return cls(**inflated_parts(target_size, draft_size, device, dtype, draft), engine=engine)
 
@@ -125,7 +131,8 @@ class ModelPair:
         """Load a pair from the Hugging Face hub or from local directories.
 
         Args:
-            target, draft: hub ids or paths; `draft` may also be "layers:8", "ngram" or "ngram:4", as for the class.
+            target, draft: hub ids or paths; `draft` may also be "layers:8", "ngram" or "ngram:4",
+                as for the class.
             device: "cuda", "cuda:1", "cpu", ...
             dtype: "bfloat16", "float16", "float32" or "auto".
             trust_remote_code: run code that comes with a checkpoint; off unless you ask for it.
@@ -140,16 +147,17 @@ class ModelPair:
         return cls(**parts, engine=engine)
 
     def with_draft(self, draft: Any) -> ModelPair:
-        """The same target with another draft, as for the class."""
+        """A pair of this target with another draft, given as for the class."""
         return ModelPair(self.target, draft, self.tokenizer, self.name, self.engine, self.note)
 
     def scorers(
         self, options: ScorerOptions, drafting: bool = True, draft_top: int | None = None
     ) -> dict[str, NodeScorer]:
-        """Scorers of one batch: of the "target" and, where there is one and it is `drafting`, of the "draft".
+        """Scorers of one batch: of the "target" and, where there is one and it is `drafting`, of
+        the "draft".
 
-        A row is opened in this order. The target's scorer keeps the hidden states that the draft reads, and no others.
-        `draft_top` is the draft's `options.top`.
+        A row is opened in this order. The target's scorer keeps the hidden states that the draft
+        reads, and no others. `draft_top` is the draft's `options.top`.
         """
         drafter = self.drafter if drafting else None
         layers = drafter.target_layers if drafter is not None else ()
@@ -159,7 +167,7 @@ class ModelPair:
         )
 
     def check_forest_passes(self) -> None:
-        """Make sure, once, that both models score forests as they score sequences (UserError otherwise)."""
+        """Make sure, once, that both models score forests as they score sequences (else UserError)."""
         for role, model in self.models.items():
             check_forest_pass(model, role, self.engine)
 
@@ -180,7 +188,7 @@ class ModelPair:
 
     @property
     def device(self) -> torch.device:
-        """Where the target lives."""
+        """The device of the target."""
         return device_of(self.target)
 
     @property
@@ -192,19 +200,21 @@ class ModelPair:
     def context(self) -> int | None:
         """Longest sequence that both models take, in tokens; None where they do not say."""
         limits = [context_of(model) for model in self.models.values()]
-        known = [limit for limit in limits if limit is not None]
-        return min(known) if known else None
+        lengths = [limit for limit in limits if limit is not None]
+        return min(lengths) if lengths else None
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the target's sizes and weights and of what tells the draft from others; equal for equal pairs."""
+        """Hash of the target's sizes and weights and of what tells the draft from others; equal for
+        equal pairs.
+        """
         if self._fingerprint is None:
             drafter = self.drafter.fingerprint() if self.drafter is not None else b""
             self._fingerprint = hashlib.sha256(weight_sample(self.target) + drafter).hexdigest()[:16]
         return self._fingerprint
 
     def describe(self) -> dict[str, Any]:
-        """What the pair is, for results, traces and controllers; JSON-able."""
+        """A description of the pair for results, traces and controllers; JSON-able."""
         return {
             "name": self.name,
             **({"note": self.note} if self.note else {}),

@@ -1,1 +1,1 @@
-"""Who decides how wide and how deep, before the target has spoken."""
+"""Policies decide how wide and how deep, before the target has spoken."""

@@ -1,15 +1,16 @@
 """BanditWidth: draft width and depth found by trial while decoding; no network, no traces.
 
-UCB1 (Auer, Cesa-Bianchi and Fischer 2002, figure 1) on a ratio. Arm a has committed R_a tokens in T_a seconds over n_a
-iterations; n = Σ n_a and ρ = Σ R_a / Σ T_a. Each arm is tried once, then the one of the highest
+UCB1 (Auer, Cesa-Bianchi and Fischer 2002, figure 1) on a ratio. Arm a has committed R_a tokens in
+T_a seconds over n_a iterations; n = Σ n_a and ρ = Σ R_a / Σ T_a. Each arm is tried once, then the
+one of the highest
 
     R_a / T_a + exploration · ρ · sqrt(2 ln n / n_a)
 
-goes on: tokens per second in the long run are a ratio of sums, and ρ gives the width of the confidence the same unit,
-where UCB1 has rewards in [0, 1]. All sums shrink by exp(-1 / memory) an iteration (discounted UCB, Garivier and
-Moulines 2011), so that an arm that the text has come to suit is tried again. Clocks have spikes, where something is
-compiled or captured: by the clock, an arm's first iteration does not count, and no other for more than a few times the
-arm's fastest.
+goes on: tokens per second in the long run are a ratio of sums, and ρ gives the width of the
+confidence the same unit, where UCB1 has rewards in [0, 1]. All sums shrink by exp(-1 / memory) an
+iteration (discounted UCB, Garivier and Moulines 2011), so that an arm that the text has come to
+suit is tried again. Clocks have spikes, where something is compiled or captured: by the clock, an
+arm's first iteration does not count, and no other for more than a few times the arm's fastest.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from decoding.policies.base import (
     TargetContext,
     WidthPolicy,
 )
+from decoding.support.checks import is_whole, number, whole
 
 _DEPTHS = 4  # that the default arms have at most, besides 0
 _SPIKE = 4.0  # times an arm's fastest iteration
 
 
 class Arm(NamedTuple):
-    """What an iteration drafts."""
+    """A width and a depth that an iteration may draft."""
 
     draft_width: int  # w of each layer; 0 where nothing is drafted
     draft_depth: int  # γ
@@ -49,22 +51,28 @@ class Arm(NamedTuple):
 class BanditWidth(WidthPolicy):
     """Learns, by trial, which draft width and depth commit most tokens per second; M is fixed.
 
-    What is learned outlives a prompt: a bandit needs hundreds of iterations. All prompts that a policy object decodes
-    add to the same sums, so a prompt's widths depend on those before it and on those decoded together with it. That
-    moves no output distribution: an arm is chosen before anything is drafted, and M never follows from it.
+    What is learned outlives a prompt: a bandit needs hundreds of iterations. All prompts that a
+    policy object decodes add to the same sums, so a prompt's widths depend on those before it and
+    on those decoded together with it. That moves no output distribution: an arm is chosen before
+    anything is drafted, and M never follows from it.
 
     Args:
-        target_width: M of every layer, the one that the target draws among them; None: the config's.
-        arms: (draft_width, draft_depth) pairs to choose among, depth 0 for the target alone; None: nothing drafted,
-            and up to four depths from 1 to the config's, each with M drafts a layer and with the config's draft_width.
-        exploration: how far an arm's confidence reaches, 0 or more; 1 is UCB1's own, which assumes the worst noise.
-        memory: iterations after which a weight has fallen to 1/e; None: nothing is forgotten, as in UCB1.
-        latency: seconds of the passes. None: an iteration's wall seconds. With a table, equal seeds and an equal order
-            of prompts give equal widths.
+        target_width: M of every layer, the one that the target draws among them; None: the
+            config's.
+        arms: (draft_width, draft_depth) pairs to choose among, depth 0 for the target alone; None:
+            nothing drafted, and up to four depths from 1 to the config's, each with M drafts a
+            layer and with the config's draft_width.
+        exploration: how far an arm's confidence reaches, 0 or more; 1 is UCB1's own, which assumes
+            the worst noise.
+        memory: iterations after which a weight has fallen to 1/e; None: nothing is forgotten, as in
+            UCB1.
+        latency: seconds of the passes. None: an iteration's wall seconds. With a table, equal seeds
+            and an equal order of prompts give equal widths.
         share: whether all prompts learn together; False: each starts anew.
 
     Raises:
-        UserError: an argument that is not allowed; arms that a config has no room for are refused with it.
+        UserError: an argument that is not allowed; arms that a config has no room for are refused
+            with it.
 
     Source: the formula is in the module's first lines.
     """
@@ -85,7 +93,7 @@ class BanditWidth(WidthPolicy):
         _check_arguments(target_width, exploration, memory, latency)
         self.asked_width, self.given_arms = target_width, _as_arms(arms)
         self.exploration, self.memory, self.latency, self.share = float(exploration), memory, latency, share
-        self._known: dict[tuple[Arm, ...], _Sums] = {}  # by arms: a policy may serve several configs
+        self._sums_by_arms: dict[tuple[Arm, ...], _Sums] = {}  # by arms: a policy may serve several configs
         self._sums: _Sums | None = None
         self._arm, self._counts = Arm(0, 0), False
         self._roots = 1  # of this iteration, as are the drafts of its layers
@@ -121,18 +129,20 @@ class BanditWidth(WidthPolicy):
         """A policy for one prompt, adding to the same sums unless `share` is off."""
         forked = copy.copy(self)
         if not self.share:
-            forked._known = {}
+            forked._sums_by_arms = {}
         return forked
 
     def reset(self, config: DecodingConfig) -> None:
         arms = self.arms(config)
         keep = 1.0 if self.memory is None else math.exp(-1.0 / self.memory)
-        self._sums = self._known.setdefault(arms, _Sums(arms, self.exploration, keep, spikes=self.latency is None))
+        self._sums = self._sums_by_arms.setdefault(
+            arms, _Sums(arms, self.exploration, keep, spikes=self.latency is None)
+        )
         self._counts = False
 
     def rates(self, config: DecodingConfig) -> dict[Arm, float]:
         """Tokens per second that each arm was seen to give; arms not tried yet are absent."""
-        sums = self._known.get(self.arms(config))
+        sums = self._sums_by_arms.get(self.arms(config))
         return {} if sums is None else sums.rates()
 
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
@@ -176,7 +186,7 @@ class BanditWidth(WidthPolicy):
 
 
 class _Sums:
-    """What is known of the arms, and which one is next.
+    """Tokens and seconds of the arms so far, and which arm is next.
 
     Args:
         keep: what an iteration leaves of all sums.
@@ -192,7 +202,7 @@ class _Sums:
         self._begun = np.zeros(len(arms), dtype=np.int64)  # [A] first tries, so that a batch spreads over the arms
 
     def choose(self, deepest: int) -> tuple[Arm, bool]:
-        """The next arm, of those that draft at most `deepest` layers; False where it will be cut short."""
+        """The next arm, drafting at most `deepest` layers; False where it will be cut short."""
         fitting = np.flatnonzero(self._depths <= deepest)
         if not len(fitting):
             return self._arms[int(self._depths.argmin())], False
@@ -231,7 +241,7 @@ def _as_arms(arms: Sequence[Sequence[int]] | None) -> tuple[Arm, ...] | None:
     given = []
     for arm in arms if not isinstance(arms, str) else [arms]:
         pair = list(arm) if isinstance(arm, Sequence) and not isinstance(arm, str) else []
-        if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in pair):
+        if len(pair) != 2 or not all(is_whole(n) and n >= 0 for n in pair):
             raise UserError(f"arms holds {arm!r}; give pairs of whole numbers, (draft_width, draft_depth).")
         given.append(Arm(*pair) if pair[1] else Arm(0, 0))
     if not given:
@@ -240,19 +250,14 @@ def _as_arms(arms: Sequence[Sequence[int]] | None) -> tuple[Arm, ...] | None:
 
 
 def _check_arguments(target_width: Any, exploration: Any, memory: Any, latency: Any) -> None:
-    if target_width is not None and (isinstance(target_width, bool) or not isinstance(target_width, int)):
-        raise UserError(f"target_width is {target_width!r}; give a whole number, or None for the config's.")
-    if not _is_number(exploration) or not 0 <= exploration < math.inf:
-        raise UserError(f"exploration is {exploration!r}; give a number of 0 or more (0.1 to 1 are worth trying).")
-    if memory is not None and (not _is_number(memory) or not 1 <= memory < math.inf):
-        raise UserError(f"memory is {memory!r}; give a number of iterations, 1 or more, or None to forget nothing.")
+    if target_width is not None:
+        whole("target_width", target_width, least=1, hint="None for the config's")
+    number("exploration", exploration, least=0, hint="0.1 to 1 are worth trying")
+    if memory is not None:
+        number("memory", memory, least=1, hint="iterations; None to forget nothing")
     missing = [name for name in ("draft_cost", "target_cost", "host_cost") if not hasattr(latency, name)]
     if latency is not None and missing:
         raise UserError(
             f"latency is {type(latency).__name__!r} without {', '.join(missing)}; give an object with draft_cost, "
             "target_cost and host_cost, or None for wall seconds."
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -247,12 +247,6 @@ class WidthPolicy:
         return {"name": self.name}
 
 
-def check_share(name: str, value: Any, hint: str) -> None:
-    """Refuse what is no number in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise UserError(f"{name} is {value!r}; give a number in (0, 1] ({hint}).")
-
-
 def check_final_width(width: int | None, config: DecodingConfig) -> None:
     """Refuse a final_width that the config has no room for."""
     least, most = config.min_width, config.target_width

@@ -12,20 +12,24 @@ import numpy as np
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.policies.base import DraftContext, Parents, RootContext, TargetContext, WidthPolicy
+from decoding.support.checks import number, whole
 
 
 @dataclass
 class RandomWidth(WidthPolicy):
     """Widths and depth drawn at random: exploration while traces are logged.
 
-    Most prompts have a limit on M of their own, small ones as often as large ones (log-uniform), and M is uniform below
-    it: with M uniform over its whole range forests would seldom get past their first layer, and a controller goes
-    deeper. Half of the iterations draft as deep as they may, half of the layers as wide as they may, and the layer that
-    ends an iteration is as wide as it may be three times out of four; all else is uniform.
+    Most prompts have a limit on M of their own, small ones as often as large ones (log-uniform),
+    and M is uniform below it: with M uniform over its whole range forests would seldom get past
+    their first layer, and a controller goes deeper. Half of the iterations draft as deep as they
+    may, half of the layers as wide as they may, and the layer that ends an iteration is as wide as
+    it may be three times out of four; all else is uniform.
 
     Args:
-        seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the prompt's seed.
-        full_share: share of the prompts decoded at full width, so that survivor ranks are seen uncensored.
+        seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the
+            prompt's seed.
+        full_share: share of the prompts decoded at full width, so that survivor ranks are seen
+            uncensored.
     """
 
     name = "random"
@@ -35,11 +39,8 @@ class RandomWidth(WidthPolicy):
     full_share: float = 0.1
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise UserError(f"seed is {self.seed!r}; give a whole number of 0 or more.")
-        share = self.full_share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise UserError(f"full_share is {share!r}; give a number in [0, 1] (0.1 shows survivors now and then).")
+        whole("seed", self.seed, least=0)
+        number("full_share", self.full_share, least=0, most=1, hint="0.1 shows survivors now and then")
         self._random = np.random.default_rng(self.seed)
         self._full, self._most, self._depth = False, 1, 0  # of the prompt, of the iteration
 
@@ -81,11 +82,13 @@ class RandomWidth(WidthPolicy):
 class ExploringWidth(WidthPolicy):
     """Full target widths, and drafts whose number, depth and source are drawn at random.
 
-    Half of the layers are as wide as they may be and half of the iterations as deep, so that most of what a controller
-    may do later is seen; the draft's pass is left out now and then where the parents that need it hold little weight.
+    Half of the layers are as wide as they may be and half of the iterations as deep, so that most
+    of what a controller may do later is seen; the draft's pass is left out now and then where the
+    parents that need it hold little weight.
 
     Args:
-        seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the prompt's seed.
+        seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the
+            prompt's seed.
     """
 
     name = "exploring"

@@ -1,4 +1,4 @@
-"""The same widths at every layer."""
+"""A policy with one width for every layer."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from decoding.support.checks import number
 
 @dataclass
 class FixedWidth(WidthPolicy):
-    """The same widths at every layer; what is None comes from the config.
+    """Asks for equal widths at every layer; what is None comes from the config.
 
     Args:
         target_width, draft_width, draft_depth: M, w and γ; at most the config's.
-        final_width: M of the layer that ends an iteration, where nothing can be rejected: more beams there cost what
-            they cost to carry, and no pass. None: M.
-        least_share: of the parents' weight; where those that the target has not scored hold less, the others propose
-            alone and the draft's pass is left out. Under shared noise only.
+        final_width: M of the layer that ends an iteration, where nothing can be rejected: more
+            beams there cost what they cost to carry, and no pass. None: M.
+        least_share: of the parents' weight; where those that the target has not scored hold less,
+            the others propose alone and the draft's pass is left out. Under shared noise only.
     """
 
     name = "fixed"
@@ -73,11 +73,11 @@ class FixedWidth(WidthPolicy):
                 f"FixedWidth(target_width={self.fixed_target_width}) is less than min_width ({config.min_width}). "
                 "Raise it or lower decoding.min_width."
             )
-        target = self.fixed_target_width or config.target_width
-        draft = self.fixed_draft_width or config.draft_width
-        if config.draft_depth and self.fixed_draft_depth != 0 and draft < target:
+        asked = self.fixed_target_width or config.target_width
+        drafted = self.fixed_draft_width or config.draft_width
+        if config.draft_depth and self.fixed_draft_depth != 0 and drafted < asked:
             raise UserError(
-                f"FixedWidth: draft_width ({draft}) is less than target_width ({target}): a layer could never pass. "
+                f"FixedWidth: draft_width ({drafted}) is less than target_width ({asked}): a layer could never pass. "
                 "Raise draft_width or lower target_width."
             )
 

@@ -1,4 +1,5 @@
-"""Width rules by hand, each on one signal that the learned widths go by as well: P's mass, its weights, Q's entropy.
+"""Width rules by hand, each on one signal that the learned widths go by as well: P's mass, its
+weights, Q's entropy.
 
 They are what to try before training anything, and what learned widths are compared with.
 """
@@ -7,13 +8,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from decoding.config import DecodingConfig
 from decoding.dice.sampling import Distribution
-from decoding.errors import UserError
 from decoding.policies.base import (
     DRAFT_DEPTH,
     DRAFT_WIDTH,
@@ -25,8 +26,8 @@ from decoding.policies.base import (
     TargetContext,
     WidthPolicy,
     check_final_width,
-    check_share,
 )
+from decoding.support.checks import number
 
 
 def _knobs(own: Knob) -> tuple[Knob, ...]:
@@ -35,23 +36,26 @@ def _knobs(own: Knob) -> tuple[Knob, ...]:
     return (DRAFT_WIDTH, DRAFT_DEPTH, own, FINAL_WIDTH, stop, SURPLUS)
 
 
+@dataclass
 class HandSetWidth(WidthPolicy, ABC):
     """M by a rule of `asked`; the draft as wide as it may be, and as deep, or until it is unsure.
 
     Args:
-        final_width: M of the layer that ends an iteration, where nothing can be rejected: more beams there cost what
-            they cost to carry, and no pass. None: by the rule, too.
-        stop_entropy: nats. A layer whose draft had more entropy than this is the last to be drafted; the first one
-            always is drafted. None: as deep as the config allows.
+        final_width: M of the layer that ends an iteration, where nothing can be rejected: more
+            beams there cost what they cost to carry, and no pass. None: by the rule, too.
+        stop_entropy: nats. A layer whose draft had more entropy than this is the last to be
+            drafted; the first one always is drafted. None: as deep as the config allows.
 
     Raises:
         UserError: stop_entropy is no number of at least 0.
     """
 
-    def __init__(self, final_width: int | None = None, stop_entropy: float | None = None) -> None:
-        if stop_entropy is not None:
-            _check_number("stop_entropy", stop_entropy, least=0, hint="0.5 to 2 are worth trying")
-        self.final_width, self.stop_entropy = final_width, stop_entropy
+    final_width: int | None = field(default=None, kw_only=True)
+    stop_entropy: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.stop_entropy is not None:
+            number("stop_entropy", self.stop_entropy, least=0, hint="0.5 to 2 are worth trying")
         self._entropy = 0.0  # of the last layer that was drafted
 
     def check(self, config: DecodingConfig) -> None:
@@ -75,14 +79,16 @@ class HandSetWidth(WidthPolicy, ABC):
         """M by the rule, 1 or more; the config's target_width limits it."""
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "final_width": self.final_width, "stop_entropy": self.stop_entropy}
+        return {"name": self.name} | {setting.name: getattr(self, setting.name) for setting in fields(self)}
 
 
+@dataclass
 class MassWidth(HandSetWidth):
-    """Asks for beams where the target is undecided: the smallest M whose likeliest continuations hold a share of P.
+    """Asks for beams where the target is undecided: the smallest M whose likeliest continuations
+    hold a share of P.
 
-    P alone decides, so that M may follow it (design 5.4), at the layer that ends an iteration too. With
-    `surplus="keep"` it is the strongest of the hand-set rules.
+    P alone decides, so that M may follow it (design 5.4), at the layer that ends an iteration too.
+    With `surplus="keep"` it is the strongest of the hand-set rules.
 
     Args:
         share: of P's mass, in (0, 1]; higher asks for more beams.
@@ -92,23 +98,23 @@ class MassWidth(HandSetWidth):
     name = "mass"
     knobs = _knobs(Knob("share", grid=(0.6, 0.8, 0.95), axis="shares"))
 
-    def __init__(self, share: float = 0.8, final_width: int | None = None, stop_entropy: float | None = None) -> None:
-        super().__init__(final_width, stop_entropy)
-        check_share("share", share, hint="0.6 to 0.95 are worth trying")
-        self.share = share
+    share: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("share", self.share, above=0, most=1, hint="0.6 to 0.95 are worth trying")
 
     def asked(self, context: TargetContext) -> int:
         held = np.sort(context.target.probs)[::-1][: context.draft.root.config.target_width].cumsum()
         return int(np.searchsorted(held, self.share - 1e-12)) + 1
 
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "share": self.share}
 
-
+@dataclass
 class GapWidth(HandSetWidth):
     """Asks for as many beams as there are continuations within a gap of the best one's weight.
 
-    Relative threshold pruning (1702.01806) as a width: a clear winner is followed alone. P alone decides.
+    Relative threshold pruning (1702.01806) as a width: a clear winner is followed alone. P alone
+    decides.
 
     Args:
         gap: nats, 0 or more; higher asks for more beams.
@@ -118,24 +124,23 @@ class GapWidth(HandSetWidth):
     name = "gap"
     knobs = _knobs(Knob("gap", grid=(0.5, 1.5, 3), axis="gaps"))
 
-    def __init__(self, gap: float = 1.5, final_width: int | None = None, stop_entropy: float | None = None) -> None:
-        super().__init__(final_width, stop_entropy)
-        _check_number("gap", gap, least=0, hint="nats; 0.5 to 3 are worth trying")
-        self.gap = gap
+    gap: float = 1.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("gap", self.gap, least=0, hint="nats; 0.5 to 3 are worth trying")
 
     def asked(self, context: TargetContext) -> int:
         probs = context.target.probs
         return int((probs >= probs.max() * math.exp(-self.gap) * (1 - 1e-12)).sum())
 
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "gap": self.gap}
 
-
+@dataclass
 class EntropyWidth(HandSetWidth):
-    """Asks for beams where the draft is undecided: M is a multiple of exp(entropy of Q), rounded up.
+    """Asks for beams where the draft is undecided: a multiple of exp(entropy of Q), rounded up.
 
-    exp(entropy) is how many equally likely continuations would be as undecided. Known before the layer is drawn; at the
-    layer that ends an iteration the target's P takes Q's place.
+    exp(entropy) is how many equally likely continuations would be as undecided. Known before the
+    layer is drawn; at the layer that ends an iteration the target's P takes Q's place.
 
     Args:
         scale: beams for each of these continuations, above 0; higher asks for more beams.
@@ -145,26 +150,17 @@ class EntropyWidth(HandSetWidth):
     name = "entropy"
     knobs = _knobs(Knob("scale", grid=(0.3, 0.6, 1), axis="scales"))
 
-    def __init__(self, scale: float = 0.5, final_width: int | None = None, stop_entropy: float | None = None) -> None:
-        super().__init__(final_width, stop_entropy)
-        _check_number("scale", scale, least=0, hint="0.2 to 1 are worth trying")
-        if scale == 0:
-            raise UserError("scale is 0; give a number above 0 (0.2 to 1 are worth trying).")
-        self.scale = scale
+    scale: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("scale", self.scale, above=0, hint="0.2 to 1 are worth trying")
 
     def asked(self, context: TargetContext) -> int:
         return max(1, math.ceil(self.scale * math.exp(entropy(context.draft.joint)) - 1e-9))
 
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "scale": self.scale}
-
 
 def entropy(joint: Distribution) -> float:
-    """In nats; 0 where one entry holds everything."""
+    """Entropy of a joint distribution in nats; 0 where one entry holds everything."""
     probs = joint.probs[joint.probs > 0]  # shares of a beam search may be too small for a float
     return float(-(probs * np.log(probs)).sum())
-
-
-def _check_number(name: str, value: Any, least: float, hint: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-        raise UserError(f"{name} is {value!r}; give a number of at least {least} ({hint}).")

@@ -1,4 +1,6 @@
-"""KeyGapWidth: a hand-set rule for shared noise. Drafts are followed as long as their keys say that layers may pass."""
+"""KeyGapWidth: a hand-set rule for shared noise. Drafts are followed as long as their keys say that
+layers may pass.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +29,19 @@ _EVEN = 1.5  # nats between keys at which a layer passes about every other time
 
 
 class KeyGapWidth(WidthPolicy):
-    """The same width at every layer, and as many layers as are likely to pass by the keys of their drafts.
+    """Asks for equal widths at every layer, and for as many layers as are likely to pass by the
+    keys of their drafts.
 
-    The nearer the first candidate that is not drafted is to the last one that Q alone would select, the likelier the
-    target's selection holds something that was not drafted. With g nats between the keys of the two, a layer is taken
-    to pass with the chance 1 / (1 + exp(1.5 - g)). All target_width beams are asked for.
+    The nearer the first candidate that is not drafted is to the last one that Q alone would select,
+    the likelier the target's selection holds something that was not drafted. With g nats between
+    the keys of the two, a layer is taken to pass with the chance 1 / (1 + exp(1.5 - g)). All
+    target_width beams are asked for.
 
     Args:
-        doubt: a further layer is drafted while the layers so far all pass with a chance of at least exp(-doubt).
-        least_share: of the parents' weight; where those that the target has not scored hold less, the others propose
-            alone and the draft's pass is left out.
+        doubt: a further layer is drafted while the layers so far all pass with a chance of at least
+            exp(-doubt).
+        least_share: of the parents' weight; where those that the target has not scored hold less,
+            the others propose alone and the draft's pass is left out.
     """
 
     name = "key_gap"

@@ -9,20 +9,22 @@ import numpy as np
 
 from decoding.dice.acceptance import align
 from decoding.dice.closed_form import accept_probabilities, accepted_count_table
-from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, SURPLUS, Knob, TargetContext, WidthPolicy, check_share
+from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, SURPLUS, Knob, TargetContext, WidthPolicy
+from decoding.support.checks import number
 
 
 @dataclass
 class ThresholdWidth(WidthPolicy):
     """The paper's rule: the largest M with P(K_w >= M) >= threshold (2409.16560, section 3.3).
 
-    K_w is taken from the closed form of design 5.3, which is exact with replacement and an approximation
-    without. At the layer that ends an iteration nothing can be rejected, so M is the widest.
+    K_w is taken from the closed form of design 5.3, which is exact with replacement and an
+    approximation without. At the layer that ends an iteration nothing can be rejected, so M is the
+    widest.
 
     Args:
         threshold: in (0, 1]; higher asks for fewer beams.
-        as_shipped: reproduce the widths of the published code, which subtracts Q twice in the residual. For
-            comparison only; the verification stays exact either way.
+        as_shipped: reproduce the widths of the published code, which subtracts Q twice in the
+            residual. For comparison only; the verification stays exact either way.
     """
 
     name = "threshold"
@@ -32,7 +34,7 @@ class ThresholdWidth(WidthPolicy):
     as_shipped: bool = False
 
     def __post_init__(self) -> None:
-        check_share("threshold", self.threshold, hint="the paper uses 0.7 to 0.9")
+        number("threshold", self.threshold, above=0, most=1, hint="the paper uses 0.7 to 0.9")
 
     def target_width(self, context: TargetContext) -> int:
         config = context.draft.root.config

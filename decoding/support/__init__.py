@@ -1,1 +1,1 @@
-"""What command lines share: entry, settings, checks, files, progress, provenance."""
+"""Helpers that command lines share: entry, settings, checks, files, progress, provenance."""

@@ -1,4 +1,6 @@
-"""Guards of what a user gives: a whole number, a number, one of several names; what they refuse is one sentence."""
+"""Guards of what a user gives: a whole number, a number, one of several names; what they refuse is
+one sentence.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ from decoding.errors import UserError
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is a whole number; true and false are none."""
+    """True if a value is a whole number; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number; true and false are none."""
+    """True if a value is a finite number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -1,7 +1,8 @@
-"""Functions as machine code where numba is installed, as they are where it is not: one source, the same numbers.
+"""Functions as machine code where numba is installed, as they are where it is not: one source, the
+same numbers.
 
-numba comes with `pip install -e ".[fast]"`. Records cross into compiled code as plain tuples, since numba works out
-the type of a named one anew each time, in Python.
+numba comes with `pip install -e ".[fast]"`. Records cross into compiled code as plain tuples, since
+numba works out the type of a named one anew each time, in Python.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def compiled(function: Function) -> Function:
 
 
 def _stamp(function: Any) -> tuple[tuple[int, int], ...]:
-    """When the files were changed that machine code is made from, and their sizes; another stamp: compiled again.
+    """Times of change and sizes of the files that machine code is made from.
 
-    numba looks at the file of the function alone, and would go on with what other files said when it was compiled.
+    numba looks at the file of the function alone, and would go on with what other files said when
+    it was compiled.
     """
     waiting, seen = [function], {function}
     for used in waiting:

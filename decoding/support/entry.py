@@ -1,4 +1,4 @@
-"""What the command lines share: Hydra, and one sentence for a user's mistake.
+"""The frame that the command lines share: Hydra, and one sentence for a user's mistake.
 
     @entry_point(config_name="train")
     def main(cfg: DictConfig) -> float | None: ...
@@ -37,15 +37,16 @@ _BUGS = (LookupError, AttributeError, NameError, AssertionError, ArithmeticError
 def entry_point(
     config_name: str, renames: Mapping[str, str] | None = None, open_nodes: Sequence[str] = ()
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:
-    """Make a task function a command line; called from Python with a config, it runs on that and returns its value.
+    """Make a task function a command line; called from Python with a config, it runs on that and
+    returns its value.
 
-    A user's mistake is printed as `error: ...` on stderr with exit code 2; Ctrl-C gives exit code 130. What the
-    function returns reaches Hydra's sweepers.
+    A user's mistake is printed as `error: ...` on stderr with exit code 2; Ctrl-C gives exit code
+    130. What the function returns reaches Hydra's sweepers.
 
     Args:
         config_name: primary config in conf/.
-        renames: command line keys that are config groups in conf/ but plain settings of this command; Hydra would
-            take `controller=outputs/x` for a choice of the group controller/.
+        renames: command line keys that are config groups in conf/ but plain settings of this
+            command; Hydra would take `controller=outputs/x` for a choice of the group controller/.
         open_nodes: nodes that take settings of any name; the command checks them.
     """
 
@@ -81,7 +82,7 @@ def build_all(nodes: DictConfig | None) -> list[Any]:
     return [hydra.utils.instantiate(node) for node in (nodes or {}).values() if node is not None]
 
 
-# --------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @contextmanager
@@ -114,7 +115,7 @@ def _hydra_raises() -> Iterator[None]:
 
 
 def _sentence(error: BaseException, config_name: str) -> str:
-    """What to tell the user: what was given, what is allowed."""
+    """The sentence that tells the user of a mistake: what was given, what is allowed."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
@@ -138,7 +139,7 @@ def _sentence(error: BaseException, config_name: str) -> str:
 
 
 def _unknown_override(key: str, config_name: str) -> str | None:
-    """The sentence for a command line key that the config does not have; None if the rest is wrong, too."""
+    """The sentence for a key that the config does not have; None if the rest is wrong, too."""
     plain = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     groups = dict(argument.split("=", 1) for argument in plain if "=" in argument)
     chosen = [f"{g}={o}" for g, o in groups.items() if g != key and (CONF_DIR / g / f"{o}.yaml").is_file()]
@@ -164,11 +165,11 @@ def _discard_empty_output() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------- Hydra
+# -------------------------------------------------------------------------------------------- Hydra
 
 
 def _chosen_groups() -> list[str]:
-    """The running job's choices of groups, as overrides, without those that set values of other groups."""
+    """Choices of groups of the running job, as overrides; none that set values of other groups."""
     choices = HydraConfig.get().runtime.choices
     skip = ("hydra", "experiment", "debug", "sweep")
     return [f"{group}={choice}" for group, choice in choices.items() if choice and not group.startswith(skip)]
@@ -183,9 +184,11 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig | None:
 
 
 def opened(arguments: Sequence[str], groups: Collection[str], open_nodes: Sequence[str]) -> list[str]:
-    """Arguments as Hydra takes them: a class in place of a group's choice, and settings of any name below open nodes.
+    """Arguments as Hydra takes them: a class in place of a group's choice, and settings of any name
+    below open nodes.
 
-    `policy=mine.HalfWidth policy.fraction=0.5` makes a node with that `_target_`, checked like any other.
+    `policy=mine.HalfWidth policy.fraction=0.5` makes a node with that `_target_`, checked like any
+    other.
     """
     split = [argument.partition("=") for argument in arguments]
     of_class = {key for key, _, value in split if key in groups and is_dotted(value)}
@@ -201,7 +204,9 @@ def opened(arguments: Sequence[str], groups: Collection[str], open_nodes: Sequen
 
 
 def _renamed(argument: str, renames: Mapping[str, str]) -> str:
-    """'controller=x' -> 'controller_path=x' for {"controller": "controller_path"}; a group is not given null."""
+    """'controller=x' -> 'controller_path=x' for {"controller": "controller_path"}; a group is not
+    given null.
+    """
     key, equals, value = argument.partition("=")
     key = renames.get(key, key)
     if value == "null" and (CONF_DIR / key).is_dir():

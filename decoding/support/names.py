@@ -1,4 +1,6 @@
-"""Objects by their dotted names, as configs and rows write them: `mine.HalfWidth`, `controller.LearnedWidth.load`."""
+"""Objects by their dotted names, as configs and rows write them: `mine.HalfWidth`,
+`controller.LearnedWidth.load`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def is_dotted(name: str) -> bool:
-    """Whether a text has the form of a dotted name, `module.attribute` or longer."""
+    """True if a text has the form of a dotted name, `module.attribute` or longer."""
     return _DOTTED.fullmatch(name) is not None
 
 
@@ -20,7 +22,8 @@ def locate(name: str) -> Any:
     """The object with a dotted name; its module is imported, from the current folder too.
 
     Raises:
-        ImportError, AttributeError, ValueError: there is no such module, or nothing of that name in it.
+        ImportError, AttributeError, ValueError: there is no such module, or nothing of that name in
+            it.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that nothing installed is hidden by a file that lies there
@@ -28,6 +31,6 @@ def locate(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        if not module or error.name is None or not module.startswith(error.name):
-            raise  # the module is there, one that it needs is not
+        if "." not in module or error.name is None or not module.startswith(error.name):
+            raise  # there is no such module, or it is there and one that it needs is not
         return getattr(locate(module), attribute)  # a method: module.Class.method

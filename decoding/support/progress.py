@@ -1,4 +1,4 @@
-"""How far a long run is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a long run: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _RECENT = 300.0  # seconds that the speed is judged by
 
 
 class RunProgress(Progress):
-    """rich's progress bar on standard error; where that is no terminal, such as a log file, a line a minute.
+    """rich's progress bar on standard error; where that is no terminal, such as a log file, a line
+    a minute.
 
     Args:
         console: None: standard error.

@@ -1,4 +1,6 @@
-"""Where a result came from: command line, code version, library versions, machine. Written beside every output."""
+"""Provenance of a result: command line, code version, library versions, machine. Written beside
+every output.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _SECRET = re.compile(r"(^|[._+])(token|\w+_token|secret|password|passwd|\w*api_?
 
 
 def provenance() -> dict[str, Any]:
-    """Everything below in one JSON-able dict: argv, git_sha, versions, python, machine, date (UTC, ISO 8601)."""
+    """Everything below in one JSON-able dict: argv, git_sha, versions, python, machine, date
+    (UTC, ISO 8601).
+    """
     return {
         "argv": [Path(sys.argv[0]).name, *map(hide_secret, sys.argv[1:])],
         "git_sha": git_sha(),
@@ -33,21 +37,24 @@ def provenance() -> dict[str, Any]:
 
 
 def run_provenance(cfg: DictConfig, pair: Any, task: Any, prompts: int) -> dict[str, Any]:
-    """`provenance` of a run over prompts of a task: its pair, its task with split and number of prompts, its config."""
+    """`provenance` of a run over prompts of a task: its pair, its task with split and number of
+    prompts, its config.
+    """
     about = {**task.describe(), "split": cfg.prompts.split, "prompts": prompts}
     return {**provenance(), "pair": pair.describe(), "task": about, "config": to_plain(cfg)}
 
 
 def git_sha() -> str | None:
-    """Commit of this checkout, with `-dirty` where tracked files differ from it; None for an installed copy or without
-    git."""
+    """Commit of this checkout, with `-dirty` where tracked files differ from it; None for an
+    installed copy or without git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        # An installed copy may lie inside somebody else's repository: that commit says nothing about this code.
+        # An installed copy may lie inside somebody else's repository: that commit says nothing
+        # about this code.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
             return None
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
@@ -67,7 +74,9 @@ def library_versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, usable cores, torch threads, GPU name (None without one), system; neither host nor user name."""
+    """CPU model, usable cores, torch threads, GPU name (None without one), system; neither host nor
+    user name.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "cpu": _cpu_model(),
@@ -79,7 +88,7 @@ def machine() -> dict[str, Any]:
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
-    """A config as plain dicts and lists, interpolations resolved, values of secret-looking keys hidden."""
+    """A config as plain dicts and lists, interpolations resolved, values of secret keys hidden."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     return _without_secrets(plain)
 

@@ -1,8 +1,9 @@
-"""Settings of a composed config against what takes them: the signature of each `_target_`, or the default's kind.
+"""Settings of a composed config against what takes them: the signature of each `_target_`, or the
+default's kind.
 
-The schema of a config group is the signature of its `_target_`: a setting that the callable does not take, or whose
-type does not fit its annotation, is refused with what is allowed. Settings of no callable keep the kind of their
-default.
+The schema of a config group is the signature of its `_target_`: a setting that the callable does
+not take, or whose type does not fit its annotation, is refused with what is allowed. Settings of no
+callable keep the kind of their default.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def check_settings(cfg: DictConfig, defaults: DictConfig | None = None, open_nod
 
     Args:
         cfg: the composed config.
-        defaults: the same groups without the user's values; settings of no callable are compared with it.
+        defaults: the same groups without the user's values; settings of no callable are compared
+            with it.
         open_nodes: nodes whose settings have any name.
 
     Raises:
@@ -46,13 +48,13 @@ def check_settings(cfg: DictConfig, defaults: DictConfig | None = None, open_nod
     """
     for path in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{path} is not set: give it as {path}=...")
-    known = None if defaults is None else OmegaConf.to_container(defaults, resolve=False)
+    plain_defaults = None if defaults is None else OmegaConf.to_container(defaults, resolve=False)
     plain = OmegaConf.to_container(cfg, resolve=True)
     for name in open_nodes:
-        for node in (plain, known):
+        for node in (plain, plain_defaults):
             if isinstance(node, dict):
                 node.pop(name, None)
-    _check_node("", plain, known)
+    _check_node("", plain, plain_defaults)
 
 
 def check_counts(cfg: DictConfig, least: Mapping[str, int]) -> None:
@@ -96,7 +98,9 @@ def unknown_setting(key: str, defaults: DictConfig, config_name: str, groups: It
 
 
 def _check_node(path: str, node: Any, default: Any) -> None:
-    """Walk a plain config; `default` is the same node as conf/ has it, None where there is nothing to compare."""
+    """Walk a plain config; `default` is the same node as conf/ has it, None where there is nothing
+    to compare.
+    """
     if not isinstance(node, dict):
         return
     if "_target_" in node:
@@ -116,9 +120,7 @@ def _check_call(path: str, node: dict[str, Any]) -> None:
         if key not in takes and not open_ended:
             raise UserError(_unknown(f"{path}.{key}", name, takes))
     for key, value in node.items():
-        hint = takes.get(key, Any)
-        if not _fits(value, hint):
-            raise UserError(f"{path}.{key} is {value!r}; give {_words(hint)}.")
+        check_type(f"{path}.{key}", value, takes.get(key, Any))
 
 
 def _check_kinds(path: str, node: dict[str, Any], default: dict[str, Any]) -> None:
@@ -133,20 +135,18 @@ def _check_kinds(path: str, node: dict[str, Any], default: dict[str, Any]) -> No
         interpolated = isinstance(usual, str) and "${" in usual
         if value is None or usual is None or interpolated or isinstance(usual, dict):
             continue
-        kind = float if isinstance(usual, float) else type(usual)
-        if not _fits(value, kind):
-            raise UserError(f"{full} is {value!r}; give {_words(kind)} (default {usual!r}).")
+        check_type(full, value, type(usual), f" (default {usual!r})")
 
 
 def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
-    """Parameters of a `_target_` with their annotations, and whether it takes further ones (**options)."""
+    """Parameters of a `_target_` with annotations, and whether it takes further ones (**options)."""
     try:
-        target = locate(name)
-        signature = inspect.signature(target)
+        called = locate(name)
+        signature = inspect.signature(called)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"{path}._target_ is {name!r}, which cannot be used: {error}.") from error
     try:
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        hints = get_type_hints(called.__init__ if inspect.isclass(called) else called)
     except (NameError, TypeError, AttributeError):  # annotations that only a type checker can see
         hints = {}
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -155,8 +155,18 @@ def _parameters(path: str, name: str) -> tuple[dict[str, Any], bool]:
     return takes, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
+def check_type(path: str, value: Any, hint: Any, more: str = "") -> None:
+    """Refuse a YAML value that does not fit an annotation (UserError); `more` is said behind what
+    is allowed.
+    """
+    if not _fits(value, hint):
+        raise UserError(f"{path} is {value!r}; give {_words(hint)}{more}.")
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a YAML value may be given for an annotation; what is not understood is let through."""
+    """True if a YAML value may be given for an annotation; an annotation that is not understood
+    lets all through.
+    """
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(hint))

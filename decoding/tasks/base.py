@@ -1,7 +1,7 @@
-"""What a task is: prompts with references, and metrics of a continuation.
+"""Tasks: prompts with references, and metrics of a continuation.
 
-Tasks that read a file (`FileTask`) share everything but how a row becomes text: `JsonlTask` here is for users' own
-prompts, the others have a file each.
+Tasks that read a file (`FileTask`) share everything but how a row becomes text: `JsonlTask` here is
+for users' own prompts, the others have a file each.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ class Task(Protocol):
         """The first `limit` prompts of a split ("train", "val" or "test"), in a fixed order."""
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
-        """Metrics of a continuation, each in [0, 1], higher is better; empty where there is no reference.
+        """Metrics of a continuation in [0, 1], higher is better; empty without a reference.
 
         `finished`: the continuation ended on EOS, so that its last line is complete.
         """
 
     def describe(self) -> dict[str, Any]:
-        """Name and all that the prompts depend on, JSON-able; equal for two tasks that give the same prompts.
+        """Name and all that the prompts depend on, JSON-able; equal for two tasks that give the
+        same prompts.
 
         Traces are found again by it. Files are described by what is in them, not by their paths.
         """
@@ -79,8 +80,9 @@ class FileTask:
 
     Args:
         path: the file.
-        shares: per cent of the prompts in each split, by a stable hash of the prompt's text, so that a controller is
-            never evaluated on prompts it was trained on; None puts every prompt in every split, for evaluation only.
+        shares: per cent of the prompts in each split, by a stable hash of the prompt's text, so
+            that a controller is never evaluated on prompts it was trained on; None puts every
+            prompt in every split, for evaluation only.
         chat: wrap the prompt in the tokenizer's chat template.
         max_prompt_tokens: leave out longer prompts; None keeps all of them.
     """
@@ -165,13 +167,13 @@ class JsonlTask(FileTask):
     name = "jsonl"
 
     def examples(self) -> Iterator[Example]:
-        for number, row in read_jsonl(self.path):
-            text = text_field(row, self.prompt_field, self.path, number)
+        for number, entry in read_jsonl(self.path):
+            text = text_field(entry, self.prompt_field, self.path, number)
             if not text:
                 raise UserError(f"{self.path}, line {number}: {self.prompt_field!r} is empty; a prompt needs a token.")
             references: tuple[str, ...] = ()
             if self.reference_field is not None:
-                references = (text_field(row, self.reference_field, self.path, number),)
+                references = (text_field(entry, self.reference_field, self.path, number),)
             yield Example(f"{Path(self.path).name}:{number}", text, references)
 
     def describe(self) -> dict[str, Any]:
@@ -179,12 +181,12 @@ class JsonlTask(FileTask):
 
 
 def content_hash(path: str | Path) -> str:
-    """SHA-256 of the file's content, in hexadecimal; of the decompressed one where its name ends in .gz."""
+    """SHA-256 of the file's content, in hexadecimal; decompressed where its name ends in .gz."""
     return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The file's content, decompressed where its name ends in .gz; UserError where it cannot be read."""
+    """The file's content, decompressed where its name ends in .gz; UserError if unreadable."""
     try:
         content = Path(path).read_bytes()
         return gzip.decompress(content) if str(path).endswith(".gz") else content
@@ -203,12 +205,12 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: a {type(row).__name__}; each line must be a JSON object.")
-        yield number, row
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}, line {number}: a {type(entry).__name__}; each line must be a JSON object.")
+        yield number, entry
 
 
 def read_json(path: str | Path) -> Any:
@@ -219,13 +221,13 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is not JSON: {error}.") from None
 
 
-def text_field(row: Mapping[str, Any], name: str, path: str | Path, number: int) -> str:
+def text_field(entry: Mapping[str, Any], name: str, path: str | Path, number: int) -> str:
     """The text in a field of a row; UserError where it is missing or no text."""
-    if name not in row:
-        raise UserError(f"{path}, line {number}: no field {name!r}; it has {', '.join(sorted(row)) or 'none'}.")
-    if not isinstance(row[name], str):
-        raise UserError(f"{path}, line {number}: {name!r} is a {type(row[name]).__name__}; it must be text.")
-    return row[name]
+    if name not in entry:
+        raise UserError(f"{path}, line {number}: no field {name!r}; it has {', '.join(sorted(entry)) or 'none'}.")
+    if not isinstance(entry[name], str):
+        raise UserError(f"{path}, line {number}: {name!r} is a {type(entry[name]).__name__}; it must be text.")
+    return entry[name]
 
 
 def check_split(split: str) -> None:

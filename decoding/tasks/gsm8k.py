@@ -19,8 +19,8 @@ class Gsm8kTask(FileTask):
     name = "gsm8k"
 
     def examples(self) -> Iterator[Example]:
-        for number, row in read_jsonl(self.path):
-            question, answer = (text_field(row, key, self.path, number) for key in ("question", "answer"))
+        for number, entry in read_jsonl(self.path):
+            question, answer = (text_field(entry, key, self.path, number) for key in ("question", "answer"))
             yield Example(f"gsm8k:{number}", f"Question: {question}\nAnswer:", (answer,))
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
@@ -32,7 +32,7 @@ class Gsm8kTask(FileTask):
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after `####`, else the last one before a further "Question:"; None where there is none."""
+    """The number after `####`, else the last one before a further "Question:"; None without."""
     text = text.split("\nQuestion:")[0]
     marked = _NUMBER.findall(text.split("####", 1)[1].split("\n")[0]) if "####" in text else []
     numbers = marked[:1] or _NUMBER.findall(text)[-1:]

@@ -1,4 +1,6 @@
-"""HumanEval (2107.03374): function headers and docstrings; the reference is the canonical solution. No code is run."""
+"""HumanEval (2107.03374): function headers and docstrings; the reference is the canonical solution.
+No code is run.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ from decoding.tasks.base import Example, FileTask, read_jsonl, text_field
 
 @dataclass
 class HumanEvalTask(FileTask):
-    """Rows {task_id, prompt, canonical_solution} of HumanEval.jsonl(.gz); metrics of the body's first line."""
+    """Rows {task_id, prompt, canonical_solution} of HumanEval.jsonl(.gz); scores the first line."""
 
     name = "humaneval"
 
     def examples(self) -> Iterator[Example]:
-        for number, row in read_jsonl(self.path):
+        for number, entry in read_jsonl(self.path):
             name, text, solution = (
-                text_field(row, key, self.path, number) for key in ("task_id", "prompt", "canonical_solution")
+                text_field(entry, key, self.path, number) for key in ("task_id", "prompt", "canonical_solution")
             )
             yield Example(name, text, (solution,))

@@ -1,4 +1,4 @@
-"""Metrics of a continuation against its reference: the first completed line, exact and by edit distance."""
+"""Metrics of a continuation's first completed line: exact match and edit distance."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from __future__ import annotations
 def line_metrics(prediction: str, reference: str | None, finished: bool = False) -> dict[str, float]:
     """Exact match and edit similarity of the first line; empty where there is no reference.
 
-    The line is the first one that is not blank, without trailing blanks. A prediction that stops within its first
-    line cannot match exactly, unless it `finished` there (EOS); its edit similarity is that of what there is.
+    The line is the first one that is not blank, without trailing blanks. A prediction that stops
+    within its first line cannot match exactly, unless it `finished` there (EOS); its edit
+    similarity is that of what there is.
     """
     if reference is None:
         return {}

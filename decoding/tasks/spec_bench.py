@@ -1,4 +1,4 @@
-"""Spec-Bench (2401.07851) and MT-Bench (2306.05685), one file format: the first turn of each conversation."""
+"""Spec-Bench (2401.07851) and MT-Bench (2306.05685): the first turn of each conversation."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class SpecBenchTask(FileTask):
     name = "spec_bench"
 
     def examples(self) -> Iterator[Example]:
-        for number, row in read_jsonl(self.path):
-            turns, references = row.get("turns"), row.get("reference") or []
+        for number, entry in read_jsonl(self.path):
+            turns, references = entry.get("turns"), entry.get("reference") or []
             if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
                 raise UserError(f"{self.path}, line {number}: 'turns' must be a list of texts, one for each turn.")
-            if self.categories is not None and row.get("category") not in self.categories:
+            if self.categories is not None and entry.get("category") not in self.categories:
                 continue
             texts = references if isinstance(references, list) else [references]
-            yield Example(f"{self.name}:{row.get('question_id', number)}", turns[0], tuple(map(str, texts[:1])))
+            yield Example(f"{self.name}:{entry.get('question_id', number)}", turns[0], tuple(map(str, texts[:1])))
 
 
 @dataclass
 class MtBenchTask(SpecBenchTask):
-    """MT-Bench in the same format."""
+    """MT-Bench in the format of Spec-Bench."""
 
     name = "mt_bench"

@@ -1,4 +1,4 @@
-"""Spider (1809.08887): a database schema and a question; the reference is the SQL query. No query is run."""
+"""Spider (1809.08887): a schema and a question; the reference is the SQL query. None is run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from decoding.tasks.base import Example, FileTask, Prompt, content_hash, read_js
 
 @dataclass
 class SpiderTask(FileTask):
-    """Rows {db_id, question, query} of dev.json; schemas from `tables`, or from tables.json beside it.
+    """Rows {db_id, question, query} of dev.json; schemas from `tables`, or tables.json beside it.
 
     Args:
         tables: path of tables.json; None looks beside `path`.
@@ -27,9 +27,9 @@ class SpiderTask(FileTask):
     def examples(self) -> Iterator[Example]:
         try:
             schemas = {schema["db_id"]: _tables(schema) for schema in read_json(self._tables_path())}
-            for number, row in enumerate(read_json(self.path)):
-                text = f"{schemas[row['db_id']]}\n-- {row['question']}\n"
-                yield Example(f"spider:{row['db_id']}:{number}", text, (row["query"],))
+            for number, entry in enumerate(read_json(self.path)):
+                text = f"{schemas[entry['db_id']]}\n-- {entry['question']}\n"
+                yield Example(f"spider:{entry['db_id']}:{number}", text, (entry["query"],))
         except (KeyError, TypeError) as error:
             raise UserError(f"{self.path} and its tables.json are not in Spider's format ({error!r}).") from None
 
@@ -40,7 +40,7 @@ class SpiderTask(FileTask):
         return self.tables or Path(self.path).with_name("tables.json")
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
-        """`query_match`: the same query as text, up to case, spaces and quotes; it must be complete."""
+        """`query_match`: the query as text, up to case, spaces and quotes; it must be complete."""
         if prompt.reference is None:
             return {}
         query, end, _ = re.split(r"(;|\n\s*\n|\n--|\Z)", prediction, maxsplit=1)

@@ -1,4 +1,4 @@
-"""SQuAD v1.1 (1606.05250): questions on a paragraph; exact match and F1 with the official normalisation."""
+"""SQuAD v1.1 (1606.05250): questions on a paragraph; the official exact match and F1."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class SquadTask(FileTask):
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
         """`exact_match` and `f1`, the best over the references."""
-        return score(first_line(prediction)[0], prompt.references)
+        return answer_metrics(first_line(prediction)[0], prompt.references)
 
 
-def score(answer: str, references: tuple[str, ...]) -> dict[str, float]:
-    """Exact match and F1 of an answer, each the best over the references; empty where there is none."""
+def answer_metrics(answer: str, references: tuple[str, ...]) -> dict[str, float]:
+    """Exact match and F1 of an answer, each the best over the references; empty without any."""
     if not references:
         return {}
     given = normalise(answer)

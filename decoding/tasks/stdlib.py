@@ -1,7 +1,8 @@
 """Task `stdlib`: continue held-out modules of the running interpreter's standard library.
 
 Everything is read from the machine's own Python, so nothing is downloaded and no source text is
-committed. A module's split is a stable hash of its name: the same on every machine and every version.
+committed. A module's split is a stable hash of its name: the same on every machine and every
+version.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from decoding.errors import UserError
+from decoding.support.checks import whole
 from decoding.tasks.base import Prompt, check_split, check_tokenizer, stable_hash
 from decoding.tasks.metrics import first_line, line_metrics
 
-# Shares of the module names, in per cent. `model` trains the built-in pair; the other three are held out
-# from it and serve the width controller: `train` and `val` for traces, `test` for evaluation.
+# Shares of the module names, in per cent. `model` trains the built-in pair; the other three are
+# held out from it and serve the width controller: `train` and `val` for traces, `test` for
+# evaluation.
 SHARES = {"model": 62, "train": 16, "val": 8, "test": 14}
 
 # Generated tables: they would make the loss look better than it is.
@@ -40,7 +43,7 @@ def split_of(module: str) -> str:
 
 
 def stdlib_modules(tests: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield (dotted module name, source text) of the interpreter's standard library, sorted by name.
+    """Yield (dotted module name, source text) of the standard library, sorted by name.
 
     Args:
         tests: yield the library's own test modules instead (absent from some distributions).
@@ -81,8 +84,7 @@ class StdlibTask:
 
     def __post_init__(self) -> None:
         for field in ("prompt_tokens", "reference_tokens"):
-            if getattr(self, field) < 2:
-                raise UserError(f"data.{field} is {getattr(self, field)}; give at least 2 tokens.")
+            whole(f"data.{field}", getattr(self, field), least=2, hint="tokens")
 
     def prompts(self, split: str, limit: int | None, tokenizer: PreTrainedTokenizerBase | None) -> list[Prompt]:
         """Prompts in turn from the split's modules, each of which gives one before any gives two.
@@ -108,7 +110,9 @@ class StdlibTask:
         return [prompt for prompt in chain.from_iterable(zip_longest(*found)) if prompt is not None][:limit]
 
     def _cut(self, name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-        """Non-overlapping prompts of a module, in its order; each ends at a line end, its reference has a full line."""
+        """Non-overlapping prompts of a module, in its order; each ends at a line end, its reference
+        has a full line.
+        """
         tokens = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         prefix = list(tokenizer("")["input_ids"])  # BOS where the tokenizer adds one
         length = self.prompt_tokens - len(prefix)

@@ -1,20 +1,20 @@
 """TraceRecorder: drafted layers become rows, and are labelled when their prompt is done.
 
-At full widths what the target selects does not depend on what was drafted. So every layer that was drafted can be
-labelled by its paths, those below a layer that failed too.
+At full widths what the target selects does not depend on what was drafted. So every layer that was
+drafted can be labelled by its paths, those below a layer that failed too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from decoding.dice.sampling import Dice
 from decoding.dice.verdict import NEVER, needs
 from decoding.forest.tree import TokenForest
 from decoding.policies.base import DraftContext
-from decoding.results import LayerEvent
-from decoding.traces.schema import ContextFeatures
+from decoding.results import LayerEvent, Recorder
+from decoding.traces.schema import Column, ContextFeatures
 
 
 @dataclass
@@ -28,7 +28,9 @@ class _Drafted:
 
 
 class _Paths:
-    """A name for the tokens of each path: a node that died and came back is another node, but the same path."""
+    """A name for the tokens of each path: a node that died and came back is another node, but the
+    same path.
+    """
 
     def __init__(self, forest: TokenForest) -> None:
         self._forest = forest
@@ -36,28 +38,26 @@ class _Paths:
         self._known: dict[tuple[int, int], int] = {}
 
     def of(self, node: int) -> int:
-        """Of the path that ends in a node."""
+        """The name of the path that ends in a node."""
         if node not in self._names:
             self._names[node] = self.child(self._forest.parents[node], self._forest.tokens[node])
         return self._names[node]
 
     def child(self, parent: int, token: int) -> int:
-        """Of a node's path and one token more."""
+        """The name of a node's path and one token more."""
         return self._known.setdefault((self.of(parent), token), len(self._known) + 1)
 
 
-class TraceRecorder:
+class TraceRecorder(Recorder):
     """A decoder's recorder that turns drafted layers into rows.
 
     Args:
         features: computes the feature columns.
+        columns: of one's own.
     """
 
-    needs_hidden = False
-    shadow: Dice | None = None  # under shared noise there are no coins
-
-    def __init__(self, features: ContextFeatures) -> None:
-        self._features = features
+    def __init__(self, features: ContextFeatures, columns: Sequence[Column] = ()) -> None:
+        self._features, self._columns = features, columns
         self.rows: list[dict[str, Any]] = []
         self._prompt_id, self._split = "", ""
 
@@ -94,6 +94,7 @@ class TraceRecorder:
                 "candidates": self._features.of_candidates(context).ravel(),
                 "parents": [above.get(node, -1) for node in found.parents.tolist()],
             }
+            row |= {column.name: column.of(context) for column in self._columns}
             pairs = list(zip(found.parents.tolist(), found.tokens.tolist(), strict=True))
             paths = [self._paths.child(*pair) for pair in pairs]
             self._waiting.append(_Drafted(row, start + i, paths, found.scored.tolist()))
@@ -127,6 +128,8 @@ class TraceRecorder:
 
 
 def _needs(places: list[int], scored: list[bool], size: int) -> list[int]:
-    """need_1..need_size of a layer; what the target had scored needs no draft, what is no candidate is NEVER held."""
+    """need_1..need_size of a layer; what the target had scored needs no draft, what is no candidate
+    is NEVER held.
+    """
     rank_of = {place: 0 if known else rank for rank, (place, known) in enumerate(zip(places, scored, strict=True), 1)}
     return needs(list(range(size)), [rank_of.get(place, NEVER) for place in range(1, size + 1)], size)

@@ -1,13 +1,17 @@
-"""What a trace row holds: one per drafted layer of an iteration. Design section 7."""
+"""Columns of a trace: one row per drafted layer of an iteration. Design section 7."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from datasets import Features, List, Value
 
+from decoding.errors import UserError
 from decoding.policies.base import DraftContext
+from decoding.support.names import locate
 
 SCHEMA_VERSION = 4
 TRACE_FEATURES = Features(
@@ -27,17 +31,52 @@ TRACE_FEATURES = Features(
 )
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of one's own.
+
+    Args:
+        name: of the column; another one whenever its values change their meaning.
+        type: of its values, as `datasets` has them: `Value("float32")`, `List(Value("int32"))`.
+        of: the value of a drafted layer.
+    """
+
+    name: str
+    type: Any
+    of: Callable[[DraftContext], Any]
+
+
+def own_columns(names: Iterable[str]) -> tuple[Column, ...]:
+    """Columns by their dotted names, as `collect.columns` lists them.
+
+    Raises:
+        UserError: there is none of that name, or a column is there already.
+    """
+    found: dict[str, Column] = {}
+    for name in names:
+        try:
+            column = locate(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"collect.columns holds {name!r}, which cannot be imported: {error}.") from error
+        if not isinstance(column, Column):
+            raise UserError(f"collect.columns holds {name!r}, which is no decoding.traces.Column.")
+        if column.name in TRACE_FEATURES or column.name in found:
+            raise UserError(f"collect.columns: rows have a column {column.name!r} already; give {name} another name.")
+        found[column.name] = column
+    return tuple(found.values())
+
+
 class ContextFeatures(Protocol):
-    """What turns a context into the features of a row; the controller's own when logging for it."""
+    """Turns a context into the features of a row; the controller's own when logging for it."""
 
     names: list[str]
     candidate_names: list[str]
     version: int
 
     def of_layer(self, context: DraftContext) -> np.ndarray:
-        """What is known of a layer as a whole, [F] float32."""
+        """Features of a layer as a whole, [F] float32."""
         ...
 
     def of_candidates(self, context: DraftContext) -> np.ndarray:
-        """What is known of each candidate by itself, [C, G] float32."""
+        """Features of each candidate by itself, [C, G] float32."""
         ...

@@ -1,35 +1,40 @@
-"""Trace rows in Parquet shards beside a manifest: written whole or not at all, checked when they are read."""
+"""Traces in Parquet shards beside a manifest: written whole or not at all, checked when read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
+from datasets import Dataset, Features
 
 from decoding.errors import UserError
 from decoding.support.files import write_whole
-from decoding.traces.schema import SCHEMA_VERSION, TRACE_FEATURES
+from decoding.traces.schema import SCHEMA_VERSION, TRACE_FEATURES, Column
 
 MANIFEST = "manifest.json"
 
 
-def write_shard(directory: Path, name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+def write_shard(
+    directory: Path, name: str, rows: list[dict[str, Any]], about: dict[str, Any], further: Sequence[Column] = ()
+) -> dict[str, Any]:
     """Write rows as one Parquet file, under a temporary name until it is whole.
 
     Args:
         about: `trace_key` and `feature_names`, written into the file's metadata.
+        further: columns of one's own, beside those of every row.
 
     Returns:
         The shard's entry for the manifest.
     """
-    columns = {column: [row[column] for row in rows] for column in TRACE_FEATURES}
-    table = Dataset.from_dict(columns, features=TRACE_FEATURES).data.table
+    features = Features({**TRACE_FEATURES, **{column.name: column.type for column in further}})
+    columns = {column: [row[column] for row in rows] for column in features}
+    table = Dataset.from_dict(columns, features=features).data.table
     metadata = {
         **(table.schema.metadata or {}),
         b"dsbd": json.dumps(about | {"schema_version": SCHEMA_VERSION}).encode(),

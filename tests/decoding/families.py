@@ -1,5 +1,5 @@
 """A tiny random model of every family that decodes as a forest, models that do not and why, and the tables of
-docs/families.md: `python -m tests.decoding.engine.families` writes them into the page.
+docs/families.md: `python -m tests.decoding.families` writes them into the page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from decoding.engine.families import has_alibi
 from decoding.engine.fused import can_fuse
 
-MARK = "<!-- python -m tests.decoding.engine.families -->"
+MARK = "<!-- python -m tests.decoding.families -->"
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 END, WINDOW = 3, 8  # tokens: the one that ends a hypothesis; what a sliding layer sees
 TREE, SAMPLING, SEARCH = "tree = sequential", "sampling exact", "beam search = generate"

@@ -30,6 +30,23 @@ def joint_distribution(
     return compact_joint(*top_entries(log_probs, count), nodes, weights, config, model_name)
 
 
+def settings(width: int, drafts: int, depth: int, tokens: int, **changes: Any) -> DecodingConfig:
+    """A config that returns all beams and never ends early, unless `changes` say otherwise."""
+    fields = dict(
+        target_width=width,
+        draft_width=drafts,
+        draft_depth=depth,
+        max_new_tokens=tokens,
+        num_return_sequences=width,
+        eos_token_id=-1,
+    )
+    return DecodingConfig(**{**fields, **changes})
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 class TableModel(nn.Module):
     """A causal LM whose next-token logits are a table of (position, last token): [positions, V, V]."""
 
@@ -67,15 +84,11 @@ def random_pair(vocabulary: int, seed: int = 0, closeness: float = 0.5, scale: f
     return ModelPair(TableModel(target), TableModel(closeness * target + (1 - closeness) * noise))
 
 
-def small_llama(vocabulary: int = 7, layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
-    """Random, grouped-query attention, sharp enough that tokens and positions matter."""
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
+def small_llama(vocabulary: int = 7, layers: int = 2, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """Random, grouped-query attention, sharp enough that tokens and positions matter; `changes` of its config."""
+    shape = dict(
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -83,9 +96,10 @@ def small_llama(vocabulary: int = 7, layers: int = 2, seed: int = 0) -> LlamaFor
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = LlamaForCausalLM(config).eval()
-    torch.set_rng_state(state)
-    return model
+    config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=layers, **{**shape, **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
 
 
 def sharp_llama(vocabulary: int = 7, seed: int = 0) -> LlamaForCausalLM:

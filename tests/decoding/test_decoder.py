@@ -11,8 +11,8 @@ import torch
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, UserError, WidthPolicy, beam_sample
 from decoding.decoder import as_token_lists
 from decoding.policies.base import TargetContext
-from decoding.results import LayerEvent
-from tests.decoding.stubs import MAX_POSITIONS, TableModel, llama_pair, random_pair
+from decoding.results import LayerEvent, Recorder
+from tests.decoding.stubs import MAX_POSITIONS, TableModel, llama_pair, random_pair, settings
 
 PROMPT = [1, 2]
 VOCABULARY = 5
@@ -80,14 +80,7 @@ def test_known_drafts_give_known_tokens_and_passes(pattern: str, depth: int, rep
     """Drafts that are right are accepted, the first wrong one ends the iteration, and the tokens are the target's."""
     right, count = PATTERNS[pattern], 11
     pair = ModelPair(sure_model(), sure_model(right))
-    config = DecodingConfig(
-        target_width=1,
-        draft_width=1,
-        draft_depth=depth,
-        max_new_tokens=count,
-        eos_token_id=-1,
-        replacement=replacement,
-    )
+    config = settings(1, 1, depth, count, replacement=replacement)
     (result,) = DSBDDecoder(pair, config).generate([PROMPT], torch.Generator().manual_seed(0))
     expected = expected_run(right, count, depth)
     assert result.sequences == [continuation(count)]
@@ -109,14 +102,7 @@ def test_known_drafts_give_known_tokens_and_passes(pattern: str, depth: int, rep
 def test_a_draft_equal_to_its_target_is_always_accepted(width: int, replacement: bool) -> None:
     """P = Q layer after layer if M = w: every draft is accepted, and an iteration commits γ + 1 layers."""
     pair = random_pair(5, seed=1, closeness=1.0)
-    config = DecodingConfig(
-        target_width=width,
-        draft_width=width,
-        draft_depth=2,
-        max_new_tokens=9,
-        eos_token_id=-1,
-        replacement=replacement,
-    )
+    config = settings(width, width, 2, 9, replacement=replacement)
     for result in DSBDDecoder(pair, config).generate([PROMPT] * 20, torch.Generator().manual_seed(0)):
         assert result.stats.iterations == 3
         assert result.stats.accepted == [width, width, 0] * 3
@@ -149,14 +135,7 @@ def deepest_positions(pair: ModelPair, config: DecodingConfig, policy: WidthPoli
 @pytest.mark.parametrize("depth", range(5))
 def test_decoding_stops_exactly_at_max_new_tokens(count: int, depth: int) -> None:
     """The depth shrinks near the end: the last token is never drafted, and nothing is cut off afterwards."""
-    config = DecodingConfig(
-        target_width=3,
-        draft_width=4,
-        draft_depth=depth,
-        max_new_tokens=count,
-        eos_token_id=-1,
-        num_return_sequences=3,
-    )
+    config = settings(3, 4, depth, count)
     deepest = deepest_positions(random_pair(4, seed=2, closeness=0.9), config)
     root = len(PROMPT) - 1
     # The last committed layer is drawn from scores of depth count - 1; the draft's deepest layer from count - 2.
@@ -173,16 +152,7 @@ class Narrowing(WidthPolicy):
 
 @pytest.mark.parametrize("replacement", [False, True])
 def test_exact_keeps_no_more_than_its_width(replacement: bool) -> None:
-    config = DecodingConfig(
-        target_width=4,
-        draft_width=6,
-        draft_depth=3,
-        max_new_tokens=4,
-        eos_token_id=-1,
-        exact=True,
-        replacement=replacement,
-        num_return_sequences=4,
-    )
+    config = settings(4, 6, 3, 4, exact=True, replacement=replacement)
     for result in DSBDDecoder(random_pair(4, closeness=1.0), config, Narrowing()).generate(
         [PROMPT] * 20, torch.Generator().manual_seed(0)
     ):
@@ -190,39 +160,22 @@ def test_exact_keeps_no_more_than_its_width(replacement: bool) -> None:
         assert all(n <= m for n, m in zip(result.stats.accepted, result.stats.target_widths, strict=True))
 
 
-class KeptRecorder:
+class KeptRecorder(Recorder):
     """(passed, accepted, kept) of every verified layer."""
-
-    shadow = None
-    needs_hidden = False
 
     def __init__(self) -> None:
         self.seen: list[tuple[bool, int, int]] = []
 
-    def drafted(self, *forest: object) -> None:
-        pass
-
     def layer(self, event: LayerEvent) -> None:
         if event.verdict is not None:
             self.seen.append((event.record.passed, event.record.accepted, len(event.kept)))
-
-    def end(self, best_path: list[int]) -> None:
-        pass
 
 
 @pytest.mark.parametrize("surplus", ["keep", "drop"])
 @pytest.mark.parametrize("refill", ["full", "width"])
 def test_surplus_and_refill_go_beyond_the_width_up_to_target_width(surplus: str, refill: str) -> None:
     """M = 2 of 4: a passed layer keeps its surplus or not, a failed one is filled to 4 or to 2."""
-    config = DecodingConfig(
-        target_width=4,
-        draft_width=6,
-        draft_depth=2,
-        max_new_tokens=6,
-        eos_token_id=-1,
-        surplus=surplus,
-        refill=refill,
-    )
+    config = settings(4, 6, 2, 6, surplus=surplus, refill=refill)
     recorder = KeptRecorder()
     decoder = DSBDDecoder(random_pair(6, seed=2, closeness=0.5), config, FixedWidth(target_width=2))
     decoder.generate([PROMPT] * 60, torch.Generator().manual_seed(0), [recorder] * 60)
@@ -235,9 +188,7 @@ def test_surplus_and_refill_go_beyond_the_width_up_to_target_width(surplus: str,
 
 
 def test_one_beam_cache_goes_on_with_the_best_beam() -> None:
-    config = DecodingConfig(
-        target_width=3, draft_width=4, draft_depth=2, max_new_tokens=9, eos_token_id=-1, one_beam_cache=True
-    )
+    config = settings(3, 4, 2, 9, one_beam_cache=True)
     roots = []
 
     class Watching(WidthPolicy):
@@ -272,16 +223,7 @@ def test_an_end_token_among_the_drafts_ends_the_hypothesis(depth: int, at: int) 
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
 @pytest.mark.parametrize("surplus", ["keep", "drop"])
 def test_returned_hypotheses_end_once_and_are_sorted(early_stopping: bool | str, surplus: str) -> None:
-    config = DecodingConfig(
-        target_width=3,
-        draft_width=5,
-        draft_depth=3,
-        max_new_tokens=8,
-        eos_token_id=[0, 3],
-        early_stopping=early_stopping,
-        surplus=surplus,
-        num_return_sequences=3,
-    )
+    config = settings(3, 5, 3, 8, eos_token_id=[0, 3], early_stopping=early_stopping, surplus=surplus)
     decoder = DSBDDecoder(random_pair(5, seed=4, closeness=0.7), config, FixedWidth(target_width=2))
     for result in decoder.generate([PROMPT] * 60, torch.Generator().manual_seed(0)):
         assert result.scores == sorted(result.scores, reverse=True)
@@ -416,10 +358,7 @@ def test_autocast_is_refused_and_spoils_nothing() -> None:
 def test_nothing_ends_before_min_new_tokens(width: int, top_k: int | None) -> None:
     """Sampling; three of five tokens end a hypothesis, and do so once they may."""
     ends = [0, 1, 2]
-    config = DecodingConfig(
-        target_width=width, draft_width=4, draft_depth=2, max_new_tokens=8, top_k=top_k, eos_token_id=ends,
-        min_new_tokens=3, num_return_sequences=width,
-    )  # fmt: skip
+    config = settings(width, 4, 2, 8, eos_token_id=ends, top_k=top_k, min_new_tokens=3)
     results = DSBDDecoder(random_pair(VOCABULARY), config).generate([PROMPT] * 20, torch.Generator().manual_seed(0))
     sequences = [sequence for result in results for sequence in result.sequences]
     assert all(token not in ends for sequence in sequences for token in sequence[:3])

@@ -317,11 +317,6 @@ def composed(*overrides: str) -> Any:
     return cfg
 
 
-@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF_DIR / "latency").glob("*.yaml")))
-def test_options_compose_with_known_settings(option: str) -> None:
-    composed(f"latency={option}", *(["latency.path=p"] if option == "file" else []))
-
-
 def test_the_shipped_device() -> None:
     table = instantiate(composed("latency=h200_8b_1b").latency)
     assert 0.004 < table.target_cost(1) < 0.006 and table.host_cost(1) > 0 and "modelled" in table.device

@@ -1,10 +1,14 @@
 """Drafts, a file for each kind; and which draft a model, a text or a `Draft` stands for.
 
-In text: `layers:8`, the target's own first layers; `ngram` or `ngram:4`, what followed the same tokens before.
+In text: `layers:8`, the target's own first layers; `ngram` or `ngram:4`, what followed the same
+tokens before; `mine.Bigram`, a class of anybody's own.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from decoding.engine.vocabulary import match_vocabularies
@@ -14,28 +18,33 @@ from decoding.pairs.architecture import check_architecture, text_config, vocab_s
 from decoding.pairs.drafts import early_layers, ngram
 from decoding.pairs.drafts.base import Draft
 from decoding.pairs.drafts.model import ModelDraft
+from decoding.support.names import is_dotted, locate
 
 __all__ = ["ALLOWED", "Draft", "ModelDraft", "NodeScorer", "ScorerOptions", "draft_of", "is_named", "named_draft"]
 
 KINDS = {kind.prefix: kind for kind in (early_layers.KIND, ngram.KIND)}  # drafts that come without a checkpoint
-ALLOWED = ", ".join(kind.usage for kind in KINDS.values())
+_OWN = "mine.Bigram (a Draft of your own, by its dotted name)"
+ALLOWED = ", ".join([*(kind.usage for kind in KINDS.values()), _OWN])
 
 
 def is_named(text: str) -> bool:
-    """Whether a text names a draft that comes without a checkpoint of its own."""
-    return text.partition(":")[0] in KINDS
+    """True if a text names a draft that comes without a checkpoint of its own."""
+    return text.partition(":")[0] in KINDS or (is_dotted(text) and not Path(text).exists())
 
 
 def named_draft(text: str, target: Any) -> Draft:
     """The draft that a text names.
 
     Args:
-        text: `layers:8`, `ngram`, `ngram:4`.
+        text: `layers:8`, `ngram`, `ngram:4`; or the dotted name of a `Draft`, which is called with
+            the target.
         target: the model that it drafts for.
 
     Raises:
-        UserError: another text, or a number that cannot be.
+        UserError: another text, a number that cannot be, or a dotted name of something else.
     """
+    if is_dotted(text):
+        return _of_class(text, target)
     prefix, colon, argument = text.partition(":")
     draft = KINDS[prefix].make(argument if colon else None, target) if prefix in KINDS else None
     if draft is None:
@@ -43,20 +52,33 @@ def named_draft(text: str, target: Any) -> Draft:
     return draft
 
 
+def _of_class(name: str, target: Any) -> Draft:
+    """A draft of anybody's own, by its dotted name."""
+    try:
+        kind = locate(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"draft is {name!r}, which cannot be imported: {error}. Give {ALLOWED}.") from error
+    if not (inspect.isclass(kind) and issubclass(kind, Draft)):
+        raise UserError(f"draft is {name!r}, which is no Draft; derive it from decoding.pairs.drafts.Draft.")
+    make: Callable[[Any], Draft] = kind
+    return make(target)
+
+
 def draft_of(given: Any, target: Any, tokenizer: Any = None, draft_tokenizer: Any = None) -> Draft | None:
     """The draft that a `ModelPair` was given.
 
     Args:
-        given: a `Draft`; a causal language model of transformers; a text as for `named_draft`; None for no draft.
+        given: a `Draft`; a causal language model of transformers; a text as for `named_draft`; None
+            for no draft.
         target: the model that it drafts for.
         tokenizer, draft_tokenizer: of the target and of a model, whose tokens are matched.
 
     Raises:
-        UserError: none of these, a model that cannot draft for the target, or a draft that reads layers which the
-            target does not have.
+        UserError: none of these, a model that cannot draft for the target, or a draft that reads
+            layers which the target does not have.
     """
     if isinstance(given, str):
-        return named_draft(given, target)
+        given = named_draft(given, target)
     if isinstance(given, Draft):
         _check_layers(given, target)
         return given

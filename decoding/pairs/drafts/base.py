@@ -1,6 +1,8 @@
-"""Draft: what proposes tokens for a target. A kind of draft is one file of this package with a subclass in it.
+"""Draft: what proposes tokens for a target. A kind of draft is one file of this package with a
+subclass in it.
 
-Whatever drafts, the output follows the target: a draft only has to name the distribution Q that it drew from.
+Whatever drafts, the output follows the target: a draft only has to name the distribution Q that it
+drew from.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from decoding.forest.scorer import ForestScorer
 
 
 class Draft(ABC):
-    """A draft of one target, which it may know but must not keep alive.
+    """A draft of one target, which it may know but must not keep alive. One named in text is called
+    with the target.
 
     Attributes:
         hidden_size: H of the states that its scorer's `hidden` gives; 0 where it gives none.
-        target_layers: which hidden states of the target its scorer reads, numbered as transformers numbers them: 0 is
-            the embeddings, i what the i-th block gives, the number of blocks what the head reads. The target's scorer
-            keeps these of every prompt token and of every living node, and no others.
+        target_layers: which hidden states of the target its scorer reads, numbered as transformers
+            numbers them: 0 is the embeddings, i what the i-th block gives, the number of blocks
+            what the head reads. The target's scorer keeps these of every prompt token and of every
+            living node, and no others.
         vocabulary: makes its token ids the target's; None where they are the same.
     """
 
@@ -38,12 +42,14 @@ class Draft(ABC):
 
     @property
     def models(self) -> dict[str, Any]:
-        """The causal language models that it runs, by role; each is probed, and its context is a limit."""
+        """Causal language models that it runs, by role; each is probed, its context is a limit."""
         return {}
 
     @abstractmethod
     def fingerprint(self) -> bytes:
-        """What tells this draft from others; the pair's fingerprint is a hash of it and of the target's."""
+        """Bytes that tell this draft from others; the pair's fingerprint is a hash of them and of
+        the target's.
+        """
 
     def describe(self) -> dict[str, Any]:
         """The draft's part of the pair's description, beside that of its models; JSON-able."""
@@ -55,8 +61,9 @@ class Draft(ABC):
         """A scorer of this draft's nodes for one batch.
 
         Args:
-            target: the target's scorer of the same batch. Its `layer_states` are the hidden states of `target_layers`
-                at nodes, its `prompt_states` those at the prompt's tokens, as soon as it has scored them.
+            target: the target's scorer of the same batch. Its `layer_states` are the hidden states
+                of `target_layers` at nodes, its `prompt_states` those at the prompt's tokens, as
+                soon as it has scored them.
             options: those of the target's scorer.
         """
 
@@ -78,8 +85,8 @@ class NamedKind:
 
     Args:
         usage: how it is written and what it is, for error messages.
-        make: (what stands behind the colon, None without one; the target) -> the draft, or None where the text names
-            none.
+        make: (what stands behind the colon, None without one; the target) -> the draft, or None
+            where the text names none.
     """
 
     prefix: str

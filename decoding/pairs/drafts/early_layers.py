@@ -1,7 +1,8 @@
-"""A draft made of the target's first layers: its embedding, n blocks, final norm and head, all of them shared.
+"""A draft made of the target's first layers: its embedding, n blocks, final norm and head, all of
+them shared.
 
-Self-drafting by early exit, as in LayerSkip (2404.16710): no second model, and no second copy of weights. Checkpoints
-that were trained to exit draft well, others poorly.
+Self-drafting by early exit, as in LayerSkip (2404.16710): no second model, and no second copy of
+weights. Checkpoints that were trained to exit draft well, others poorly.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class EarlyLayersDraft(ModelDraft):
 
 
 def _from_text(number: str | None, target: Any) -> EarlyLayersDraft | None:
-    """`layers:N`."""
+    """The draft that `layers:N` names."""
     count = whole_number(number)
     return EarlyLayersDraft(target, count) if count is not None else None
 
@@ -44,8 +45,9 @@ KIND = NamedKind("layers", "layers:N (the target's first N layers)", _from_text)
 def first_layers(target: Any, count: int) -> Any:
     """A model of the target's class that runs its first `count` blocks.
 
-    Modules along the way to the list of blocks are shallow copies with configs of their own; everything else, weights
-    included, is the target's own. It works for any model that keeps its blocks in one nn.ModuleList.
+    Modules along the way to the list of blocks are shallow copies with configs of their own;
+    everything else, weights included, is the target's own. It works for any model that keeps its
+    blocks in one nn.ModuleList.
 
     Args:
         target: a transformers causal LM.
@@ -86,7 +88,9 @@ def _path_to_blocks(target: Any, layers: int, kind: str) -> list[str]:
 
 
 def _copied(module: Any, configs: dict[int, Any], count: int, kind: str) -> Any:
-    """A module with the same children and weights, tables of its own to change, and a config of `count` layers."""
+    """A module with the same children and weights, tables of its own to change, and a config of
+    `count` layers.
+    """
     if "forward" in vars(module):
         raise UserError(
             f"The target ({kind}) cannot draft with its own layers: its forward is wrapped, as device_map over several "

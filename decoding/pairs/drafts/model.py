@@ -30,11 +30,11 @@ class ModelDraft(Draft):
 
     @property
     def models(self) -> dict[str, Any]:
-        """The model, as "draft"."""
+        """The draft model by its role, "draft"."""
         return {"draft": self.model}
 
     def fingerprint(self) -> bytes:
-        """Sizes, a sample of every weight, and how ids are matched."""
+        """Bytes of the sizes, of a sample of every weight, and of how ids are matched."""
         return weight_sample(self.model) + (self.vocabulary.digest if self.vocabulary is not None else b"")
 
     def scorer(self, target: ForestScorer, options: ScorerOptions) -> NodeScorer:
@@ -42,7 +42,7 @@ class ModelDraft(Draft):
         return ForestScorer(self.model, **vars(options), vocabulary=self.vocabulary)
 
     def assistance(self) -> dict[str, Any]:
-        """The model is transformers' `assistant_model`."""
+        """Arguments that make the model transformers' `assistant_model`."""
         if self.vocabulary is not None:
             raise UserError(
                 "hf_assisted needs a draft with the target's token ids and as many embedding rows, as transformers' "

@@ -1,8 +1,9 @@
-"""A draft without a model: what followed the last few tokens where they came before, in the prompt or the beam itself.
+"""A draft without a model: what followed the last few tokens where they came before, in the prompt
+or the beam itself.
 
-Prompt lookup decoding (Saxena, 2023, github.com/apoorvumang/prompt-lookup-decoding), as a distribution: drafts are
-drawn from it and verified as any others, so the output stays exact. It pays where the text repeats its context: code,
-summaries, answers that quote.
+Prompt lookup decoding (Saxena, 2023, github.com/apoorvumang/prompt-lookup-decoding), as a
+distribution: drafts are drawn from it and verified as any others, so the output stays exact. It
+pays where the text repeats its context: code, summaries, answers that quote.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class NgramDraft(Draft):
         return f"ngram:{self.max_ngram}"
 
     def fingerprint(self) -> bytes:
-        """The name says all."""
+        """Bytes of the name, which says all."""
         return self.name.encode()
 
     def scorer(self, target: ForestScorer, options: ScorerOptions) -> NodeScorer:
@@ -63,12 +64,12 @@ class NgramDraft(Draft):
         )
 
     def assistance(self) -> dict[str, Any]:
-        """transformers' own prompt lookup, with suffixes as long."""
+        """Arguments of transformers' own prompt lookup, with suffixes as long."""
         return {"prompt_lookup_num_tokens": _LOOKUP_TOKENS, "max_matching_ngram_size": self.max_ngram}
 
 
 def _from_text(number: str | None, target: Any) -> NgramDraft | None:
-    """`ngram` or `ngram:N`, N at least 1."""
+    """The draft that `ngram` or `ngram:N` names, with N at least 1."""
     if number is None:
         return NgramDraft()
     found = whole_number(number)
@@ -79,10 +80,11 @@ KIND = NamedKind("ngram", "ngram or ngram:N (no draft model; suffixes of up to N
 
 
 class NgramIndex:
-    """Which tokens followed which n-grams in one prompt and in the paths of its forest.
+    """The tokens that followed each n-gram in one prompt and in the paths of its forest.
 
-    The prompt's n-grams are counted once; those that end inside the forest are kept by node, because a beam may only
-    look at its own path. A node is added, found and removed in a few dictionary operations for each n.
+    The prompt's n-grams are counted once; those that end inside the forest are kept by node,
+    because a beam may only look at its own path. A node is added, found and removed in a few
+    dictionary operations for each n.
     """
 
     def __init__(self, prompt: Sequence[int], forest: TokenForest, max_ngram: int) -> None:
@@ -128,7 +130,9 @@ class NgramIndex:
         return self._tails[self._forest.parents[node]]  # children die before parents
 
     def followers(self, node: int, n: int) -> dict[int, int]:
-        """Times that each token followed the last `n` tokens before, in the prompt and on the path to a known node."""
+        """Times that each token followed the last `n` tokens before, in the prompt and on the path
+        to a known node.
+        """
         tail = self._tails[node]
         if len(tail) < n:
             return {}
@@ -145,9 +149,10 @@ class NgramIndex:
         return counts
 
     def distribution(self, node: int) -> dict[int, float]:
-        """Share of each token after a known node, adding up to one; empty where no suffix came before.
+        """Share of each token after a known node, in all one; empty where no suffix came before.
 
-        Q(v) = Σ_n w_n · (share of v after the last n tokens), w_n falling by `BACKOFF` from the longest match down.
+        Q(v) = Σ_n w_n · (share of v after the last n tokens), w_n falling by `BACKOFF` from the
+        longest match down.
         """
         shares: dict[int, float] = {}
         weight = 1.0
@@ -179,7 +184,8 @@ class NgramScorer:
         rows: prompts at a time.
         vocabulary: V of the target.
         temperature: sharpens or flattens as it does the target: Q^(1 / temperature), normalised.
-        top: at most so many likeliest tokens per node are given, on the host; None: rows of V on `device`.
+        top: at most so many likeliest tokens per node are given, on the host; None: rows of V on
+            `device`.
         device: of `log_probs`.
         process: as for ForestScorer; what it forbids is not proposed.
     """
@@ -209,10 +215,10 @@ class NgramScorer:
         self._prompts[row] = None
 
     def close(self) -> None:
-        """Nothing is borrowed."""
+        """Give nothing back: nothing is borrowed."""
 
     def free(self) -> None:
-        """Nothing is kept."""
+        """Keep nothing: there is nothing to free."""
 
     def score(self, wanted: Mapping[int, Sequence[int]]) -> int:
         """Look up all nodes of `wanted` (row -> nodes) that were not; returns how many these are."""
@@ -239,7 +245,7 @@ class NgramScorer:
         return [log for _, log in ranked], [token for token, _ in ranked]
 
     def proposes(self, row: int, nodes: Sequence[int]) -> bool:
-        """Whether any of some scored nodes has a next token to propose."""
+        """True if any of some scored nodes has a next token to propose."""
         return any(self._held(row).scored[node][0] for node in nodes)
 
     def tops(self, row: int, nodes: Sequence[int]) -> tuple[FloatArray, IntArray]:
@@ -255,7 +261,9 @@ class NgramScorer:
         return values, tokens
 
     def log_probs(self, row: int, nodes: Sequence[int]) -> Tensor:
-        """Log-probabilities of the next token at scored nodes, [N, V] float32; -inf for tokens that never followed."""
+        """Log-probabilities of the next token at scored nodes, [N, V] float32; -inf for tokens that
+        never followed.
+        """
         found = [self._held(row).scored[node] for node in nodes]
         index = [i * self.vocabulary + token for i, (_, ids) in enumerate(found) for token in ids]
         values = [value for logs, _ in found for value in _normalised(logs)]
@@ -264,7 +272,7 @@ class NgramScorer:
         return table
 
     def hidden(self, row: int, nodes: Sequence[int]) -> Tensor | None:
-        """None: there is no model."""
+        """None, for there is no model that could have hidden states."""
         return None
 
     def forget(self, row: int, dead: Sequence[int], live: Sequence[int]) -> None:

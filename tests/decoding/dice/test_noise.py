@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from decoding import noise
+from decoding.dice import noise
 from decoding.dice.noise import BITS, PathNoise, root_hash, seed_of
 from decoding.forest.tree import TokenForest
 from tests.decoding.stubs import chi_square_tail

@@ -5,7 +5,6 @@ All weights are random and all seeds fixed, so nothing is flaky. docs/families.m
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,14 +20,14 @@ import decoding.engine.graphs
 import decoding.engine.positions
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
 from decoding.engine.forward import PassInputs
-from decoding.engine.graphs import GraphedForward, _Captured, _read_by
 from decoding.engine.runner import runner_of
 from decoding.forest.cache import ForestCache
 from decoding.forest.probe import check_forest_pass
 from decoding.forest.scorer import ForestScorer
 from decoding.forest.tree import TokenForest
 from decoding.pairs.architecture import check_architecture
-from tests.decoding.engine.families import (
+from tests.decoding.engine.test_graphs import graphed
+from tests.decoding.families import (
     FAMILIES,
     PAGE,
     REFUSED,
@@ -69,7 +68,8 @@ def largest_difference(model: Any, engine: str = "auto", rounds: int = 12) -> fl
     Three prompts of different lengths in a batch, some waiting; only two new beams of each step go on, so that slots
     are used again, and paths grow to more than twice the window.
     """
-    prompts, random = [tokens_of(count) for count in PROMPTS], np.random.default_rng(0)
+    size = model.config.get_text_config().vocab_size
+    prompts, random = [tokens_of(count, size) for count in PROMPTS], np.random.default_rng(0)
     forests = [TokenForest() for _ in prompts]
     scorer = ForestScorer(model, len(prompts), max(PROMPTS), spare_slots=8, engine=engine)
     for row, (prompt, forest) in enumerate(zip(prompts, forests, strict=True)):
@@ -81,9 +81,9 @@ def largest_difference(model: Any, engine: str = "auto", rounds: int = 12) -> fl
         for row, forest in enumerate(forests):
             if (step + row) % 3:
                 parents = random.choice(living[row], random.integers(1, 5))
-                nodes = [forest.child(int(parent), int(random.integers(VOCABULARY))) for parent in parents]
-                nodes += [forest.child(nodes[-1], int(random.integers(VOCABULARY)))]
-                nodes += [forest.child(nodes[-1], int(random.integers(VOCABULARY)))]
+                nodes = [forest.child(int(parent), int(random.integers(size))) for parent in parents]
+                nodes += [forest.child(nodes[-1], int(random.integers(size)))]
+                nodes += [forest.child(nodes[-1], int(random.integers(size)))]
                 wanted[row] = list(dict.fromkeys(nodes))
         scored += scorer.score(wanted)
         for row, nodes in wanted.items():
@@ -235,29 +235,10 @@ def failing(*args: Any) -> Any:
 # Static shapes, as CUDA graphs need them; the graphs only call what they captured.
 
 
-class Recalled(_Captured):
-    """A captured graph but for the graph: its inputs are its own tensors, and its outputs always the same ones."""
-
-    def __init__(self, forward: Any, inputs: PassInputs, store: Any, pool: Any) -> None:
-        names = _read_by(inputs)
-        self._inputs = copy.copy(inputs)
-        for name in names:
-            setattr(self._inputs, name, getattr(inputs, name).clone())
-        self._forward, self._store, self._graph = forward, store, self
-        self._outputs = forward(self._inputs, store)
-
-    def replay(self) -> None:
-        self._outputs[0].copy_(self._forward(self._inputs, self._store)[0])
-
-
 @pytest.mark.parametrize("name", ["Mistral", "Qwen 3", "Gemma 2", *ALIBI])
 def test_graphs_read_what_this_pass_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES[name].model()
-    monkeypatch.setattr(decoding.engine.graphs, "_Captured", Recalled)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    runner = runner_of(model, "auto")
-    graphs = GraphedForward(runner.prompts)
-    monkeypatch.setattr(runner, "forward", graphs)
+    (graphs,) = graphed(ModelPair(model, None), monkeypatch)
     assert largest_difference(model) < CLOSE
     assert 0 < graphs.captures < graphs.replays
     monkeypatch.setattr(decoding.engine.graphs, "_read_by", lambda inputs: ["tokens", "positions", "slots", "mask"])
@@ -403,4 +384,4 @@ def test_what_cannot_work_is_refused_with_its_reason(name: str) -> None:
 
 
 def test_the_page_says_what_is_tested() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "write it anew: python -m tests.decoding.engine.families"
+    assert PAGE.read_text(encoding="utf-8") == page(), "write it anew: python -m tests.decoding.families"

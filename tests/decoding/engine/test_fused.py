@@ -35,6 +35,7 @@ from decoding.engine.fused import FusedForward, can_fuse
 from decoding.engine.runner import runner_of
 from decoding.forest.scorer import ForestScorer
 from decoding.forest.tree import TokenForest
+from tests.decoding.engine.test_families import largest_difference
 
 VOCABULARY = 23
 SHAPE = dict(
@@ -141,41 +142,11 @@ def test_a_prompts_pass_is_the_models_own(family: str) -> None:
     torch.testing.assert_close(hidden, states, **CLOSE)
 
 
-@torch.inference_mode()
-def grow_forests(scorer: ForestScorer, prompts: list[list[int]], rounds: int = 9) -> dict[tuple[int, ...], Tensor]:
-    """Random forests of several rows at a time, some rows waiting; log-probabilities by row and path."""
-    random, forests = np.random.default_rng(1), [TokenForest() for _ in prompts]
-    for row, (prompt, forest) in enumerate(zip(prompts, forests, strict=True)):
-        scorer.open(row, prompt, forest)
-    found = {(row,): scorer.log_probs(row, [0])[0] for row in range(len(prompts))}
-    living = [[0] for _ in prompts]
-    for step in range(rounds):
-        wanted = {}
-        for row, forest in enumerate(forests):
-            if (step + row) % 3:
-                parents = random.choice(living[row], random.integers(1, 6))
-                nodes = [forest.child(int(parent), int(random.integers(VOCABULARY))) for parent in parents]
-                nodes.append(forest.child(nodes[-1], int(random.integers(VOCABULARY))))
-                wanted[row] = list(dict.fromkeys(nodes))
-        scorer.score(wanted)
-        for row, nodes in wanted.items():
-            for node, log_probs in zip(nodes, scorer.log_probs(row, nodes), strict=True):
-                found[row, *forests[row].path(node)] = log_probs
-            scorer.forget(row, forests[row].release([*nodes, *living[row]], set(nodes[-2:])), nodes[-2:])
-            living[row] = [0, *nodes[-2:]]
-    return found
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forests_of_several_rows_are_scored_as_sequences(family: str) -> None:
-    model, prompts = made(family), [tokens_of(9), tokens_of(1, 2), tokens_of(17, 3)]
-    scorer = ForestScorer(model, len(prompts), 17, spare_slots=30)
-    assert scorer.runner.forward.name.startswith("fused")
-    found = grow_forests(scorer, prompts)
-    assert len(found) > 40
-    for (row, *path), log_probs in found.items():
-        expected = own_logits(model, [*prompts[row], *path])[-1].log_softmax(-1)
-        torch.testing.assert_close(log_probs, expected, **CLOSE)
+    model = made(family)
+    assert largest_difference(model) < CLOSE["atol"]
+    assert runner_of(model, "auto").forward.name.startswith("fused")
 
 
 def error_of(logits: Tensor, exact: Tensor) -> float:
@@ -278,13 +249,10 @@ UNFUSED: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("case", UNFUSED)
 def test_what_is_not_fused_runs_as_the_model_wrote_it(case: str) -> None:
-    model, prompts = UNFUSED[case](), [tokens_of(9), tokens_of(3, 2)]
+    model = UNFUSED[case]()
     assert not can_fuse(model)
-    scorer = ForestScorer(model, len(prompts), 9, spare_slots=30)
-    assert scorer.runner.forward.name.startswith("transformers")
-    for (row, *path), log_probs in grow_forests(scorer, prompts).items():
-        expected = own_logits(model, [*prompts[row], *path])[-1].float().log_softmax(-1)
-        torch.testing.assert_close(log_probs, expected, **CLOSE)
+    assert largest_difference(model) < CLOSE["atol"]
+    assert runner_of(model, "auto").forward.name.startswith("transformers")
 
 
 @pytest.mark.parametrize(

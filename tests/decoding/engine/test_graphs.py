@@ -20,8 +20,8 @@ import decoding.forest.scorer
 from decoding import DecodeResult, DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, ThresholdWidth
 from decoding.engine.forward import PassInputs, PassOutput, TransformersStore
 from decoding.engine.fused import FusedStore
-from decoding.engine.graphs import GRAPH_LIMIT, GraphedForward
-from decoding.engine.runner import Runner, runner_of
+from decoding.engine.graphs import GRAPH_LIMIT, GraphedForward, _Captured, _read_by
+from decoding.engine.runner import runner_of
 from decoding.forest.cache import QUERY_BUCKETS, SLOT_BUCKET, ForestCache
 from tests.decoding.loop.test_batch import CONFIG, POLICIES, PROMPTS, SETTINGS, assert_same, seeded
 from tests.decoding.stubs import llama_pair
@@ -190,47 +190,27 @@ def test_the_poison_works(monkeypatch: pytest.MonkeyPatch) -> None:
 # GraphedForward, with graphs that only call what they captured.
 
 
-class Replayed:
-    """Stands for a captured graph: keeps its inputs' storage, and gives its outputs in the same place."""
-
-    made = 0
+class Recalled(_Captured):
+    """A captured graph but for the graph: its inputs are its own tensors, and its outputs always the same ones."""
 
     def __init__(self, forward: Any, inputs: PassInputs, store: Any, pool: Any) -> None:
-        Replayed.made += 1
-        self._forward, self._inputs = forward, copy.copy(inputs)
-        self._key = (id(store), store.capacity)
-        self._outputs = forward(inputs, store)
+        self._inputs = copy.copy(inputs)
+        for name in _read_by(inputs):
+            setattr(self._inputs, name, getattr(inputs, name).clone())
+        self._forward, self._store, self._graph = forward, weakref.ref(store), self
+        self._outputs = forward(self._inputs, store)
 
-    def __call__(self, inputs: PassInputs) -> PassOutput:
-        for name in ("tokens", "positions", "slots", "mask"):
-            assert getattr(inputs, name).shape == getattr(self._inputs, name).shape, "one graph, one shape"
-        (store,) = [s for s in stores() if (id(s), s.capacity) == self._key]
-        for place, value in zip(self._outputs, self._forward(inputs, store), strict=True):
+    def replay(self) -> None:
+        for place, value in zip(self._outputs, self._forward(self._inputs, self._store()), strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
-        return self._outputs
-
-
-_known: list[Any] = []
-
-
-def stores() -> list[Any]:
-    return _known
 
 
 def graphed(pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> list[GraphedForward]:
     """Let both models of a pair run through GraphedForward with graphs that only call."""
     pair.check_forest_passes()
-    monkeypatch.setattr(decoding.engine.graphs, "_Captured", Replayed)
+    monkeypatch.setattr(decoding.engine.graphs, "_Captured", Recalled)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    borrow = Runner.borrow
-
-    def noted(self: Runner, rows: int, capacity: int) -> Any:
-        store = borrow(self, rows, capacity)
-        _known[:] = [*[s for s in _known if s is not store], store]
-        return store
-
-    monkeypatch.setattr(Runner, "borrow", noted)
     forwards = []
     for model in pair.models.values():
         runner = runner_of(model, pair.engine)
@@ -255,7 +235,6 @@ def test_graphs_are_captured_once_and_replayed(engine: str, monkeypatch: pytest.
     assert [forward.captures for forward in forwards] == captures, "the buffer is used again, and its graphs with it"
     decoder.generate(PROMPTS[:2], seeded())
     assert all(forward.captures > before for forward, before in zip(forwards, captures, strict=True))
-    _known.clear()
 
 
 def test_graphs_go_with_their_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +242,6 @@ def test_graphs_go_with_their_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     forwards = graphed(pair, monkeypatch)
     DSBDDecoder(pair, CONFIG).generate(PROMPTS, seeded())
     assert all(len(forward._graphs) == forward.captures for forward in forwards)
-    _known.clear()
     for model in (pair.target, pair.draft):
         runner_of(model, "auto")._spare.clear()
     gc.collect()
@@ -279,13 +257,11 @@ def test_a_pool_whose_graphs_are_gone_is_not_used_again(monkeypatch: pytest.Monk
     DSBDDecoder(pair, CONFIG).generate(PROMPTS, seeded())
     first = [forward._pool for forward in forwards]
     assert all(forward.captures > 1 for forward in forwards) and sorted(first) == [0, 1], "one pool a model"
-    _known.clear()
     for model in (pair.target, pair.draft):
         runner_of(model, "auto")._spare.clear()
     gc.collect()
     DSBDDecoder(pair, CONFIG).generate(PROMPTS, seeded())
     assert sorted(forward._pool for forward in forwards) == [2, 3]
-    _known.clear()
 
 
 def test_a_buffer_goes_with_its_last_user() -> None:
@@ -309,7 +285,6 @@ def test_no_more_graphs_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(decoder.generate(PROMPTS, seeded()), expected)
     assert sum(forward.captures for forward in forwards) <= 4 < GRAPH_LIMIT
     assert sum(forward.eager for forward in forwards) > 0
-    _known.clear()
 
 
 def test_what_cannot_be_captured_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +303,6 @@ def test_what_cannot_be_captured_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -
     assert len([w for w in caught if "CUDA graph" in str(w.message)]) == 2
     assert_same(found, expected)
     assert all((forward.captures, forward.replays) == (0, 0) and forward.eager > 0 for forward in forwards)
-    _known.clear()
 
 
 @pytest.mark.gpu

@@ -157,39 +157,6 @@ def narrow_pair(
     return narrow
 
 
-CASES = {
-    "one token lacks": (4, [0, 1, 2], 0, settings(2, 3, 2, 3)),
-    "turned": (4, [3, 1, 0, 2], 0, settings(2, 3, 2, 3)),
-    "turned and fewer": (5, [4, 0, 2], 2, settings(2, 3, 1, 2)),
-    "one beam": (4, [2, 0], 1, settings(1, 2, 2, 3)),
-    "a single token": (3, [2], 0, settings(2, 2, 1, 2)),
-    "top-k of the joint": (5, [4, 0, 2], 0, settings(2, 3, 2, 3, top_k=3)),
-    "top-k of each beam, more than known": (5, [3, 1], 0, settings(2, 3, 2, 3, top_k=3, warp="beam")),
-    "top-p of the joint": (4, [3, 0, 1], 0, settings(2, 3, 2, 3, top_p=0.8)),
-    "top-p of each beam": (4, [3, 0, 1], 0, settings(2, 3, 2, 3, top_p=0.7, warp="beam")),
-    "temperature, end token": (4, [3, 0, 2], 1, settings(2, 3, 2, 3, temperature=0.7, eos_token_id=3)),
-}
-
-
-# With top-k everything is on the host.
-PLACES = [(case, host) for case in CASES for host in (True, False) if host or CASES[case][-1].top_k is None]
-
-
-@pytest.mark.parametrize(("case", "host"), PLACES, ids=[f"{case}-{'host' if h else 'device'}" for case, h in PLACES])
-@pytest.mark.parametrize("replacement", [False, True], ids=["without", "with"])
-def test_drafts_of_a_subset_leave_the_target_exact(
-    case: str, replacement: bool, host: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vocabulary, order, spare, config = CASES[case]
-    if not host:
-        monkeypatch.setattr(decoding.dice.sampling, "HOST_VOCABULARY", 1)
-    pair = narrow_pair(vocabulary, order, spare)
-    config = config.with_changes(replacement=replacement)
-    results = decode_often(pair, config, 500)
-    assert chi_square_p(count_sets(results), Reference(pair.target, PROMPT, config).returned()) > PASS
-    assert sum(sum(result.stats.accepted) for result in results) > 50, "drafts must count for something"
-
-
 @pytest.mark.parametrize("sizes", [(5, 4), (4, 6)], ids=["fewer rows", "more rows"])
 def test_models_in_hand_of_other_sizes_share_the_first_ids(sizes: tuple[int, int]) -> None:
     target, draft = random_pair(sizes[0], seed=4).target, random_pair(sizes[1], seed=5).target
@@ -288,22 +255,6 @@ def test_prompts_hold_the_targets_tokens() -> None:
     pair = ModelPair(small_llama(5), small_llama(9, seed=1))
     with pytest.raises(UserError, match="token id 7, outside the vocabulary of 5"):
         DSBDDecoder(pair, config).generate([[7]])
-
-
-def test_batches_decode_as_alone() -> None:
-    pair = ModelPair(
-        small_llama(9), small_llama(6, seed=1), tokenizer("abcdefghi"), draft_tokenizer=tokenizer("igecab")
-    )
-    config = DecodingConfig(target_width=2, draft_width=4, draft_depth=2, max_new_tokens=8, eos_token_id=-1)
-    prompts = [[1, 2, 3], [8, 7], [1, 2, 5, 6, 4], [3]]
-
-    def streams() -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-
-    together = DSBDDecoder(pair, config).generate(prompts, streams(), batch_size=2)
-    for prompt, stream, result in zip(prompts, streams(), together, strict=True):
-        (alone,) = DSBDDecoder(pair, config).generate([prompt], [stream])
-        assert alone.sequences == result.sequences
 
 
 def test_scores_under_a_map_are_the_models_own() -> None:

@@ -15,7 +15,7 @@ from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, beam_s
 from decoding.forest.cache import QUERY_BUCKETS, SLOT_BUCKET, SLOT_STEP, ForestCache
 from decoding.forest.scorer import ForestScorer
 from decoding.forest.tree import TokenForest
-from tests.decoding.stubs import Reference, chi_square_p, llama_pair, small_llama
+from tests.decoding.stubs import Reference, chi_square_p, llama_pair, settings, small_llama
 
 PROMPT = [1, 2, 0, 3, 2]
 
@@ -223,9 +223,7 @@ def test_slots_hold_living_paths_only(changes: dict[str, Any], monkeypatch: pyte
         checks.append(1)
 
     monkeypatch.setattr(run, "_prune", checked)
-    config = DecodingConfig(
-        target_width=4, draft_width=6, draft_depth=3, max_new_tokens=40, eos_token_id=2, top_k=8, **changes
-    )
+    config = settings(4, 6, 3, 40, eos_token_id=2, top_k=8, **changes)
     results = DSBDDecoder(llama_pair(), config, RandomWidth()).generate([PROMPT] * 6, torch.Generator().manual_seed(0))
     assert len(checks) == sum(result.stats.iterations for result in results)
     for result in results:
@@ -237,9 +235,7 @@ def test_slots_hold_living_paths_only(changes: dict[str, Any], monkeypatch: pyte
 
 def test_widths_share_slots() -> None:
     """Width 8 costs about one sequence: beams share their ancestors (design section 6)."""
-    config = DecodingConfig(
-        target_width=8, draft_width=10, draft_depth=2, max_new_tokens=100, eos_token_id=-1, top_k=10
-    )
+    config = settings(8, 10, 2, 100, top_k=10)
     (result,) = DSBDDecoder(llama_pair(), config).generate([PROMPT], torch.Generator().manual_seed(0))
     # A random model's beams fork early and long; those of a trained one share nearly all (see the README's numbers).
     assert result.stats.kv_slots_end <= 2 * (len(PROMPT) + 100)
@@ -248,9 +244,7 @@ def test_widths_share_slots() -> None:
 def test_beams_through_the_real_cache_follow_beam_sampling() -> None:
     """The chi-square test of test_exactness.py with attention, GQA and slots that are used again."""
     pair = llama_pair(vocabulary=4)
-    config = DecodingConfig(
-        target_width=2, draft_width=3, draft_depth=2, max_new_tokens=3, num_return_sequences=2, eos_token_id=3
-    )
+    config = settings(2, 3, 2, 3, eos_token_id=3)
     results = DSBDDecoder(pair, config).generate([PROMPT] * 700, torch.Generator().manual_seed(0))
     assert {0, 1, 2} <= {accepted for result in results for accepted in result.stats.accepted}
     counts = Counter(frozenset(map(tuple, result.sequences)) for result in results)
@@ -261,17 +255,7 @@ def test_beams_through_the_real_cache_follow_beam_sampling() -> None:
 def test_scores_are_the_models_own_log_probabilities(length_penalty: float) -> None:
     """score = Σ log p(token | prefix) / length**length_penalty, recomputed from plain passes, end tokens included."""
     pair = llama_pair()
-    config = DecodingConfig(
-        target_width=4,
-        draft_width=6,
-        draft_depth=3,
-        max_new_tokens=12,
-        temperature=0.7,
-        top_k=9,
-        eos_token_id=5,
-        num_return_sequences=4,
-        length_penalty=length_penalty,
-    )
+    config = settings(4, 6, 3, 12, eos_token_id=5, temperature=0.7, top_k=9, length_penalty=length_penalty)
     finished = 0
     for result in DSBDDecoder(pair, config).generate([PROMPT] * 4, torch.Generator().manual_seed(0)):
         for sequence, score, ended in zip(result.sequences, result.scores, result.finished, strict=True):

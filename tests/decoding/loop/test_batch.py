@@ -43,7 +43,7 @@ from decoding.forest.scorer import ForestScorer
 from decoding.loop.batch import shared_prefix
 from decoding.policies.base import TargetContext
 from decoding.traces.recorder import TraceRecorder
-from tests.decoding.stubs import Beams, Reference, chi_square_p, llama_pair
+from tests.decoding.stubs import Beams, Reference, chi_square_p, llama_pair, seeded
 from tests.decoding.traces.test_recorder import SimpleFeatures
 
 PROMPTS = [[1, 2, 0, 3, 2], [5], [2, 4, 1, 1, 0, 5, 3, 3, 6, 2, 2], [4, 4], [1, 2, 0, 3, 2, 6], [3, 0, 1]]
@@ -53,10 +53,6 @@ CONFIG = DecodingConfig(
 ENGINES = pytest.mark.parametrize("engine", ["auto", "transformers"])
 PASS, CAUGHT = 1e-3, 1e-6
 FEW = 200  # copies of each prompt that show what is wrong on purpose; fewer than where it must be right
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def assert_same(found: list[DecodeResult], expected: list[DecodeResult]) -> None:

@@ -23,8 +23,8 @@ from decoding.dice.acceptance import LayerVerdict, align
 from decoding.dice.sampling import Dice, FloatArray, IntArray
 from decoding.forest.tree import TokenForest
 from decoding.policies.base import DraftContext, RootContext, TargetContext
-from decoding.results import DecodeResult, LayerEvent
-from tests.decoding.stubs import Beams, Reference, chi_square_p, chi_square_tail, random_pair
+from decoding.results import DecodeResult, LayerEvent, Recorder
+from tests.decoding.stubs import Beams, Reference, chi_square_p, chi_square_tail, random_pair, settings
 
 PROMPT = [1, 2]
 PASS, CAUGHT = 1e-3, 1e-6
@@ -41,19 +41,6 @@ def decode_often(
 
 def count_sets(results: list[DecodeResult]) -> Counter[Beams]:
     return Counter(frozenset(map(tuple, result.sequences)) for result in results)
-
-
-def settings(width: int, drafts: int, depth: int, tokens: int, **changes: Any) -> DecodingConfig:
-    """A config that returns all beams and never ends early, unless `changes` say otherwise."""
-    fields = dict(
-        target_width=width,
-        draft_width=drafts,
-        draft_depth=depth,
-        max_new_tokens=tokens,
-        num_return_sequences=width,
-        eos_token_id=-1,
-    )
-    return DecodingConfig(**{**fields, **changes})
 
 
 # (vocabulary, closeness of draft and target, config). With M = target_width at every layer all settings are exact.
@@ -162,7 +149,7 @@ class Nosy(WidthPolicy):
         return 1 + (int(seen) + int(self._random.integers(2))) % 3
 
 
-class SlotRecorder:
+class SlotRecorder(Recorder):
     """Turns the first M slots of every verified layer into numbers that are uniform if the slots are exact.
 
     Slot k is drawn from T_k: P without the slots before it, or P itself with replacement. So
@@ -171,16 +158,10 @@ class SlotRecorder:
     that favours drafts shows most.
     """
 
-    shadow = None
-    needs_hidden = False
-
     def __init__(self, replacement: bool) -> None:
         self._replacement = replacement
         self._random = np.random.default_rng(1)
         self.uniforms: dict[int, list[float]] = defaultdict(list)  # M -> numbers
-
-    def drafted(self, *forest: object) -> None:
-        pass
 
     def layer(self, event: LayerEvent) -> None:
         if event.verdict is None:
@@ -194,9 +175,6 @@ class SlotRecorder:
             self.uniforms[event.record.target_width].append(float(chance))
             if not self._replacement:
                 slot[x] = 0.0
-
-    def end(self, best_path: list[int]) -> None:
-        pass
 
     def p_value(self, bins: int = 10) -> float:
         """Chi-square of the uniforms, the groups of equal M apart."""
@@ -219,18 +197,12 @@ def test_first_slots_are_exact_draws_whatever_the_policy_looks_at(surplus: str, 
     assert recorder.p_value() > PASS
 
 
-class WeightRecorder:
+class WeightRecorder(Recorder):
     """Compares P and the weights of all kept beams with the reference, node by node; one for each prompt."""
-
-    shadow = None
-    needs_hidden = False
 
     def __init__(self, reference: Reference, forests: list[TokenForest], prompt: int) -> None:
         self.reference, self.forests, self.prompt = reference, forests, prompt
         self.kept = 0
-
-    def drafted(self, *forest: object) -> None:
-        pass
 
     def layer(self, event: LayerEvent) -> None:
         forest, target = self.forests[self.prompt], event.context.target

@@ -28,19 +28,19 @@ from decoding import (
     ThresholdWidth,
     WidthPolicy,
     beam_sample,
-    noise,
 )
+from decoding.dice import noise
 from decoding.dice.verdict import NEVER, Verdict
 from decoding.loop.noise_run import NoiseRun
 from decoding.loop.processing import Rules
 from decoding.pairs.drafts import named_draft
 from decoding.policies.base import DraftContext, RootContext, TargetContext
 from decoding.policies.hand_set import EntropyWidth, GapWidth, MassWidth
-from decoding.results import DecodeResult, LayerEvent
+from decoding.results import DecodeResult, LayerEvent, Recorder
+from tests.decoding.loop.test_exactness import FIXED_CASES, PROMPT, ByTarget, count_sets, width_by_target
+from tests.decoding.loop.test_exactness import settings as sampling_settings
+from tests.decoding.loop.test_search import sharp_pair
 from tests.decoding.stubs import Reference, chi_square_p, random_pair
-from tests.decoding.test_exactness import FIXED_CASES, PROMPT, ByTarget, count_sets, width_by_target
-from tests.decoding.test_exactness import settings as sampling_settings
-from tests.decoding.test_search import sharp_pair
 
 PASS, CAUGHT = 1e-3, 1e-6
 
@@ -284,10 +284,8 @@ def test_a_width_chosen_after_seeing_the_noise_is_caught(peeks: bool) -> None:
     assert least < CAUGHT if peeks else least > PASS
 
 
-class FirstSlots:
+class FirstSlots(Recorder):
     """Records the first M of each layer as they were drawn, by what the layer started from."""
-
-    shadow = None
 
     def __init__(self) -> None:
         self.drawn: Counter[tuple[int, ...]] = Counter()
@@ -300,10 +298,6 @@ class FirstSlots:
         first = event.slots[: event.record.target_width]
         if len(self._forest.path(first[0])) == 1:
             self.drawn[tuple(self._forest.tokens[node] for node in first)] += 1
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None: ...
-
-    def end(self, best_path: list[int]) -> None: ...
 
 
 def test_the_first_m_of_a_layer_are_exact_draws_where_more_are_kept() -> None:
@@ -398,10 +392,8 @@ def test_contexts_show_noise_for_w_and_never_for_m() -> None:
     assert shares[0] == 1 and 0 in shares and any(0 < share < 1 for share in shares)
 
 
-class Needs:
+class Needs(Recorder):
     """Records what a layer needed, what was drafted and what was selected."""
-
-    shadow = None
 
     def __init__(self) -> None:
         self.found: list[tuple[LayerEvent, list[int]]] = []
@@ -412,10 +404,6 @@ class Needs:
 
     def layer(self, event: LayerEvent) -> None:
         self.found.append((event, self._layers.pop(0) if event.record.draft_width else []))
-
-    def iteration(self, seconds: dict[str, float], forest_nodes: int) -> None: ...
-
-    def end(self, best_path: list[int]) -> None: ...
 
 
 @pytest.mark.parametrize("oversample", [1, 2])

@@ -25,7 +25,7 @@ from decoding.loop.processing import Rules
 from decoding.loop.prompt_run import Beam
 from decoding.loop.search import SearchRun
 from decoding.policies.base import LayerRecord, TargetContext
-from decoding.results import DecodeResult, LayerEvent
+from decoding.results import DecodeResult, LayerEvent, Recorder
 from tests.decoding.loop.test_exactness import settings as sampling_settings
 from tests.decoding.stubs import MAX_POSITIONS, Path, Reference, TableModel, random_pair, sharp_llama, small_llama
 
@@ -290,11 +290,9 @@ def test_of_equal_weights_the_better_parents_child_then_the_lower_token_comes_fi
 
 
 @dataclass
-class Layers:
+class Layers(Recorder):
     """Records one prompt's layers; `paths` of a layer are its drafts, none where nothing was drafted."""
 
-    shadow = None
-    needs_hidden = False
     records: list[LayerRecord] = field(default_factory=list)
     paths: list[set[Path]] = field(default_factory=list)
     _drafted: list[set[Path]] = field(default_factory=list)
@@ -305,9 +303,6 @@ class Layers:
     def layer(self, event: LayerEvent) -> None:
         self.records.append(event.record)
         self.paths.append(self._drafted.pop(0) if event.record.draft_width else set())
-
-    def end(self, best_path: list[int]) -> None:
-        pass
 
 
 class Nosy(WidthPolicy):

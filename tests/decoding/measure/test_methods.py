@@ -11,7 +11,7 @@ import torch
 from decoding import DecodingConfig, ModelPair, RandomWidth, UserError
 from decoding.measure.methods import METHODS, policy_method
 from decoding.measure.transformers_generate import hf_generate
-from tests.decoding.stubs import chi_square_p
+from tests.decoding.stubs import chi_square_p, seeded
 from tests.small_pair import small_pair
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
@@ -21,10 +21,6 @@ CONFIG = DecodingConfig(target_width=3, draft_width=4, draft_depth=2, max_new_to
 @pytest.fixture(scope="module")
 def pair() -> ModelPair:
     return small_pair()
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("name", METHODS)

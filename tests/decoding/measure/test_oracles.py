@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, UserError, WidthPolicy
 from decoding.measure.methods import METHODS
@@ -15,9 +14,9 @@ from decoding.measure.oracles import SurvivorOracle, hindsight_seconds, modelled
 from decoding.measure.transformers_generate import hf_generate
 from decoding.policies.base import IterationRecord, LayerRecord, TargetContext
 from decoding.policies.fixed import FixedWidth
-from decoding.results import DecodeStats, LayerEvent
+from decoding.results import DecodeStats, LayerEvent, Recorder
 from tests.decoding.policies.test_bandit import Costs
-from tests.decoding.stubs import Reference, llama_pair, random_pair
+from tests.decoding.stubs import Reference, llama_pair, random_pair, seeded
 
 PROMPT = [1, 2, 3]
 CONFIG = DecodingConfig(target_width=3, draft_width=4, draft_depth=2, max_new_tokens=10, top_k=5, eos_token_id=-1)
@@ -26,10 +25,6 @@ CONFIG = DecodingConfig(target_width=3, draft_width=4, draft_depth=2, max_new_to
 @pytest.fixture(scope="module")
 def pair() -> ModelPair:
     return llama_pair()
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class Slow(SurvivorOracle):
@@ -107,11 +102,8 @@ def test_counts_are_checked(pair: ModelPair, options: dict[str, Any]) -> None:
         SurvivorOracle(pair, PROMPT, **options)
 
 
-class Listener:
+class Listener(Recorder):
     """Keeps every iteration's layers, as the decoder recorded them."""
-
-    shadow = None
-    needs_hidden = False
 
     def __init__(self) -> None:
         self.iterations: list[list[LayerRecord]] = []
@@ -121,8 +113,6 @@ class Listener:
 
     def layer(self, event: LayerEvent) -> None:
         self.iterations[-1].append(event.record)
-
-    def end(self, *_: object) -> None: ...
 
     @property
     def passed(self) -> list[int]:

@@ -124,7 +124,7 @@ def test_every_policy_says_what_tables_and_command_lines_need() -> None:
         assert (policy.name, policy.knobs, policy.family) == (name, method.knobs, method.family)
         assert policy.family in ("hand-set", "learned", "control")
     hand_set = {name for name, method in METHODS.items() if method.family == "hand-set"}
-    assert hand_set == {"beam_sample", "fixed", "threshold", "mass", "gap", "entropy"}
+    assert hand_set == {"beam_sample", "fixed", "threshold", "mass", "gap", "entropy", "key_gap"}
 
 
 def test_evaluate_and_bench_configs_list_what_there_is() -> None:
@@ -163,6 +163,12 @@ def test_a_row_of_the_bench_takes_every_knob(entry: dict[str, Any], name: str) -
 @pytest.mark.parametrize(
     ("entry", "sentence"),
     [
+        ({"target_width": 2}, r"rows\[0\].method is None; choose among multinomial, beam_sample, speculative,"),
+        ("fixed", r"rows\[0\] is 'fixed'; give a mapping"),
+        ({"method": "hf_sample", "batch_size": 8}, r"batch_size is not a setting of hf_sample.*one prompt at a time"),
+        ({"method": "fixed", "batch_size": 0}, "batch_size is 0; give a whole number of at least 1"),
+        ({"method": "fixed", "exact": 1}, r"rows\[0\].exact is 1; give true or false"),
+        ({"method": "fixed", "draft_width": 1}, r"rows\[0\] \(fixed\): draft_width \(1\) is less than target_width"),
         ({"method": "gap", "gap": "wide"}, r"rows\[0\].gap is 'wide'; give a number"),
         ({"method": "gap", "share": 0.5}, r"rows\[0\].share is not a setting of gap; it takes draft_width, .*gap"),
         ({"method": "fixed", "asked_width": 1.5}, r"asked_width is 1.5; give a whole number"),
@@ -174,6 +180,13 @@ def test_a_row_of_the_bench_takes_every_knob(entry: dict[str, Any], name: str) -
 def test_a_row_of_the_bench_is_refused_in_a_sentence(entry: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         read_rows([entry], CONFIG)
+
+
+def test_rows_of_the_bench_differ() -> None:
+    with pytest.raises(UserError, match="rows is empty"):
+        read_rows([], CONFIG)
+    with pytest.raises(UserError, match=r"rows\[1\] is rows\[0\] again"):
+        read_rows([{"method": "hf_sample"}] * 2, CONFIG)
 
 
 # ----------------------------------------------------------------------------- policies of one's own

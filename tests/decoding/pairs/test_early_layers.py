@@ -24,13 +24,12 @@ from transformers import (
     Qwen3Config,
 )
 
-import decoding.dice.sampling
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError
 from decoding.engine.runner import runner_of
 from decoding.measure.methods import METHODS
 from decoding.pairs.drafts.early_layers import first_layers
-from tests.decoding.loop.test_exactness import PASS, PROMPT, count_sets, decode_often, settings
-from tests.decoding.stubs import Reference, chi_square_p, small_llama
+from tests.decoding.loop.test_exactness import settings
+from tests.decoding.stubs import small_llama
 
 SMALL: dict[str, Any] = dict(vocab_size=11, bos_token_id=None, eos_token_id=None, pad_token_id=0)
 LLAMA_LIKE: dict[str, Any] = SMALL | dict(
@@ -103,33 +102,6 @@ def test_families_decode_under_every_engine(family: str, engine: str) -> None:
     results = DSBDDecoder(pair, config).generate([[1, 2], [3]], torch.Generator().manual_seed(0))
     assert [len(result.sequences[0]) for result in results] == [12, 12]
     assert sum(sum(result.stats.accepted) for result in results) > 0
-
-
-CASES = {
-    "one beam": settings(1, 2, 2, 3),
-    "two beams": settings(2, 3, 2, 3),
-    "top-p": settings(2, 3, 1, 2, top_p=0.8),
-    "top-p of each beam": settings(2, 3, 2, 3, top_p=0.7, warp="beam"),
-    "top-k": settings(2, 3, 2, 3, top_k=3),
-    "top-k of each beam": settings(2, 3, 2, 3, top_k=2, warp="beam", temperature=0.8),
-}
-# With top-k everything is on the host.
-PLACES = [(case, host) for case in CASES for host in (True, False) if host or CASES[case].top_k is None]
-
-
-@pytest.mark.parametrize(("case", "host"), PLACES, ids=[f"{case}-{'host' if h else 'device'}" for case, h in PLACES])
-@pytest.mark.parametrize("replacement", [False, True], ids=["without", "with"])
-def test_layer_drafts_leave_the_target_exact(
-    case: str, replacement: bool, host: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = CASES[case]
-    if not host:
-        monkeypatch.setattr(decoding.dice.sampling, "HOST_VOCABULARY", 1)
-    pair = ModelPair(small_llama(4, layers=3), "layers:1")
-    config = config.with_changes(replacement=replacement)
-    results = decode_often(pair, config, 500)
-    assert chi_square_p(count_sets(results), Reference(pair.target, PROMPT, config).returned()) > PASS
-    assert sum(sum(result.stats.accepted) for result in results) > 50
 
 
 def test_fused_passes_share_their_weights_and_are_made_once() -> None:

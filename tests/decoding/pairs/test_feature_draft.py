@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import decoding.forest.cache
-from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, UserError, beam_sample, dsbd_generate
+from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, UserError, dsbd_generate
 from decoding.engine.fused import FusedForward
 from decoding.engine.layer_states import LayerStates
 from decoding.engine.runner import runner_of
@@ -18,9 +18,8 @@ from decoding.measure.methods import METHODS
 from tests.decoding.engine.test_fused import CLOSE, made
 from tests.decoding.engine.test_graphs import graphed, seeded, static_runs
 from tests.decoding.feature_draft import FeatureDraft, FeatureScorer, own_states
-from tests.decoding.loop.test_exactness import PASS, count_sets, settings
-from tests.decoding.pairs.test_early_layers import decode_often
-from tests.decoding.stubs import Reference, chi_square_p, random_pair, small_llama
+from tests.decoding.loop.test_exactness import settings
+from tests.decoding.stubs import random_pair, small_llama
 
 PROMPT = [1, 2]
 PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 6], [1, 2, 3, 0]]  # they begin alike: a shared prefix is copied from row to row
@@ -136,41 +135,6 @@ def test_nothing_is_kept_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> N
     pair = feature_pair()
     assert pair.scorers(options)["target"]._states is not None
     assert pair.scorers(options, drafting=False)["target"]._states is None
-
-
-# ---------------------------------------------------------------------------------------- exactness
-
-
-@ENGINES
-def test_beam_search_gives_the_same_tokens(engine: str) -> None:
-    """A batch of three prompts, token by token as by the target alone."""
-    pair = feature_pair(engine=engine)
-    config = DecodingConfig(
-        mode="beam_search", target_width=3, draft_width=6, draft_depth=2, max_new_tokens=12, eos_token_id=-1
-    )
-    drafted = DSBDDecoder(pair, config).generate(PROMPTS)
-    alone = beam_sample(pair.target, PROMPTS, config, engine=engine)
-    assert [result.sequences for result in drafted] == [result.sequences for result in alone]
-    assert sum(sum(result.stats.accepted) for result in drafted) > 10, "drafts must count for something"
-
-
-@ENGINES
-@pytest.mark.parametrize("top_k", [None, 3])
-def test_beam_sampling_stays_exact(engine: str, top_k: int | None) -> None:
-    """The distribution of the returned beams is the enumerated one of the target alone."""
-    config, pair = settings(2, 3, 2, 3, top_k=top_k), feature_pair(4, engine)
-    results = decode_often(pair, config, 500)
-    assert chi_square_p(count_sets(results), Reference(pair.target, PROMPT, config).returned()) > PASS
-    assert sum(sum(result.stats.accepted) for result in results) > 50
-
-
-def test_batches_decode_as_alone() -> None:
-    pair, config = feature_pair(), settings(2, 4, 2, 10)
-    streams = [[torch.Generator().manual_seed(i) for i in range(3)] for _ in range(2)]
-    together = DSBDDecoder(pair, config).generate(PROMPTS, streams[0])
-    for prompt, stream, result in zip(PROMPTS, streams[1], together, strict=True):
-        (alone,) = DSBDDecoder(pair, config).generate([prompt], [stream])
-        assert alone.sequences == result.sequences
 
 
 # ----------------------------------------------------------------------------------- what surrounds it

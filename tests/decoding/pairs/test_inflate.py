@@ -20,6 +20,7 @@ from decoding.pairs import inflate
 from decoding.pairs.inflate import SHAPES, Shape, shape_of
 from decoding.support.entry import CONF_DIR
 from decoding.support.settings import check_settings
+from tests.decoding.stubs import settings
 
 GROUPED = Shape(
     384, 9, 16, 4, 64, 704, 3000
@@ -95,11 +96,11 @@ def test_any_plain_llama_will_do() -> None:
 BROKEN: dict[str, tuple[str, Callable[..., Any]]] = {
     "query scale forgotten": ("query_scale", lambda d, wide_d: 1.0),
     "rotary pairs not spread": (
-        "rotary_places",
+        "rotary_indices",
         lambda d, wide_d: torch.cat([torch.arange(d // 2), torch.arange(d // 2) + wide_d // 2]),
     ),
-    "head not taken apart": ("rotary_places", lambda d, wide_d: torch.arange(d)),
-    "queries in a wrong group": ("query_places", lambda heads, kv_heads, group: (torch.arange(heads), 1)),
+    "head not taken apart": ("rotary_indices", lambda d, wide_d: torch.arange(d)),
+    "queries in a wrong group": ("query_indices", lambda heads, kv_heads, group: (torch.arange(heads), 1)),
 }
 
 
@@ -155,9 +156,7 @@ def inflated_pair(**changes: Any) -> ModelPair:
 def test_beams_are_the_built_in_pairs(tiny_pair: ModelPair) -> None:
     """Same seed, same beams: the forest sees no difference either."""
     pair = inflated_pair()
-    config = DecodingConfig(
-        target_width=3, draft_width=5, draft_depth=3, max_new_tokens=24, top_k=10, num_return_sequences=3
-    )
+    config = settings(3, 5, 3, 24, eos_token_id=None, top_k=10)
     prompts = [tiny_pair.tokenizer("import os\n\n\ndef read_lines(path):\n")["input_ids"]]
     decoded = [
         DSBDDecoder(p, config, FixedWidth()).generate(prompts, torch.Generator().manual_seed(1))[0]
@@ -203,9 +202,9 @@ def test_named_shapes_have_their_sizes(tiny_pair: ModelPair, name: str) -> None:
     counted = sum(weight.numel() for weight in wide.parameters())
     assert counted == shape.parameters
     assert counted == pytest.approx(PUBLISHED.get(name, 400e6), rel=0.01 if name in PUBLISHED else 0.05)
-    inflate._check_room(tiny_pair.draft.config, shape)
+    inflate._check_shape(tiny_pair.draft.config, shape)
     if name != "68m":
-        inflate._check_room(tiny_pair.target.config, shape)
+        inflate._check_shape(tiny_pair.target.config, shape)
 
 
 def llama_like(**changes: Any) -> dict[str, Any]:

@@ -154,39 +154,6 @@ def decode_often(pair: ModelPair, prompt: list[int], config: DecodingConfig, dra
     return DSBDDecoder(pair, config).generate([prompt] * draws, torch.Generator().manual_seed(0))
 
 
-CASES = {
-    "one beam": (3, settings(1, 1, 2, 3)),
-    "one beam, several drafts": (3, settings(1, 3, 2, 3)),
-    "two beams": (3, settings(2, 3, 2, 3)),
-    "three layers": (3, settings(2, 4, 3, 4)),
-    "more drafts than followers": (4, settings(3, 6, 1, 2)),
-    "two iterations, exact": (3, settings(2, 2, 1, 3, exact=True)),
-    "top-k of the joint": (4, settings(2, 3, 2, 3, top_k=3)),
-    "top-k of each beam": (4, settings(2, 3, 2, 3, top_k=2, warp="beam")),
-    "top-p of the joint": (4, settings(2, 3, 2, 3, top_p=0.8)),
-    "top-p of each beam": (4, settings(2, 3, 2, 3, top_p=0.7, warp="beam")),
-    "temperature, end token": (4, settings(2, 3, 2, 3, temperature=0.7, eos_token_id=2)),
-}
-
-
-# With top-k everything is on the host.
-PLACES = [(case, host) for case in CASES for host in (True, False) if host or CASES[case][-1].top_k is None]
-
-
-@pytest.mark.parametrize(("case", "host"), PLACES, ids=[f"{case}-{'host' if h else 'device'}" for case, h in PLACES])
-@pytest.mark.parametrize("replacement", [False, True], ids=["without", "with"])
-def test_ngram_drafts_leave_the_target_exact(
-    case: str, replacement: bool, host: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vocabulary, config = CASES[case]
-    if not host:
-        monkeypatch.setattr(decoding.dice.sampling, "HOST_VOCABULARY", 1)
-    config, pair = config.with_changes(replacement=replacement), ngram_pair(vocabulary)
-    results = decode_often(pair, REPEATING, config, 500)
-    assert chi_square_p(count_sets(results), Reference(pair.target, REPEATING, config).returned()) > PASS
-    assert sum(sum(result.stats.accepted) for result in results) > 50, "drafts must count for something"
-
-
 def test_a_wrong_q_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn by counts, judged as if drawn uniformly."""
     config, pair = settings(1, 1, 1, 2), ngram_pair(3)
@@ -233,31 +200,6 @@ def test_copying_text_is_accepted() -> None:
     (result,) = DSBDDecoder(pair, settings(1, 1, 6, 10)).generate([[0, 1, 2, 3, 0]], torch.Generator().manual_seed(0))
     assert result.sequences == [[1, 2, 3, 0, 1, 2, 3, 0, 1, 2]]
     assert result.stats.iterations == 2
-
-
-def test_batches_decode_as_alone() -> None:
-    pair, config = ModelPair(small_llama(5), "ngram:2"), settings(2, 4, 3, 12)
-    prompts = [[1, 2, 1, 2], [4], [1, 2, 0, 1, 2], [0, 1, 0, 3, 0]]
-
-    def streams() -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-
-    together = DSBDDecoder(pair, config).generate(prompts, streams(), batch_size=3)
-    assert any(sum(result.stats.accepted) for result in together)
-    for prompt, stream, result in zip(prompts, streams(), together, strict=True):
-        (alone,) = DSBDDecoder(pair, config).generate([prompt], [stream])
-        assert alone.sequences == result.sequences
-
-
-def test_beam_search_takes_ngrams_too() -> None:
-    model = small_llama(5)
-    config = DecodingConfig(
-        mode="beam_search", target_width=3, draft_width=4, draft_depth=2, max_new_tokens=8, eos_token_id=-1
-    )
-    prompts = [[1, 2, 1, 2], [3, 3], [4]]
-    drafted = DSBDDecoder(ModelPair(model, "ngram"), config).generate(prompts)
-    alone = DSBDDecoder(ModelPair(model, None), config.with_changes(draft_depth=0)).generate(prompts)
-    assert [result.sequences for result in drafted] == [result.sequences for result in alone]
 
 
 @pytest.mark.parametrize("width", [1, 2])

@@ -11,7 +11,6 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
@@ -28,19 +27,8 @@ from tests.decoding.stubs import random_pair, small_llama
 
 
 def llama(vocabulary: int = 8, hidden: int = 16, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).eval()
+    shape = dict(hidden_size=hidden, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2)
+    return small_llama(vocabulary, 1, seed, max_position_embeddings=64, initializer_range=0.02, **shape)
 
 
 def tokenizer(words: str = "abcdefgh") -> PreTrainedTokenizerFast:

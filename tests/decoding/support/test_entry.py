@@ -57,7 +57,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ("+policy.fullshare=1", "policy.fullshare is not a setting of decoding.RandomWidth; choose among full_share"),
         ("decoding.top_kk=1", "Did you mean decoding.top_k?"),
         ("+colect.x=1", "colect is not a setting; choose among"),
-        ("+collect.x=1", "collect.x is not a setting of collect; choose among batch_size, hidden, test_prompts"),
+        ("+collect.x=1", "collect.x is not a setting of collect; choose among batch_size, columns, hidden"),
         ("pair=foo", "pair=foo is not known; choose one of"),
         ("data=foo", "jsonl"),
         (
