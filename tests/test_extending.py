@@ -28,8 +28,6 @@ from decoding.support.settings import check_settings
 from decoding.traces import load_traces
 from decoding.traces.schema import TRACE_FEATURES
 from tests.decoding import families
-from tests.decoding.engine import test_families
-from tests.decoding.engine.test_families import CLOSE, largest_difference
 from tests.small_pair import small_pair
 from tests.test_configs import composed, groups_of
 
@@ -192,6 +190,8 @@ def test_a_trace_column(written: Any, tmp_path: Path) -> None:
 
 def test_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row is all that the tests of families need, and a record all that a fused pass needs."""
+    from tests.decoding.engine import test_families  # which imports half of the tests
+
     found = blocks("A model family", "python")
     place, text = found.popitem()
     assert place == "FAMILIES in decoding/engine/families.py"
@@ -201,9 +201,10 @@ def test_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = eval(f"{{{text}}}", dict(vars(families))).items()
 
     monkeypatch.setitem(families.FAMILIES, *row)
-    assert largest_difference(row[1].model()) < CLOSE
+    close, largest_difference = test_families.CLOSE, test_families.largest_difference
+    assert largest_difference(row[1].model()) < close
     test_families.test_beam_search_is_generate(row[0])
     fused = families.Family(record[0], "rotary", "full", families._SHAPE)
     assert not can_fuse(fused.model())
     monkeypatch.setitem(engine_families.FAMILIES, *record)
-    assert can_fuse(fused.model()) and largest_difference(fused.model()) < CLOSE
+    assert can_fuse(fused.model()) and largest_difference(fused.model()) < close
