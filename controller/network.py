@@ -7,6 +7,8 @@ of the selection: one before the layer is drafted, one with the candidates in ha
 
 from __future__ import annotations
 
+import hashlib
+import json
 from itertools import pairwise
 from typing import Any
 
@@ -136,6 +138,14 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
     def expects(self, context: Tensor, width: Tensor) -> Tensor:
         """The same before the layer is drafted, by BEFORE [N, B] and the number of drafts [N]."""
         return self.before(context, -width.float().log()[..., None])
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the sizes, the weights and the calibration; equal for equal networks, wherever they were loaded."""
+        digest = hashlib.sha256(json.dumps(self.arguments, sort_keys=True).encode())
+        for name, values in sorted(self.state_dict().items()):
+            digest.update(name.encode() + values.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @torch.no_grad()
     def start_from(self, inputs: Tensor, features: Tensor) -> None:

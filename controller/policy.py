@@ -26,7 +26,7 @@ from controller.host import HostNet, leftovers
 from controller.network import SOFT, WidthNet
 from controller.plan import LEAST_CHANCE, Plan
 from decoding.config import DecodingConfig
-from decoding.cost_table import Costs, LatencyTable, UnitCosts
+from decoding.cost_table import Costs, LatencyTable, UnitCosts, costs_digest
 from decoding.errors import UserError
 from decoding.policies.base import (
     DRAFT_DEPTH,
@@ -139,7 +139,7 @@ class LearnedWidth(WidthPolicy):
                 f"clock='wall' needs a latency table in seconds, not {unit or 'unit costs'}; give another latency, or "
                 "clock='table'."
             )
-        self.plan = Plan(costs)
+        self.costs, self.plan = costs, Plan(costs)
         self._forget()
         return self
 
@@ -262,8 +262,9 @@ class LearnedWidth(WidthPolicy):
             "name": self.name,
             "clock": "wall" if self._wall else "table",
             "share": self.share,
+            "latency": costs_digest(self.costs),
+            "network": self.net.fingerprint,
             "trained_for": self.provenance.get("pair", {}).get("fingerprint"),
-            "git_sha": self.provenance.get("git_sha"),
         }
 
     @property

@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding import DecodingConfig, ModelPair
 from decoding.dice.sampling import Joint, compact_joint, top_entries
+from decoding.policies.base import DraftContext
+from decoding.tasks.base import Prompt
 
 MAX_POSITIONS = 16
 
@@ -118,6 +120,33 @@ def llama_pair(vocabulary: int = 7, engine: str = "auto") -> ModelPair:
         for weight in draft.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=generator)
     return ModelPair(target, draft, engine=engine)
+
+
+class SimpleFeatures:
+    """Two numbers of a layer, and one of each candidate."""
+
+    names = ["layer", "parents"]  # noqa: RUF012 - as the protocol has it
+    candidate_names = ["q"]  # noqa: RUF012
+    version = 1
+
+    def of_layer(self, context: DraftContext) -> np.ndarray:
+        return np.array([context.layer, len(context.weights)], dtype=np.float32)
+
+    def of_candidates(self, context: DraftContext) -> np.ndarray:
+        assert context.candidates is not None
+        return context.candidates.probs[:, None].astype(np.float32)
+
+
+class FixedTask:
+    """Prompts that need no tokenizer."""
+
+    name = "numbers"
+
+    def prompts(self, split: str, limit: int | None, tokenizer: object) -> list[Prompt]:
+        return [Prompt(f"{split}:{i}", [1 + i % 7, 2, 3], None, None) for i in range(limit or 3)]
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name}
 
 
 Path = tuple[int, ...]

@@ -13,8 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from controller import LearnedWidth, WidthNet
 from controller.data import TraceDataModule
-from controller.features import ContextFeatures
-from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, UserError, bench
+from decoding import DSBDDecoder, ModelPair, RandomWidth, UserError, beam_sample, bench
 from decoding.collect import ensure_traces
 from decoding.forest.scorer import ForestScorer
 from decoding.machine.seconds import measure_seconds
@@ -26,10 +25,9 @@ from tests.decoding.engine.test_graphs import PROMPTS, assert_same, graphed, see
 from tests.decoding.engine.test_vocabulary import tokenizer
 from tests.decoding.feature_draft import FeatureScorer
 from tests.decoding.loop.test_exactness import settings
-from tests.decoding.stubs import small_llama
+from tests.decoding.stubs import FixedTask, small_llama
 from tests.decoding.test_bench import config as bench_config
 from tests.decoding.test_bench import read
-from tests.decoding.traces.test_recorder import FixedTask
 
 KINDS = ("model", "layers:1", "ngram", "fewer tokens")
 
@@ -98,7 +96,7 @@ def traces_config(directory: Path, draft: str) -> DictConfig:
             "pair": {"_target_": f"{__name__}.pair_with", "draft": draft},
             "data": {"_target_": f"{FixedTask.__module__}.FixedTask"},
             "features": {"_target_": "controller.features.ContextFeatures"},
-            "policy": {"_target_": "decoding.RandomWidth", "seed": 0},
+            "policy": {"_target_": "decoding.ExploringWidth", "seed": 0},
             "decoding": {
                 "_target_": "decoding.DecodingConfig",
                 "target_width": 3,
@@ -106,13 +104,13 @@ def traces_config(directory: Path, draft: str) -> DictConfig:
                 "draft_depth": 2,
                 "max_new_tokens": 12,
                 "eos_token_id": -1,
+                "verification": "shared_noise",
             },
             "collect": {
                 "traces_dir": str(directory),
                 "train_prompts": 3,
                 "val_prompts": 2,
                 "batch_size": 2,
-                "hidden": True,
             },
             "seed": 0,
         }
@@ -121,25 +119,16 @@ def traces_config(directory: Path, draft: str) -> DictConfig:
 
 @pytest.mark.parametrize("draft", KINDS)
 def test_traces_and_a_controller_of_every_kind(draft: str, tmp_path: Path) -> None:
-    """Collected, read, and decided by: a controller of an n-gram draft does without the draft's hidden states."""
-    data = TraceDataModule(ensure_traces(traces_config(tmp_path, draft)), batch_size=8, use_hidden=True)
-    sizes = data.sizes
-    assert (sizes["draft_hidden"], sizes["target_hidden"]) == (0 if draft == "ngram" else 16, 16)
-    pair = pair_with(draft)
-    features = ContextFeatures()
-    provenance = {
-        "pair": pair.describe(),
-        "features": {
-            "version": features.version,
-            "names": features.names,
-            "target_names": features.target_names,
-        },
-        "decoding": {},
-    }
-    learned = LearnedWidth(WidthNet(**sizes), provenance, latency=measure_seconds(pair, 8, repeats=1))
-    config = DecodingConfig(target_width=3, draft_width=5, draft_depth=2, max_new_tokens=12, eos_token_id=-1)
-    (result,) = DSBDDecoder(pair, config, learned).generate([[1, 2, 1, 2]])
-    assert len(result.sequences[0]) == 12
+    """Collected, read, and decided by; a controller of one draft is refused with another."""
+    cfg = traces_config(tmp_path, draft)
+    data = TraceDataModule(ensure_traces(cfg), batch_size=8)
+    assert data.target_width == 3 and len(data.rows["train"]) > len(data.rows["val"]) > 0
+    pair, config = pair_with(draft), instantiate(cfg.decoding)
+    about = {"pair": pair.describe(), "features": data.manifest["features"], "decoding": data.manifest["decoding"]}
+    learned = LearnedWidth(WidthNet(data.target_width), about, latency=measure_seconds(pair, 8, repeats=1))
+    (result,) = DSBDDecoder(pair, config, learned).generate([[1, 2, 1, 2]], seeded())
+    (alone,) = beam_sample(pair.target, [[1, 2, 1, 2]], config, seeded())
+    assert result.sequences == alone.sequences and len(result.sequences[0]) == 12
     other = next(kind for kind in KINDS if kind != draft)
     with pytest.raises(UserError, match="The controller was trained for the pair 'small'"):
         DSBDDecoder(pair_with(other), config, learned)
@@ -237,6 +226,6 @@ def test_inflated_pairs_take_ngrams_only() -> None:
 def test_traces_of_beam_search_are_refused_before_anything_is_decoded(tmp_path: Path) -> None:
     cfg = traces_config(tmp_path, "model")
     cfg.decoding.mode = "beam_search"
-    with pytest.raises(UserError, match="traces are logged of sampling"):
+    with pytest.raises(UserError, match="traces are logged of shared noise"):
         ensure_traces(cfg)
     assert not any(tmp_path.iterdir())

@@ -1,21 +1,16 @@
-"""Traces: every label against beam sampling of the target alone; shards and manifests that are refused."""
+"""Rows of traces: every label against beam sampling of the target alone."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from decoding import DecodingConfig, DSBDDecoder, ExploringWidth, UserError
+from decoding import DecodingConfig, DSBDDecoder, ExploringWidth
 from decoding.dice.verdict import NEVER
 from decoding.forest.tree import TokenForest
 from decoding.policies.base import DraftContext
 from decoding.results import LayerEvent
-from decoding.traces import TraceRecorder, load_traces
-from decoding.traces.schema import TRACE_FEATURES
-from tests.controller.synthetic import CONFIG, FEATURES, prompts, rows, streams, write_traces
+from decoding.traces import TraceRecorder
+from tests.controller.synthetic import CONFIG, FEATURES, prompts, rows, streams
 from tests.small_pair import small_pair
 
 Path_ = tuple[int, ...]
@@ -99,32 +94,3 @@ def test_parents_are_candidates_of_the_layer_above() -> None:
         for parent, place in zip(row["parents"], row["places"], strict=True):
             assert not place or parent == -1 or above[parent], "a selected candidate's parent was selected"
         above = row["places"]
-
-
-def test_written_rows_are_read_back(tmp_path: Path) -> None:
-    table, manifest = load_traces(write_traces(tmp_path))
-    assert set(table.column_names) == set(TRACE_FEATURES) and len(table) == manifest["rows"] == len(rows())
-    assert table[3]["places"] == rows()[3]["places"]
-
-
-def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no manifest"):
-        load_traces(tmp_path)
-    write_traces(tmp_path, complete=False)
-    with pytest.raises(UserError, match="are incomplete"):
-        load_traces(tmp_path)
-    write_traces(tmp_path, schema_version=2)
-    with pytest.raises(UserError, match="has schema version 2"):
-        load_traces(tmp_path)
-    write_traces(tmp_path)
-    shard = tmp_path / "traces-00000.parquet"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-20])
-    with pytest.raises(UserError, match="cannot be read"):
-        load_traces(tmp_path)
-    shard.write_bytes(whole)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    manifest["shards"][0]["sha256"] = "0"
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="was changed"):
-        load_traces(tmp_path)
