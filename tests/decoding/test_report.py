@@ -177,7 +177,7 @@ def test_only_learned_rows_and_beam_sampling_are_labelled_among_many() -> None:
 
 def test_calibration_is_optional() -> None:
     bins = CALIBRATION["P(K_w >= 1)"]
-    assert calibration_curves({"reliability": bins}) == {"P(K_w >= M)": bins}
+    assert calibration_curves({"reliability": bins}) == {"candidate selected": bins}
     assert calibration_curves({}) == {} == calibration_curves({"reliability": {"predicted": []}})
 
 
