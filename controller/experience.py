@@ -41,11 +41,7 @@ class Experience:
 
     def __init__(self, plain: float, expected: float = 2.0, wall: bool = False) -> None:
         self._plain, self._expected, self._wall = plain, expected, wall
-        self._tokens, self._seconds, self._told = (
-            Mean(),
-            Mean(),
-            Mean(),
-        )  # of iterations with drafts; `told` by the table
+        self._tokens, self._seconds, self._told = Mean(), Mean(), Mean()  # with drafts; `told` by the table
         self._without, self._without_told = Mean(), Mean()  # seconds of those without
         self._seen = self._since = 0
         self._every = 16

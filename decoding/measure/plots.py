@@ -125,12 +125,10 @@ def _point(row: Mapping[str, Any], speed: str) -> list[float]:
 
 
 def _annotate(axes: Axes, members: Sequence[Mapping[str, Any]], points: FloatArray, colour: Any) -> None:
-    """The settings beside each point of a curve; of learned ones the width_value alone."""
+    """The settings beside each point of a curve."""
     for row, point in zip(members, points, strict=True):
-        value = row["settings"].get("width_value")
         name = row["name"].removeprefix(f"{row.get('run')}: ").removeprefix(row["method"])
-        text = name.strip() if value is None else f"{value:g}"
-        axes.annotate(text, point[:2], xytext=(4, 4), textcoords="offset points", fontsize=6, color=colour)
+        axes.annotate(name.strip(), point[:2], xytext=(4, 4), textcoords="offset points", fontsize=6, color=colour)
 
 
 def drawn(figure: Figure, form: str = "png") -> bytes:

@@ -1,4 +1,4 @@
-"""Widths and depths at random, for traces."""
+"""Widths and depths at random, for comparison and for traces."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from decoding.support.checks import number, whole
 
 @dataclass
 class RandomWidth(WidthPolicy):
-    """Widths and depth drawn at random: exploration while traces are logged.
+    """Widths and depth drawn at random: what a rule has to be better than.
 
     Most prompts have a limit on M of their own, small ones as often as large ones (log-uniform),
     and M is uniform below it: with M uniform over its whole range forests would seldom get past
-    their first layer, and a controller goes deeper. Half of the iterations draft as deep as they
+    their first layer. Half of the iterations draft as deep as they
     may, half of the layers as wide as they may, and the layer that ends an iteration is as wide as
     it may be three times out of four; all else is uniform.
 
     Args:
         seed: of the policy's own stream, separate from the decoder's; a prompt's fork mixes in the
             prompt's seed.
-        full_share: share of the prompts decoded at full width, so that survivor ranks are seen
-            uncensored.
+        full_share: share of the prompts decoded at full width, so that every M is seen at every
+            layer.
     """
 
     name = "random"
@@ -40,7 +40,7 @@ class RandomWidth(WidthPolicy):
 
     def __post_init__(self) -> None:
         whole("seed", self.seed, least=0)
-        number("full_share", self.full_share, least=0, most=1, hint="0.1 shows survivors now and then")
+        number("full_share", self.full_share, least=0, most=1, hint="0.1 shows full widths now and then")
         self._random = np.random.default_rng(self.seed)
         self._full, self._most, self._depth = False, 1, 0  # of the prompt, of the iteration
 

@@ -136,7 +136,7 @@ def test_equal_seeds_give_equal_texts_and_repeats_differ(tmp_path: Path) -> None
         ("prompts.limit=0", "prompts.limit is 0"),
         ("rows=[{method: fixed, batch_size: 4}]", "batch_size is 4 but there are 2 prompts"),
         ("rows=[{method: fixd}]", r"rows\[0\].method is 'fixd'; choose among multinomial, beam_sample"),
-        ("profile_row=fixd", r"profile_row is 'fixd'; give a place, 0 to 3, or one of: hf_beam_sample M=2"),
+        ("profile_row=fixd", r"profile_row is 'fixd'; give the number of a row, 0 to 3, or one of: hf_beam_sample M=2"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path: Path, override: str, sentence: str) -> None:

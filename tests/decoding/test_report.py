@@ -169,15 +169,15 @@ def test_families_with_a_last_width_are_dashed_and_the_worst_are_left_out() -> N
 
 def test_only_learned_rows_and_beam_sampling_are_labelled_among_many() -> None:
     rows = fake_rows()
-    learned = [dict(rows[-1], method="learned", settings={"width_value": value}) for value in (0.5, 2.0)]
+    learned = [dict(rows[-1], method="learned", name=f"learned γ={depth}") for depth in (3, 5)]
     (axes,) = plot_frontier([*rows, *learned, *rows[2:] * 8]).axes
     labels = {text.get_text() for text in axes.texts}
-    assert labels & {"0.5", "2"} and not any("w=" in label for label in labels)
+    assert labels & {"γ=3", "γ=5"} and not any("w=" in label for label in labels)
 
 
 def test_calibration_is_optional() -> None:
     bins = CALIBRATION["P(K_w >= 1)"]
-    assert calibration_curves({"reliability": bins}) == {"P(K_w >= M)": bins}
+    assert calibration_curves({"reliability": bins}) == {"candidate selected": bins}
     assert calibration_curves({}) == {} == calibration_curves({"reliability": {"predicted": []}})
 
 

@@ -57,6 +57,7 @@ def test_fixed_takes_what_it_is_given_and_the_rest_from_the_config() -> None:
         "draft_width": None,
         "draft_depth": 1,
         "final_width": None,
+        "least_share": 0.01,
     }
 
 
