@@ -13,15 +13,7 @@ from numpy.typing import NDArray
 
 from controller.checkpoint import load_controller
 from controller.experience import Experience
-from controller.features import (
-    CANDIDATE,
-    LAYER,
-    ContextFeatures,
-    candidate_features,
-    check_features,
-    layer_features,
-    root_features,
-)
+from controller.features import ContextFeatures, check_features, features_of, root_features
 from controller.host import HostNet, leftovers
 from controller.network import SOFT, WidthNet
 from controller.plan import LEAST_CHANCE, Plan
@@ -70,9 +62,10 @@ class LearnedWidth(WidthPolicy):
         clock: what an iteration took: "wall", by which the table is corrected; or "table", as modelled. None: "wall"
             with a latency table in seconds, else "table".
         share: whether prompts learn together; False: each starts anew.
+        features: those that the network was trained with; None: the built-in ones.
 
     Raises:
-        UserError: an argument that is not allowed, or features other than this code's.
+        UserError: an argument that is not allowed, or features other than those it was trained with.
     """
 
     name = "learned"
@@ -87,10 +80,11 @@ class LearnedWidth(WidthPolicy):
         latency: Costs | dict[str, Any] | str | Path | None = None,
         clock: str | None = None,
         share: bool = True,
+        features: ContextFeatures | None = None,
     ) -> None:
         if clock not in (None, *CLOCKS):
             raise UserError(f"clock is {clock!r}; choose one of {', '.join(map(repr, (None, *CLOCKS)))}.")
-        trained, features = provenance.get("features", {}), ContextFeatures()
+        trained, features = provenance.get("features", {}), features or ContextFeatures()
         found = [*trained.get("names", []), *trained.get("candidate_names", [])]
         check_features(found, [*features.names, *features.candidate_names], "The controller was trained with")
         if trained.get("version") != features.version:
@@ -98,7 +92,7 @@ class LearnedWidth(WidthPolicy):
                 f"The controller was trained with version {trained.get('version')} of the features; this code computes "
                 f"version {features.version}. Collect traces and train again."
             )
-        self.net, self.provenance = net.eval(), provenance
+        self.net, self.provenance, self.features = net.eval(), provenance, features
         self._host = HostNet(net)
         self.clock, self.share = clock, share
         self.use_latency(latency)
@@ -113,7 +107,7 @@ class LearnedWidth(WidthPolicy):
             path: its directory, or a Hugging Face hub id.
             pair: the `ModelPair` (or its `describe()`) it will decode with; a controller of another pair is refused.
             revision: of the hub repository.
-            options: `latency`, `clock`, `share`.
+            options: `latency`, `clock`, `share`, `features`.
 
         Raises:
             UserError: missing, not a controller, damaged, or trained for another pair or other features.
@@ -124,6 +118,9 @@ class LearnedWidth(WidthPolicy):
                 "it out, or lower decoding.target_width."
             )
         net, provenance = load_controller(path, revision)
+        if options.get("features") is None:
+            here = Path(path).expanduser().is_dir()
+            options["features"] = features_of(provenance.get("features", {}), may_import=here)
         policy = cls(net, provenance, **options)
         if pair is not None:
             policy.check_pair(pair)
@@ -224,8 +221,9 @@ class LearnedWidth(WidthPolicy):
             self._nodes, log_parent = int((~context.known).sum()), np.zeros(len(found), np.float32)
         else:
             log_parent = self._log_chances[list(context.places)][found.rows]
-        features = layer_features(context)
-        log_chances = self._host.chances(candidate_features(context), features, log_parent)
+        features = np.ascontiguousarray(self.features.of_layer(context), np.float32)
+        candidates = np.ascontiguousarray(self.features.of_candidates(context), np.float32)
+        log_chances = self._host.chances(candidates, features, log_parent)
         chances = np.exp(log_chances)
         order = np.argsort(-chances, kind="stable")
         order = order[chances[order] >= LEAST_CHANCE][: config.draft_width]
@@ -273,7 +271,8 @@ class LearnedWidth(WidthPolicy):
 
     def _compile(self) -> None:
         """Ask everything once, so that no prompt waits for numba: 20 seconds on a new machine, then a blink."""
-        nothing = np.zeros((1, len(CANDIDATE)), np.float32), np.zeros(len(LAYER), np.float32), np.zeros(1, np.float32)
+        candidate, layer = self.net.sizes
+        nothing = np.zeros((1, candidate), np.float32), np.zeros(layer, np.float32), np.zeros(1, np.float32)
         self.plan.count(self._host.chances(*nothing), 1, 1.0)
 
     def _forget(self) -> None:

@@ -14,7 +14,7 @@ from controller.data import TraceDataModule
 from controller.features import CANDIDATE, LAYER
 from controller.host import HostNet
 from controller.losses import WIDTHS, after_events, before_events, candidate_events
-from controller.network import AFTER, BEFORE, LEAST, WidthNet, leftovers
+from controller.network import BEFORE, LEAST, WidthNet, leftovers
 from decoding import UserError
 from decoding.support.compiled import COMPILED
 from tests.controller.synthetic import ABOUT, random_net, write_traces
@@ -83,7 +83,7 @@ def test_the_host_says_what_torch_says(count: int) -> None:
     expected = log_parent + torch.nn.functional.logsigmoid(odds[0])
     found = ours.chances(candidates.numpy(), features.numpy(), log_parent.numpy())
     assert found == pytest.approx(expected.numpy(), abs=2e-5) and found.dtype == np.float32
-    context = torch.randn(len(AFTER))
+    context = torch.randn(len(LAYER))
     odds = net.passes(context[None], torch.tensor([0.7]), torch.tensor([0.4]))[0].sigmoid()
     assert ours.passes(context.tolist(), 0.7, 0.4) == pytest.approx(odds.tolist(), abs=1e-5)
     context = torch.randn(len(BEFORE))
