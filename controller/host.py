@@ -117,9 +117,8 @@ class _Rule:
     """A PassRule as numbers."""
 
     def __init__(self, rule: PassRule, standard: tuple[Tensor, Tensor] | None) -> None:
-        softplus = [math.log1p(math.exp(step)) for step in rule.steps.tolist()]
-        self._steps = np.cumsum(softplus).tolist()
-        self._rates = [math.log1p(math.exp(rate)) for rate in rule.rates.tolist()]
+        softplus = [np.logaddexp(0.0, part.tolist()) for part in (rule.steps, rule.rates)]  # of any size
+        self._steps, self._rates = np.cumsum(softplus[0]).tolist(), softplus[1].tolist()
         self._weights, self._bias = rule.linear.weight[0].tolist(), float(rule.linear.bias.detach())
         count = len(self._weights)
         mean, scale = ([0.0] * count, [1.0] * count) if standard is None else (part.tolist() for part in standard)
