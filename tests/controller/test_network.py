@@ -129,3 +129,12 @@ def test_small_and_saved_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is damaged"):
         load_controller(saved)
     assert isinstance(loaded, WidthNet)
+
+
+def test_the_host_takes_steps_of_any_size() -> None:
+    """Fitted to few rows, a place may be out of reach."""
+    net = random_net(3)
+    net.before.steps[1] = 1e4
+    found = HostNet(net).expects([0.0] * len(BEFORE), 4)
+    expected = net.expects(torch.zeros(1, len(BEFORE)), torch.tensor([4]))[0].sigmoid()
+    assert found == pytest.approx(expected.tolist(), abs=1e-6)
