@@ -46,6 +46,8 @@ FLAGS = (
     Knob("refill", kind=str, of_config=True),
     Knob("warp", kind=str, of_config=True),
     Knob("one_beam_cache", kind=bool, of_config=True),
+    Knob("verification", kind=str, of_config=True),
+    Knob("oversample", kind=int, of_config=True),
 )
 _OF_CONFIG = {knob.name for knob in (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH, *FLAGS)}
 
@@ -241,7 +243,7 @@ METHODS: dict[str, Method] = {
         policy_method(
             ThresholdWidth,
             "paper",
-            fixed={"surplus": "drop", "refill": "full", "one_beam_cache": True},
+            fixed={"surplus": "drop", "refill": "full", "one_beam_cache": True, "verification": "rejection"},
             inexact=True,
             **_PAPER,
         ),
