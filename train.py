@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from controller.calibration import calibrate, fit_rules
 from controller.checkpoint import save_controller
 from controller.data import TraceDataModule
-from controller.features import class_of
+from controller.features import check_columns, describe_features
 from controller.metrics import CURVES, Reliability
 from controller.module import ControllerModule
 from controller.tracking import is_wandb, tracked
@@ -46,6 +46,7 @@ def main(cfg: DictConfig) -> float:
     """Train the controller that the config describes; returns the best `val/loss`, for sweeps."""
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = read_checkpoint(cfg.ckpt_path)
+    check_columns(instantiate(cfg.features))  # before traces are collected with them
     with tracked(cfg) as wandb_logger:  # before traces are collected for hours; a crash closes its run too
         return fit(cfg, ensure_traces(cfg), checkpoint, wandb_logger)
 
@@ -56,10 +57,10 @@ def fit(
     """Train on the traces of a directory, calibrate, save to `output_dir`; returns the best
     `val/loss`.
     """
-    data = TraceDataModule(traces, cfg.controller.get("batch_size", 64), cfg.max_train_rows)
-    module: ControllerModule = instantiate(
-        cfg.controller, target_width=data.target_width, own_features=data.own_features
-    )
+    features = instantiate(cfg.features)
+    data = TraceDataModule(traces, cfg.controller.get("batch_size", 64), cfg.max_train_rows, features)
+    sizes = {"names": features.names, "candidate_names": features.candidate_names, "target_width": data.target_width}
+    module: ControllerModule = instantiate(cfg.controller, **sizes)
     check_checkpoint(checkpoint, module, cfg)
     loggers = build_loggers(cfg, wandb_logger)
     callbacks = [*build_all(cfg.callbacks), GoOn()]
@@ -75,7 +76,7 @@ def fit(
     metrics = final_metrics(module, data)
     held_out = "test" if len(data.rows["test"]) else "val"
     curves = module.curves(held_out)
-    about = describe(cfg, data, metrics, seconds) | {"reliability": describe_curves(curves, held_out)}
+    about = describe(cfg, data, features, metrics, seconds) | {"reliability": describe_curves(curves, held_out)}
     saved = save_controller(module.net, Path(cfg.output_dir) / "controller", about)
     log_results(loggers, wandb_logger, data, metrics, curves)
     print_results(saved, metrics)
@@ -199,13 +200,17 @@ def describe_curves(curves: dict[str, Reliability], split: str) -> dict[str, Any
     return _bins(curves[CURVES[0]]) | {"split": split, "curves": described}
 
 
-def describe(cfg: DictConfig, data: TraceDataModule, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
+def describe(
+    cfg: DictConfig, data: TraceDataModule, features: Any, metrics: dict[str, float], seconds: float
+) -> dict[str, Any]:
     """The origin of a controller and how good it is; JSON-able, saved in its config.json."""
     return {
         **provenance(),
         "pair": data.manifest["pair"],
         "decoding": data.manifest["decoding"],
-        "features": data.manifest["features"] | class_of(to_plain(cfg.features)),
+        "features": describe_features(
+            features, {key: value for key, value in to_plain(cfg.features).items() if key[0] != "_"}
+        ),
         "traces": [
             {name: data.manifest.get(name) for name in ("trace_key", "rows", "prompts", "policy", "task", "seed")}
         ],

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from controller.network import ARGUMENTS, CALIBRATED, WidthNet
+from controller.network import ARGUMENTS, CALIBRATED, COLUMNS, WidthNet
 from decoding.errors import UserError
 
 FORMAT = "dsbd-controller"  # what config.json says it is
@@ -31,7 +31,7 @@ def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, 
     Args:
         net: trained and calibrated.
         directory: where; an older controller there is replaced.
-        provenance: JSON-able; must have the keys "features" {"version", "names"}, "pair" and "decoding".
+        provenance: JSON-able; must have the keys "features" (see `describe_features`), "pair" and "decoding".
 
     Returns:
         The directory.
@@ -78,7 +78,7 @@ def load_controller(path: str | Path, revision: str | None = None) -> tuple[Widt
     config.setdefault("own_features", 0)  # controllers without any may not say so
     if lacking := [name for name in ARGUMENTS if name not in config]:
         raise _of_another_version(path, f"{CONFIG} says nothing of {', '.join(lacking)}")
-    net = WidthNet(**{name: config[name] for name in ARGUMENTS})
+    net = WidthNet(**{name: config[name] for name in (*ARGUMENTS, *COLUMNS) if name in config})
     try:
         weights = load_file(directory / WEIGHTS)
         if strange := sorted(set(weights) ^ set(net.state_dict())):

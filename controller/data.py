@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from controller.features import CANDIDATE, LAYER, VERSION, check_features
+from controller.features import ContextFeatures, check_columns, check_features
 from decoding.errors import UserError
 from decoding.traces import load_traces
 
@@ -46,12 +47,19 @@ class TraceDataModule(LightningDataModule):
         directory: with Parquet shards and manifest.json.
         batch_size: iterations per batch.
         max_train_rows: train on the first prompts only, as many as have at most so many iterations together; None: all.
+        features: those that the network will be given when it decides; None: the built-in ones.
 
     Raises:
         UserError: no rows, other features, values that are not finite, or a prompt in two splits.
     """
 
-    def __init__(self, directory: str | Path, batch_size: int = 64, max_train_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        batch_size: int = 64,
+        max_train_rows: int | None = None,
+        features: ContextFeatures | None = None,
+    ) -> None:
         super().__init__()
         if max_train_rows is not None and max_train_rows < 1:
             raise UserError(
@@ -59,18 +67,18 @@ class TraceDataModule(LightningDataModule):
             )
         rows, self.manifest = load_traces(Path(directory))
         self.batch_size = batch_size
-        features = self.manifest["features"]
-        names = features.get("names", [])
-        found = [*names[: len(LAYER)], *features.get("candidate_names", [])]
-        check_features(found, [*LAYER, *CANDIDATE], f"The traces in {directory} have")
-        self.own_features = len(names) - len(LAYER)
-        if not self.own_features and features.get("version") != VERSION:
+        features, logged = features or ContextFeatures(), self.manifest["features"]
+        check_columns(features)
+        found = [*logged.get("names", []), *logged.get("candidate_names", [])]
+        check_features(found, [*features.names, *features.candidate_names], f"The traces in {directory} have")
+        if logged.get("version") != features.version:
             raise UserError(f"The traces in {directory} are of other features; collect them again.")
         table: pa.Table = rows.with_format("arrow")[:]
         prompts, split = table["prompt_id"].to_pylist(), table["split"].to_pylist()
         _check_splits(prompts, split, str(directory))
         self.target_width = int(self.manifest["decoding"]["target_width"])
-        columns, first = _columns(table, self.target_width, len(names), str(directory))
+        sizes = len(features.names), len(features.candidate_names)
+        columns, first = _columns(table, self.target_width, sizes, str(directory))
         prompts, splits = [prompts[i] for i in first], np.asarray([split[i] for i in first])
         if max_train_rows is not None:
             splits[_beyond(prompts, splits == "train", max_train_rows)] = "unused"
@@ -121,8 +129,8 @@ def _check_splits(prompts: list[str], split: list[str], directory: str) -> None:
             )
 
 
-def _columns(table: pa.Table, target_width: int, features: int, directory: str) -> tuple[Batch, list[int]]:
-    """All iterations as tensors, and the first row of each."""
+def _columns(table: pa.Table, target_width: int, counted: tuple[int, int], directory: str) -> tuple[Batch, list[int]]:
+    """All iterations as tensors, and the first row of each; `counted` are F and G."""
     layer = table["layer"].to_numpy().astype(np.int64)
     first = np.flatnonzero(layer == 1)
     iteration = np.cumsum(layer == 1) - 1  # [rows]
@@ -136,6 +144,12 @@ def _columns(table: pa.Table, target_width: int, features: int, directory: str) 
         values = (flat if lengths is None and not trailing else flat.flatten()).to_numpy(zero_copy_only=False)
         if not np.isfinite(np.asarray(values, dtype=np.float64)).all():
             raise UserError(f"Column {name} of the traces in {directory} is not finite. Collect the traces again.")
+        asked = len(table) * prod(trailing) if lengths is None else int(lengths.sum()) * prod(trailing[1:])
+        if len(values) != asked:
+            raise UserError(
+                f"Column {name} of the traces in {directory} has {len(values)} values where its names say {asked}: "
+                "give the features a name for each value, and collect again."
+            )
         rows = torch.zeros(len(table), *trailing, dtype=dtype)
         if lengths is None:
             rows.copy_(torch.from_numpy(np.array(values)).view(rows.shape))
@@ -148,8 +162,8 @@ def _columns(table: pa.Table, target_width: int, features: int, directory: str) 
 
     numbers = torch.int64
     columns = {
-        "features": laid_out("features", (features,), None, torch.float32),
-        "candidates": laid_out("candidates", (shape[2], len(CANDIDATE)), counts, torch.float32),
+        "features": laid_out("features", counted[:1], None, torch.float32),
+        "candidates": laid_out("candidates", (shape[2], counted[1]), counts, torch.float32),
         "parents": laid_out("parents", shape[2:], counts, numbers),
         "places": laid_out("places", shape[2:], counts, numbers),
         "need": laid_out("need", (target_width,), needs, numbers),

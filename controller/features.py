@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,17 +33,22 @@ CANDIDATE = (
     "known",  # 1: the parent's row is the target's
     "scored",  # 1: the target has scored the candidate itself
 )
+# What the network derives other numbers from, whatever else it sees; found by name.
+OF_LAYER = ("roots", "root_entropy", "last_passed", "last_layers", "known_share")
+OF_CANDIDATE = ("log_q", "log_key", "scored")
 _LEAST = 1e-12
-_BUILT_IN = "controller.features.ContextFeatures"
+_BUILT_IN = f"{__name__}.ContextFeatures"
+_METHODS = "of_layer", "of_candidates"
 
 
 class ContextFeatures:
     """Computes the columns of a row of traces, and what a policy gives the network.
 
-    A class of one's own derives from it, and adds numbers of a layer and their names behind these.
+    Features of your own are a class derived from this one, with a `version` of its own: `features=mine.Features`
+    collects, trains and decodes with it (docs/extending.md).
     """
 
-    version = VERSION
+    version: ClassVar[int | str] = VERSION
     names: ClassVar[list[str]] = list(LAYER)
     candidate_names: ClassVar[list[str]] = list(CANDIDATE)
 
@@ -100,29 +105,35 @@ def candidate_features(context: DraftContext) -> FloatVector:
     return np.stack(columns, axis=1).astype(np.float32)
 
 
+def _computes(kind: Any) -> bool:
+    """Whether it is a class of features."""
+    return isinstance(kind, type) and all(callable(getattr(kind, name, None)) for name in _METHODS)
+
+
 def _shares(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     shares = np.exp(weights - weights.max())
     return shares / shares.sum()
 
 
-def class_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a controller says of the class of its features and its arguments; of the built-in class nothing.
-
-    Args:
-        config: of the features, with `_target_`.
-    """
-    if config["_target_"] == _BUILT_IN:
-        return {}
-    return {"class": config["_target_"], "arguments": {key: value for key, value in config.items() if key[0] != "_"}}
+def describe_features(features: ContextFeatures, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a controller's config.json says of its features; `arguments` are what they were made with."""
+    kind = type(features)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "arguments": dict(arguments),
+        "version": features.version,
+        "names": list(features.names),
+        "candidate_names": list(features.candidate_names),
+    }
 
 
 def features_of(about: Mapping[str, Any], may_import: bool = False) -> ContextFeatures:
-    """The features that a controller was trained with.
+    """The features that a controller was trained with, by what `describe_features` said of them.
 
     A controller names a class, and never brings its code: the module must be one that this Python finds.
 
     Args:
-        about: of the features, with what `class_of` said.
+        about: of the features.
         may_import: import the module; else it must be imported already, so that a controller from the hub cannot name
             a module that nobody asked for.
 
@@ -133,21 +144,53 @@ def features_of(about: Mapping[str, Any], may_import: bool = False) -> ContextFe
     if name == _BUILT_IN:
         return ContextFeatures()
     module = name.rpartition(".")[0]
-    if not may_import and module not in sys.modules:
+    if not may_import and sys.modules.get(module) is None:
         raise UserError(
             f"The controller was trained with the features {name}, and no module is imported because a controller from "
             f"the hub names it. If you have {module} and trust it, import it first, or give features={name}()."
         )
     try:
-        features = locate(name)(**about.get("arguments", {}))
+        kind = locate(name)
+        if not _computes(kind):  # before it is called: a config.json may name any function
+            raise UserError(f"The features {name} are none; derive them from controller.features.ContextFeatures.")
+        made: ContextFeatures = kind(**about.get("arguments", {}))
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(
             f"The controller was trained with the features {name}, which cannot be made here ({error}); put its module "
             "where Python finds it, beside the command or in PYTHONPATH."
         ) from error
-    if not isinstance(features, ContextFeatures):
-        raise UserError(f"The features {name} are none; derive them from controller.features.ContextFeatures.")
-    return features
+    check_columns(made)
+    return made
+
+
+def check_columns(features: ContextFeatures) -> None:
+    """Refuse what is no features, or lacks a column that the network derives others from.
+
+    Raises:
+        UserError: what is missing.
+    """
+    asked = ("version", "names", "candidate_names", *_METHODS)
+    if lacking := [name for name in asked if not hasattr(features, name)]:
+        raise UserError(
+            f"The features {type(features).__name__} are none, without {', '.join(lacking)}; derive them from "
+            "controller.features.ContextFeatures."
+        )
+    places(features.names, OF_LAYER)
+    places(features.candidate_names, OF_CANDIDATE)
+
+
+def places(names: Sequence[str], needed: Iterable[str]) -> list[int]:
+    """Where the needed columns are among the features.
+
+    Raises:
+        UserError: some are not there.
+    """
+    if lacking := [name for name in needed if name not in names]:
+        raise UserError(
+            f"The features are without {', '.join(lacking)}, which the network needs beside whatever else it sees; "
+            "keep these columns of controller.features.ContextFeatures under their names."
+        )
+    return [list(names).index(name) for name in needed]
 
 
 def check_features(found: Iterable[str], expected: Iterable[str], what: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from controller.network import CUT, LEAST, LIMIT, SOFT, PassRule, WidthNet
+from decoding.errors import UserError
 from decoding.support.arrays import FloatVector
 from decoding.support.compiled import COMPILED, compiled
 
@@ -35,18 +36,19 @@ _linear = _looped if COMPILED else _multiplied
 
 
 @compiled
-def log_chances(candidates, features, log_parent, target_width, mean, inverse, hidden, top, bias):  # type: ignore[no-untyped-def]
+def log_chances(candidates, features, log_parent, of, target_width, mean, inverse, hidden, top, bias):  # type: ignore[no-untyped-def]
     """log π of a layer's candidates, [C] float32; see `WidthNet.layer`.
 
     Args:
         candidates, features, log_parent: [C, G], [F], [C] float32.
+        of: the columns of log_q and log_key.
         target_width: R.
         mean, inverse: [I] of the inputs.
         hidden: (weight [a, b], bias [b]) of each layer but the last.
         top, bias: [h, 1] and [1], of the last; divided by the temperature.
     """
     count = len(candidates)
-    log_q, log_key = candidates[:, 0], candidates[:, 1]
+    log_q, log_key = candidates[:, of[0]], candidates[:, of[1]]
     chance, race = log_q + log_parent, log_key - log_parent
     by_chance, by_race = np.argsort(-chance, kind="mergesort"), np.argsort(race, kind="mergesort")
     nth, cut = min(target_width, count) - 1, min(CUT, count) - 1
@@ -83,7 +85,8 @@ class HostNet:
     def __init__(self, net: WidthNet) -> None:
         linears = [block[0] for block in list(net.mlp)[:-1]]  # type: ignore[index]
         last: Any = net.mlp[-1]
-        self.target_width = net.target_width
+        self.target_width, self.sizes = net.target_width, net.sizes
+        self._of = net.of_candidate[0], net.of_candidate[1]
         self._hidden = tuple((_host(linear.weight.T), _host(linear.bias)) for linear in linears)
         self._top = _host(last.weight.T / net.temperature)
         self._bias = _host(last.bias / net.temperature)
@@ -92,8 +95,13 @@ class HostNet:
 
     def chances(self, candidates: FloatVector, features: FloatVector, log_parent: FloatVector) -> FloatVector:
         """log π of a layer's candidates, [C]; arguments as for `log_chances`."""
+        if (candidates.shape[1:], features.shape) != ((self.sizes[0],), (self.sizes[1],)):  # compiled code reads on
+            raise UserError(
+                f"The features are {candidates.shape[1:]} of a candidate and {features.shape} of a layer, the "
+                f"controller was trained with {self.sizes[0]} and {self.sizes[1]}. Give the features that it names."
+            )
         weights = self._mean, self._inverse, self._hidden, self._top, self._bias
-        found: FloatVector = log_chances(candidates, features, log_parent, self.target_width, *weights)
+        found: FloatVector = log_chances(candidates, features, log_parent, self._of, self.target_width, *weights)
         return found
 
     def passes(self, features: Sequence[float], left_out: float, missing: float) -> list[float]:
@@ -109,8 +117,8 @@ class _Rule:
     """A PassRule as numbers."""
 
     def __init__(self, rule: PassRule, standard: tuple[Tensor, Tensor] | None) -> None:
-        self._steps = np.cumsum([_softplus(step) for step in rule.steps.tolist()]).tolist()
-        self._rates = [_softplus(rate) for rate in rule.rates.tolist()]
+        softplus = [np.logaddexp(0.0, part.tolist()) for part in (rule.steps, rule.rates)]  # of any size
+        self._steps, self._rates = np.cumsum(softplus[0]).tolist(), softplus[1].tolist()
         self._weights, self._bias = rule.linear.weight[0].tolist(), float(rule.linear.bias.detach())
         count = len(self._weights)
         mean, scale = ([0.0] * count, [1.0] * count) if standard is None else (part.tolist() for part in standard)

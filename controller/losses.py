@@ -31,7 +31,7 @@ def after_events(net: WidthNet, log_chances: Tensor, rows: Batch) -> Predicted:
     """P(need_j <= w) of layers whose predecessors passed, candidates in hand, drafted in the order of π."""
     layers = rows["there"] & rows["reached"]
     chances = (log_chances.exp() * rows["valid"])[layers].detach()  # [K, C]
-    scored = rows["candidates"][layers][..., 4] > 0
+    scored = _scored(net, rows)[layers]
     places, size = rows["places"][layers], rows["size"][layers]
     features = rows["features"][layers]
     ranks = chances.masked_fill(scored, 2.0).argsort(stable=True, dim=-1, descending=True).argsort(-1)
@@ -51,10 +51,12 @@ def before_events(net: WidthNet, log_chances: Tensor, rows: Batch) -> Predicted:
     """The same before they were drafted, by the drafts that there were."""
     chances = (log_chances.exp() * rows["valid"]).detach()
     drafted = torch.arange(chances.shape[-1], device=chances.device) < rows["drafts"][..., None]
-    known = rows["candidates"][..., 4] > 0
+    known = _scored(net, rows)
     left_out, missing = leftovers(chances.flatten(0, 1), (drafted | known).flatten(0, 1), net.target_width)
     unknown = (chances * (drafted & ~known)).sum(-1) / (chances * drafted).sum(-1).clamp(min=LEAST)
-    context = before_context(rows["features"], left_out.view_as(unknown), missing.view_as(unknown), unknown)
+    context = before_context(
+        rows["features"][..., net.of_layer], left_out.view_as(unknown), missing.view_as(unknown), unknown
+    )
     layers = rows["there"] & rows["reached"] & (rows["drafts"] > 0)
     odds = net.expects(context[layers], rows["drafts"][layers])
     need, size = rows["need"][layers], rows["size"][layers]
@@ -64,16 +66,26 @@ def before_events(net: WidthNet, log_chances: Tensor, rows: Batch) -> Predicted:
 
 
 def before_context(features: Tensor, left_out: Tensor, missing: Tensor, unknown: Tensor) -> Tensor:
-    """BEFORE of every layer of iterations, [N, L, B], from the features of the layers and the leftovers above each."""
+    """BEFORE of every layer of iterations, [N, L, B].
+
+    Args:
+        features: [N, L, 5] the OF_LAYER of the layers.
+        left_out, missing, unknown: [N, L] what a layer leaves for the one below it.
+    """
     context = torch.zeros(*left_out.shape, len(BEFORE), device=features.device)
     context[:, 0, 0] = 1.0
     context[..., 1] = torch.arange(1, features.shape[1] + 1, device=features.device)
-    context[..., 2:6] = features[:, :1, 1:5]  # of the iteration
+    context[..., 2:6] = features[:, :1, :4]  # of the iteration
     context[:, 1:, 6] = (left_out[:, :-1] + 0.02).log()
     context[:, 1:, 7] = missing[:, :-1]
     context[:, 1:, 8] = unknown[:, :-1]
-    context[:, 0, 8] = 1 - features[:, 0, 6]
+    context[:, 0, 8] = 1 - features[:, 0, 4]
     return context
+
+
+def _scored(net: WidthNet, rows: Batch) -> Tensor:
+    """Candidates that the target has scored before, [N, L, C]."""
+    return rows["candidates"][..., net.of_candidate[2]] > 0
 
 
 def _held(places: Tensor, drafted: Tensor, target_width: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from controller.data import SPLITS, Batch, TraceDataModule
+from controller.features import CANDIDATE, LAYER
 from controller.losses import Predicted, after_events, before_events, candidate_events, loss_of
 from controller.metrics import CURVES, Reliability, StageMetrics
 from controller.network import WidthNet
@@ -28,6 +30,7 @@ class ControllerModule(LightningModule):
         hidden, layers, own_features: of the network.
         lr, weight_decay: of AdamW; the rate follows a cosine to zero.
         batch_size: iterations per batch; read by train.py.
+        names, candidate_names: of the features, in order.
     """
 
     def __init__(
@@ -38,10 +41,11 @@ class ControllerModule(LightningModule):
         lr: float = 1e-2,
         weight_decay: float = 1e-3,
         batch_size: int = 64,
-        own_features: int = 0,
+        names: Sequence[str] = LAYER,
+        candidate_names: Sequence[str] = CANDIDATE,
     ) -> None:
         super().__init__()
-        self.net = WidthNet(target_width, hidden, layers, own_features)
+        self.net = WidthNet(target_width, hidden, layers, names, candidate_names)
         self.lr, self.weight_decay, self.batch_size = lr, weight_decay, batch_size
         self.train_metrics, self.val_metrics, self.test_metrics = (StageMetrics() for _ in SPLITS)
 

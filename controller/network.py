@@ -7,8 +7,7 @@ of the selection: one before the layer is drafted, one with the candidates in ha
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,15 +16,16 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from controller.features import CANDIDATE, LAYER
+from controller.features import CANDIDATE, LAYER, OF_CANDIDATE, OF_LAYER, places
 
-ARGUMENTS = ("target_width", "hidden", "layers", "own_features")
+ARGUMENTS = ("target_width", "hidden", "layers")
+COLUMNS = ("names", "candidate_names")  # its further arguments; those of the built-in features where none are given
 CALIBRATED = ("temperature",)
 LIMIT = 5.0  # standardised inputs are clipped here
 CUT = 10  # candidates, by chance, that the last of is looked at
 LEAST = 1e-6  # the chance that a candidate is (not) selected
 SOFT = 0.02  # added to what is left out, whose logarithm is taken
-# What is seen of a candidate beside its own CANDIDATE columns; s is log Q and the log of the parent's chance.
+# What is seen of a candidate beside its own columns; s is log Q and the log of the parent's chance.
 DERIVED = (
     "log_parent",  # log of the parent's chance to be selected
     "key_gap",  # log key less the R-th smallest
@@ -37,10 +37,8 @@ DERIVED = (
     "race_rank",  # log of the place by that
     "noise",  # log E
 )
-INPUTS = (*CANDIDATE, *DERIVED, *LAYER)
-# What the two rules for layers see beside the widths.
+# What the rule sees, beside the widths, before a layer is drafted; the other one sees the layer's features.
 BEFORE = ("first", "layer", "roots", "root_entropy", "last_passed", "last_layers", "left_out", "missing", "unknown")
-AFTER = LAYER
 
 
 class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["speculative-decoding", "beam-sampling"]):
@@ -49,7 +47,10 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
     Args:
         target_width: R, the widest selection that it answers for.
         hidden, layers: of the MLP.
-        own_features: numbers of a layer beside those of LAYER.
+        names, candidate_names: of the features of a layer and of a candidate, in order.
+
+    Raises:
+        UserError: features without those that others are derived from.
     """
 
     mean: Tensor
@@ -58,20 +59,31 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
     after_mean: Tensor
     after_scale: Tensor
 
-    def __init__(self, target_width: int, hidden: int = 32, layers: int = 2, own_features: int = 0) -> None:
+    def __init__(
+        self,
+        target_width: int,
+        hidden: int = 32,
+        layers: int = 2,
+        names: Sequence[str] = LAYER,
+        candidate_names: Sequence[str] = CANDIDATE,
+    ) -> None:
         super().__init__()
         self.target_width = target_width
-        self.arguments: dict[str, Any] = dict(zip(ARGUMENTS, (target_width, hidden, layers, own_features), strict=True))
-        inputs, after = len(INPUTS) + own_features, len(AFTER) + own_features
+        given = target_width, hidden, layers, list(names), list(candidate_names)
+        self.arguments: dict[str, Any] = dict(zip((*ARGUMENTS, *COLUMNS), given, strict=True))
+        self.of_layer = places(names, OF_LAYER)
+        self.of_candidate = places(candidate_names, OF_CANDIDATE)
+        self.sizes = len(candidate_names), len(names)  # G, F
+        inputs = len(candidate_names) + len(DERIVED) + len(names)
         widths = [inputs, *[hidden] * layers]
         blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
         self.mlp = nn.Sequential(*blocks, nn.Linear(widths[-1], 1))
         self.before = PassRule(len(BEFORE), target_width, evidence=1)
-        self.after = PassRule(after, target_width, evidence=2)
+        self.after = PassRule(len(names), target_width, evidence=2)
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("scale", torch.ones(inputs))
-        self.register_buffer("after_mean", torch.zeros(after))
-        self.register_buffer("after_scale", torch.ones(after))
+        self.register_buffer("after_mean", torch.zeros(len(names)))
+        self.register_buffer("after_scale", torch.ones(len(names)))
         self.register_buffer("temperature", torch.ones(()))
 
     def layer(self, candidates: Tensor, features: Tensor, log_parent: Tensor, valid: Tensor) -> Tensor:
@@ -90,7 +102,7 @@ class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["spec
 
     def inputs(self, candidates: Tensor, features: Tensor, log_parent: Tensor, valid: Tensor) -> Tensor:
         """What the MLP sees, [N, C, I]; arguments as for `layer`."""
-        log_q, log_key = candidates[..., 0], candidates[..., 1]
+        log_q, log_key, _ = candidates[..., self.of_candidate].unbind(-1)
         chance = log_q + log_parent
         race = log_key - log_parent
         places = torch.arange(1, valid.shape[1] + 1, device=valid.device, dtype=log_q.dtype)

@@ -13,13 +13,7 @@ from numpy.typing import NDArray
 
 from controller.checkpoint import load_controller
 from controller.experience import Experience
-from controller.features import (
-    CANDIDATE,
-    ContextFeatures,
-    check_features,
-    features_of,
-    root_features,
-)
+from controller.features import ContextFeatures, check_features, features_of, root_features
 from controller.host import HostNet, leftovers
 from controller.network import SOFT, WidthNet
 from controller.plan import LEAST_CHANCE, Plan
@@ -68,11 +62,10 @@ class LearnedWidth(WidthPolicy):
         clock: what an iteration took: "wall", by which the table is corrected; or "table", as modelled. None: "wall"
             with a latency table in seconds, else "table".
         share: whether prompts learn together; False: each starts anew.
-        features: what the network sees of a layer, or the dotted name of its class; None: of the class that the
-            controller names, if its module is imported already.
+        features: those that the network was trained with; None: the built-in ones.
 
     Raises:
-        UserError: an argument that is not allowed, or features other than this code's.
+        UserError: an argument that is not allowed, or features other than those it was trained with.
     """
 
     name = "learned"
@@ -87,14 +80,11 @@ class LearnedWidth(WidthPolicy):
         latency: Costs | dict[str, Any] | str | Path | None = None,
         clock: str | None = None,
         share: bool = True,
-        features: ContextFeatures | str | None = None,
+        features: ContextFeatures | None = None,
     ) -> None:
         if clock not in (None, *CLOCKS):
             raise UserError(f"clock is {clock!r}; choose one of {', '.join(map(repr, (None, *CLOCKS)))}.")
-        trained = provenance.get("features", {})
-        if isinstance(features, str):
-            features = features_of({**trained, "class": features}, may_import=True)  # the user has named it
-        self.features = features = features_of(trained) if features is None else features
+        trained, features = provenance.get("features", {}), features or ContextFeatures()
         found = [*trained.get("names", []), *trained.get("candidate_names", [])]
         check_features(found, [*features.names, *features.candidate_names], "The controller was trained with")
         if trained.get("version") != features.version:
@@ -102,7 +92,7 @@ class LearnedWidth(WidthPolicy):
                 f"The controller was trained with version {trained.get('version')} of the features; this code computes "
                 f"version {features.version}. Collect traces and train again."
             )
-        self.net, self.provenance = net.eval(), provenance
+        self.net, self.provenance, self.features = net.eval(), provenance, features
         self._host = HostNet(net)
         self.clock, self.share = clock, share
         self.use_latency(latency)
@@ -129,7 +119,8 @@ class LearnedWidth(WidthPolicy):
             )
         net, provenance = load_controller(path, revision)
         if options.get("features") is None:
-            options["features"] = features_of(provenance.get("features", {}), may_import=Path(path).is_dir())
+            here = Path(path).expanduser().is_dir()
+            options["features"] = features_of(provenance.get("features", {}), may_import=here)
         policy = cls(net, provenance, **options)
         if pair is not None:
             policy.check_pair(pair)
@@ -230,8 +221,9 @@ class LearnedWidth(WidthPolicy):
             self._nodes, log_parent = int((~context.known).sum()), np.zeros(len(found), np.float32)
         else:
             log_parent = self._log_chances[list(context.places)][found.rows]
-        features = self.features.of_layer(context)
-        log_chances = self._host.chances(self.features.of_candidates(context), features, log_parent)
+        features = np.ascontiguousarray(self.features.of_layer(context), np.float32)
+        candidates = np.ascontiguousarray(self.features.of_candidates(context), np.float32)
+        log_chances = self._host.chances(candidates, features, log_parent)
         chances = np.exp(log_chances)
         order = np.argsort(-chances, kind="stable")
         order = order[chances[order] >= LEAST_CHANCE][: config.draft_width]
@@ -280,8 +272,8 @@ class LearnedWidth(WidthPolicy):
 
     def _compile(self) -> None:
         """Ask everything once, so that no prompt waits for numba: 20 seconds on a new machine, then a blink."""
-        sizes = (1, len(CANDIDATE)), len(self.features.names), 1
-        nothing = [np.zeros(size, np.float32) for size in sizes]
+        candidate, layer = self.net.sizes
+        nothing = np.zeros((1, candidate), np.float32), np.zeros(layer, np.float32), np.zeros(1, np.float32)
         self.plan.count(self._host.chances(*nothing), 1, 1.0)
 
     def _forget(self) -> None:

@@ -163,8 +163,7 @@ def test_a_feature(written: Any, tmp_path: Path) -> None:
     train.main(settings_of("train", tmp_path, *given, *few, *quiet))
     policy = LearnedWidth.load(tmp_path / "out" / "controller")
     assert isinstance(policy.features, sys.modules["beams_share"].Features)
-    shape: dict[str, Any] = {"target_width": 2, "draft_width": 3, "draft_depth": 2, "max_new_tokens": 6}
-    config = DecodingConfig(top_k=10, verification="shared_noise", **shape)
+    config = DecodingConfig(target_width=2, draft_width=3, draft_depth=2, max_new_tokens=6, verification="shared_noise")
     (result,) = DSBDDecoder(small_pair(), config, policy).generate([PROMPTS[0]], torch.Generator().manual_seed(0))
     assert len(result.sequences[0]) == 6 or result.finished[0]
 

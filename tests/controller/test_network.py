@@ -14,7 +14,7 @@ from controller.data import TraceDataModule
 from controller.features import CANDIDATE, LAYER
 from controller.host import HostNet
 from controller.losses import WIDTHS, after_events, before_events, candidate_events
-from controller.network import AFTER, BEFORE, LEAST, WidthNet, leftovers
+from controller.network import BEFORE, LEAST, WidthNet, leftovers
 from decoding import UserError
 from decoding.support.compiled import COMPILED
 from tests.controller.synthetic import ABOUT, random_net, write_traces
@@ -86,7 +86,7 @@ def test_the_host_says_what_torch_says(count: int, own: int) -> None:
     expected = log_parent + torch.nn.functional.logsigmoid(odds[0])
     found = ours.chances(candidates.numpy(), features.numpy(), log_parent.numpy())
     assert found == pytest.approx(expected.numpy(), abs=2e-5) and found.dtype == np.float32
-    context = torch.randn(len(AFTER) + own)
+    context = torch.randn(len(LAYER))
     odds = net.passes(context[None], torch.tensor([0.7]), torch.tensor([0.4]))[0].sigmoid()
     assert ours.passes(context.tolist(), 0.7, 0.4) == pytest.approx(odds.tolist(), abs=1e-5)
     context = torch.randn(len(BEFORE))
@@ -132,3 +132,12 @@ def test_small_and_saved_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is damaged"):
         load_controller(saved)
     assert isinstance(loaded, WidthNet)
+
+
+def test_the_host_takes_steps_of_any_size() -> None:
+    """Fitted to few rows, a place may be out of reach."""
+    net = random_net(3)
+    net.before.steps[1] = 1e4
+    found = HostNet(net).expects([0.0] * len(BEFORE), 4)
+    expected = net.expects(torch.zeros(1, len(BEFORE)), torch.tensor([4]))[0].sigmoid()
+    assert found == pytest.approx(expected.tolist(), abs=1e-6)
