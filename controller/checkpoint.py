@@ -75,7 +75,6 @@ def load_controller(path: str | Path, revision: str | None = None) -> tuple[Widt
         raise UserError(
             f"{directory / CONFIG} does not describe a width controller; give a directory that train.py wrote."
         )
-    config.setdefault("own_features", 0)  # controllers without any may not say so
     if lacking := [name for name in ARGUMENTS if name not in config]:
         raise _of_another_version(path, f"{CONFIG} says nothing of {', '.join(lacking)}")
     net = WidthNet(**{name: config[name] for name in (*ARGUMENTS, *COLUMNS) if name in config})

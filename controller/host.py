@@ -133,11 +133,6 @@ class _Rule:
         return [1.0 / (1.0 + math.exp(min(step - odds, 80.0))) for step in self._steps]
 
 
-def _softplus(value: float) -> float:
-    """log(1 + exp(value)), of large values too."""
-    return max(value, 0.0) + math.log1p(math.exp(-abs(value)))
-
-
 def leftovers(chances: FloatVector, drafted: np.ndarray, target_width: int) -> tuple[float, float]:
     """`network.leftovers` of one layer."""
     others = np.minimum(chances[~drafted], 1 - LEAST)

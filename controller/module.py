@@ -27,7 +27,7 @@ class ControllerModule(LightningModule):
 
     Args:
         target_width: R, of the traces.
-        hidden, layers, own_features: of the network.
+        hidden, layers: of the network.
         lr, weight_decay: of AdamW; the rate follows a cosine to zero.
         batch_size: iterations per batch; read by train.py.
         names, candidate_names: of the features, in order.

@@ -7,6 +7,8 @@ of the selection: one before the layer is drafted, one with the candidates in ha
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
