@@ -17,7 +17,8 @@ from decoding.forest.tree import TokenForest
 from decoding.policies.base import DraftContext
 from decoding.results import LayerEvent, Recorder
 
-ACCEPTED, SURPLUS, DRAWN, REJECTED, UNJUDGED = "accepted", "surplus", "drawn", "rejected", "unjudged"
+ACCEPTED, SURPLUS, KNOWN, DRAWN = "accepted", "surplus", "known", "drawn"
+REJECTED, UNJUDGED = "rejected", "unjudged"
 TextOf = Callable[[Sequence[int], Sequence[int]], str]  # (tokens before, none at the prompt's end; tokens) -> text
 
 
@@ -30,10 +31,11 @@ class _Style:
 
 
 _STYLES = {
-    ACCEPTED: _Style("✓", "v", "green", "accepted; in beam search: kept"),
-    SURPLUS: _Style("✚", "+", "cyan", "accepted beyond M, kept as a surplus"),
+    ACCEPTED: _Style("✓", "v", "green", "drafted and kept"),
+    SURPLUS: _Style("✚", "+", "cyan", "drafted and kept beyond M, as a surplus"),
+    KNOWN: _Style("●", "*", "blue", "kept, scored in an earlier iteration"),
     DRAWN: _Style("○", "o", "yellow", "taken from the target"),
-    REJECTED: _Style("✗", "x", "red", "rejected; in beam search: not among the best"),
+    REJECTED: _Style("✗", "x", "red", "drafted, not kept"),
     UNJUDGED: _Style("·", ".", "dim", "not judged: its parent was dropped, or its layer was not reached or was full"),
 }
 _TAIL = 40  # characters of an input beam that are shown
@@ -58,7 +60,8 @@ class LayerView:
     accepted: int = 0
     passed: bool = False
     taken: int = 0  # from the target
-    searched: bool = False  # beam search: K is how many of the best continuations, in their order, were drafted
+    known: int = 0  # kept, not drafted, but scored in an earlier iteration
+    counted: str = "accepted"  # what K counts
 
 
 @dataclass
@@ -86,6 +89,8 @@ class ForestRecorder(Recorder):
         self.view: ForestView | None = None
         self._listening = False
         self._weights: dict[int, float] = {}  # the target's, of the beams that the next layer grows from
+        self._scored: set[int] = set()  # sent to the target, in this iteration or before
+        self._before: set[int] = set()  # those of earlier iterations
 
     def drafted(
         self,
@@ -96,6 +101,8 @@ class ForestRecorder(Recorder):
     ) -> None:
         """Begin the view, if this is the iteration."""
         self.iterations += 1
+        self._before = set(self._scored)
+        self._scored.update(node for layer in layers for node, _ in layer)
         if self.wanted is None:
             self._listening = self.view is None or bool(layers and not self.view.drafts)
         else:
@@ -105,10 +112,12 @@ class ForestRecorder(Recorder):
         self.view = ForestView(self.iterations, forest, beams, layers, [LayerView(len(layer)) for layer in layers])
         self._weights = dict(beams)
         weights = dict(beams)
-        for layer in layers:
+        for layer, context in zip(layers, contexts, strict=False):  # of a last layer nothing may have been sent
+            of_target = _known_parents(context)
             for node, weight in layer:
-                seen = self.view.nodes.setdefault(node, NodeView(draft=weight - weights[forest.parents[node]]))
-                seen.drawn += 1
+                parent = forest.parents[node]
+                value = {"target" if parent in of_target else "draft": weight - weights[parent]}
+                self.view.nodes.setdefault(node, NodeView(**value)).drawn += 1
             weights = dict(layer)
 
     def layer(self, event: LayerEvent) -> None:
@@ -121,25 +130,27 @@ class ForestRecorder(Recorder):
         drafts = [node for node, _ in view.drafts[place]] if place < len(view.drafts) else []
         kept = dict(event.kept)
         accepted = self._judge(event, drafts, kept)
+        known = [node for node in kept if node not in accepted and node in self._before]
         for node in kept.keys() - accepted.keys():
-            view.nodes.setdefault(node, NodeView()).state = DRAWN
+            view.nodes.setdefault(node, NodeView()).state = KNOWN if node in known else DRAWN
         for node in dict.fromkeys([*drafts, *kept]):
             parent = view.forest.parents[node]
             weight = kept.get(node, _weight(event.context.target, parent, view.forest.tokens[node]))
             if parent in self._weights and weight is not None:
                 view.nodes[node].target = weight - self._weights[parent]
-        taken = len(kept.keys() - accepted.keys())
-        searched = event.verdict is None and record.draft_width > 0
-        view.layers[place] = LayerView(
-            record.draft_width, record.target_width, record.accepted, record.passed, taken, searched
-        )
+        taken = len(kept.keys() - accepted.keys()) - len(known)
+        counts = record.draft_width, record.target_width, record.accepted, record.passed, taken, len(known)
+        view.layers[place] = LayerView(*counts, _counted(event))
         self._weights = kept
 
     def _judge(self, event: LayerEvent, drafts: list[int], kept: dict[int, float]) -> dict[int, None]:
         """Set the states of a layer's drafts; returns the accepted ones."""
         assert self.view is not None
-        # In draw order, of the drafts that were judged; beam search keeps what it proposed, or does
-        # not.
+        # Of the drafts that were judged. Without coins a draft is kept or it is not; of those kept the
+        # first M count.
+        if event.verdict is None:
+            order = {node: place for place, node in enumerate(event.slots or kept)}
+            drafts = sorted(drafts, key=lambda node: order.get(node, len(order)))
         bits = [node in kept for node in drafts] if event.verdict is None else event.verdict.bits
         accepted: dict[int, None] = {}
         slots = 0
@@ -152,6 +163,21 @@ class ForestRecorder(Recorder):
             elif node not in accepted and self.view.forest.parents[node] in self._weights:
                 self.view.nodes[node].state = REJECTED
         return accepted
+
+
+def _known_parents(context: DraftContext) -> set[int]:
+    """Parents whose children were proposed by the target itself."""
+    if context.known is None:
+        return set()
+    return {node for node, is_known in zip(context.parents, context.known, strict=True) if is_known}
+
+
+def _counted(event: LayerEvent) -> str:
+    """What a layer's K counts."""
+    if event.verdict is not None:
+        return "accepted"
+    searched = event.context.draft.root.config.mode == "beam_search"
+    return "of the best in a row" if searched else "of the selection in a row"
 
 
 def _weight(joint: Distribution, parent: int, token: int) -> float | None:
@@ -236,11 +262,13 @@ def _words(layer: LayerView) -> str:
     """A layer's numbers in words."""
     if layer.target_width is None:
         return f"{layer.draft_width} drafted (w), not reached"
+    taken = [f"{layer.known} known"] if layer.known else []
+    if layer.taken or not layer.draft_width:
+        taken.append(f"{layer.taken} taken from the target")
     if not layer.draft_width:
-        return f"none drafted, {layer.taken} taken from the target (M = {layer.target_width})"
-    accepted = "of the best in a row (K)" if layer.searched else "accepted (K)"
+        return f"none drafted, {', '.join(taken)} (M = {layer.target_width})"
+    verdict = ["passed" if layer.passed else "failed", *taken]
     return (
-        f"{layer.draft_width} drafted (w), {layer.target_width} asked for (M), {layer.accepted} {accepted}: "
-        f"{'passed' if layer.passed else 'failed'}"
-        f"{f', {layer.taken} taken from the target' if layer.taken else ''}"
+        f"{layer.draft_width} drafted (w), {layer.target_width} asked for (M), "
+        f"{layer.accepted} {layer.counted} (K): {', '.join(verdict)}"
     )

@@ -241,7 +241,7 @@ METHODS: dict[str, Method] = {
         policy_method(
             ThresholdWidth,
             "paper",
-            fixed={"surplus": "drop", "refill": "full", "one_beam_cache": True},
+            fixed={"verification": "rejection", "surplus": "drop", "refill": "full", "one_beam_cache": True},
             inexact=True,
             **_PAPER,
         ),

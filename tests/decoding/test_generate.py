@@ -23,6 +23,7 @@ from decoding.forest.tree import TokenForest
 from decoding.forest_view import (
     ACCEPTED,
     DRAWN,
+    KNOWN,
     REJECTED,
     SURPLUS,
     UNJUDGED,
@@ -243,8 +244,8 @@ class Checked(ForestRecorder):
         drafted = [node for node, _ in view.drafts[place]] if place < len(view.drafts) else []
         kept = [node for node, _ in event.kept]
         states = Counter(view.nodes[node].state for node in {*drafted, *kept})
-        assert states[DRAWN] == view.layers[place].taken
-        assert {n for n in kept if view.nodes[n].state != DRAWN} == {
+        assert (states[DRAWN], states[KNOWN]) == (view.layers[place].taken, view.layers[place].known)
+        assert {n for n in kept if view.nodes[n].state not in (DRAWN, KNOWN)} == {
             n for n in drafted if view.nodes[n].state in (ACCEPTED, SURPLUS)
         }
         if event.verdict is not None and not event.context.draft.root.config.replacement:
@@ -257,10 +258,13 @@ class Checked(ForestRecorder):
     "changes",
     [
         {},
-        {"replacement": True},
         {"exact": True},
+        {"verification": "rejection"},
+        {"verification": "rejection", "replacement": True},
+        {"verification": "rejection", "exact": True},
         {"top_k": None},
         {"top_k": None, "dense": True},
+        {"verification": "rejection", "top_k": None, "dense": True},
         {"mode": "beam_search", "top_k": None},
     ],
     ids=str,
@@ -295,6 +299,7 @@ def test_forest_shows_what_happened(changes: dict[str, Any], monkeypatch: pytest
         assert reached == sorted(reached, reverse=True), "a layer is reached after all above it"
     assert checked == plain.stats.new_tokens, "every layer was looked at once"
     assert states[ACCEPTED] and states[DRAWN] and states[REJECTED] and states[UNJUDGED]
+    assert bool(states[KNOWN]) == ("verification" not in changes and "mode" not in changes)
 
 
 def compare_log_probabilities(view: ForestView, pair: ModelPair, prompt: list[int]) -> None:
