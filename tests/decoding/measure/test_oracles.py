@@ -122,7 +122,8 @@ class Listener(Recorder):
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "exact": {"exact": True},
-    "replacement": {"replacement": True},
+    "rejection": {"verification": "rejection"},
+    "replacement": {"verification": "rejection", "replacement": True},
     "ends": {"eos_token_id": [0, 1], "early_stopping": True},
     "nothing drafted": {"draft_depth": 0},
     "search": {"mode": "beam_search", "top_k": None},
