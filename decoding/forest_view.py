@@ -17,8 +17,7 @@ from decoding.forest.tree import TokenForest
 from decoding.policies.base import DraftContext
 from decoding.results import LayerEvent, Recorder
 
-ACCEPTED, SURPLUS, KNOWN, DRAWN = "accepted", "surplus", "known", "drawn"
-REJECTED, UNJUDGED = "rejected", "unjudged"
+ACCEPTED, SURPLUS, DRAWN, REJECTED, UNJUDGED = "accepted", "surplus", "drawn", "rejected", "unjudged"
 TextOf = Callable[[Sequence[int], Sequence[int]], str]  # (tokens before, none at the prompt's end; tokens) -> text
 
 
@@ -33,7 +32,6 @@ class _Style:
 _STYLES = {
     ACCEPTED: _Style("✓", "v", "green", "drafted and kept"),
     SURPLUS: _Style("✚", "+", "cyan", "drafted and kept beyond M, as a surplus"),
-    KNOWN: _Style("●", "*", "blue", "kept, scored in an earlier iteration"),
     DRAWN: _Style("○", "o", "yellow", "taken from the target"),
     REJECTED: _Style("✗", "x", "red", "drafted, not kept"),
     UNJUDGED: _Style("·", ".", "dim", "not judged: its parent was dropped, or its layer was not reached or was full"),
@@ -49,6 +47,7 @@ class NodeView:
     draft: float | None = None
     target: float | None = None
     drawn: int = 0  # times that it was drafted, more than once only with replacement
+    known: bool = False  # the target scored it in an earlier iteration
 
 
 @dataclass
@@ -60,7 +59,6 @@ class LayerView:
     accepted: int = 0
     passed: bool = False
     taken: int = 0  # from the target
-    known: int = 0  # kept, not drafted, but scored in an earlier iteration
     counted: str = "accepted"  # what K counts
 
 
@@ -117,7 +115,7 @@ class ForestRecorder(Recorder):
             for node, weight in layer:
                 parent = forest.parents[node]
                 value = {"target" if parent in of_target else "draft": weight - weights[parent]}
-                self.view.nodes.setdefault(node, NodeView(**value)).drawn += 1
+                self.view.nodes.setdefault(node, NodeView(**value, known=node in self._before)).drawn += 1
             weights = dict(layer)
 
     def layer(self, event: LayerEvent) -> None:
@@ -130,16 +128,15 @@ class ForestRecorder(Recorder):
         drafts = [node for node, _ in view.drafts[place]] if place < len(view.drafts) else []
         kept = dict(event.kept)
         accepted = self._judge(event, drafts, kept)
-        known = [node for node in kept if node not in accepted and node in self._before]
         for node in kept.keys() - accepted.keys():
-            view.nodes.setdefault(node, NodeView()).state = KNOWN if node in known else DRAWN
+            view.nodes.setdefault(node, NodeView(known=node in self._before)).state = DRAWN
         for node in dict.fromkeys([*drafts, *kept]):
             parent = view.forest.parents[node]
             weight = kept.get(node, _weight(event.context.target, parent, view.forest.tokens[node]))
             if parent in self._weights and weight is not None:
                 view.nodes[node].target = weight - self._weights[parent]
-        taken = len(kept.keys() - accepted.keys()) - len(known)
-        counts = record.draft_width, record.target_width, record.accepted, record.passed, taken, len(known)
+        taken = len(kept.keys() - accepted.keys())
+        counts = record.draft_width, record.target_width, record.accepted, record.passed, taken
         view.layers[place] = LayerView(*counts, _counted(event))
         self._weights = kept
 
@@ -233,8 +230,9 @@ class _Drawing:
                 for name, value in (("target", seen.target), ("draft", seen.draft))
                 if value is not None
             ]
+            known = ["known"] if seen.known else []
             times = [f"drawn {seen.drawn} times"] if seen.drawn > 1 else []
-            label.append("".join(f"  {part}" for part in values + times), "dim")
+            label.append("".join(f"  {part}" for part in values + known + times), "dim")
             self.grow(tree.add(label), child)
 
     def tail(self, node: int) -> str:
@@ -248,6 +246,8 @@ class _Drawing:
         for state, style in _STYLES.items():
             if state in used:
                 yield Text(f"{self.mark(state)} {style.meaning}", style.colour)
+        if any(seen.known for seen in self.view.nodes.values()):
+            yield Text("known: scored by the target in an earlier iteration", "dim")
         yield Text("target, draft: log-probability after the parent; no target: cut off, or the parent dropped", "dim")
 
     def mark(self, state: str) -> str:
@@ -262,13 +262,10 @@ def _words(layer: LayerView) -> str:
     """A layer's numbers in words."""
     if layer.target_width is None:
         return f"{layer.draft_width} drafted (w), not reached"
-    taken = [f"{layer.known} known"] if layer.known else []
-    if layer.taken or not layer.draft_width:
-        taken.append(f"{layer.taken} taken from the target")
     if not layer.draft_width:
-        return f"none drafted, {', '.join(taken)} (M = {layer.target_width})"
-    verdict = ["passed" if layer.passed else "failed", *taken]
+        return f"none drafted, {layer.taken} taken from the target (M = {layer.target_width})"
     return (
-        f"{layer.draft_width} drafted (w), {layer.target_width} asked for (M), "
-        f"{layer.accepted} {layer.counted} (K): {', '.join(verdict)}"
+        f"{layer.draft_width} drafted (w), {layer.target_width} asked for (M), {layer.accepted} {layer.counted} (K): "
+        f"{'passed' if layer.passed else 'failed'}"
+        f"{f', {layer.taken} taken from the target' if layer.taken else ''}"
     )
