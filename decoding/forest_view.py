@@ -249,6 +249,7 @@ class _Drawing:
         if any(seen.known for seen in self.view.nodes.values()):
             yield Text("known: scored by the target in an earlier iteration", "dim")
         yield Text("target, draft: log-probability after the parent; no target: cut off, or the parent dropped", "dim")
+        yield Text("no draft: the target itself proposed it, or it was not drafted", "dim")
 
     def mark(self, state: str) -> str:
         return _STYLES[state].ascii_mark if self.ascii_only else _STYLES[state].mark
