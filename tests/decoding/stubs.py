@@ -31,7 +31,7 @@ def joint_distribution(
 
 
 def settings(width: int, drafts: int, depth: int, tokens: int, **changes: Any) -> DecodingConfig:
-    """A config that returns all beams, never ends early and goes by the paper's rule, unless `changes` say otherwise."""
+    """A config that returns all beams, never ends early and verifies by rejection, unless `changes` say otherwise."""
     fields = dict(
         target_width=width,
         draft_width=drafts,

@@ -391,7 +391,7 @@ def test_drawing() -> None:
         r"├── ✓ '\x1b[2J\n'  target -0.20  draft -0.10  drawn 2 times",
     ]
     assert out[5:8] == ["├── ✗ 'é'  draft -0.30", "│   └── · '[red]'  draft 0.00", "└── ○ '\ufffd' #4  target -1.00"]
-    assert [line[0] for line in out[8:-1]] == ["✓", "○", "✗", "·"], "the legend has the marks in use"
+    assert [line[0] for line in out[8:-2]] == ["✓", "○", "✗", "·"], "the legend has the marks in use"
 
 
 def test_drawing_in_ascii() -> None:
