@@ -53,11 +53,12 @@ class DecodingConfig:
         oversample: a step draws so many times target_width continuations and keeps the likeliest target_width of
             them; 1 keeps what is drawn (the paper), 2 is what transformers does with one EOS token or none.
         draft_top_k: cuts the draft's distribution, which may be any; at least `top_k`. None: where there is a top_k, 20
-            for draft widths up to 8, 40 up to 24, 60 up to 40 and 80 beyond, and never less than top_k ("rejection":
-            top_k itself).
-        verification: "shared_noise": target and draft roll the same dice, so that with target_width beams at every
-            layer the tokens are those of `beam_sample` with the same seed; "rejection": the paper's rule.
-        replacement: draw a layer's beams with replacement; equal draws are one beam. For verification="rejection".
+            for draft widths up to 8, 40 up to 24, 60 up to 40 and 80 beyond, and never less than top_k
+            (verification="rejection": top_k itself).
+        verification: "shared_noise" (default): target and draft roll the same dice, so that with target_width beams
+            at every layer the tokens are those of `beam_sample` with the same seed, up to rounding; "rejection": the
+            paper's rule, equal in distribution.
+        replacement: draw a layer's beams with replacement; equal draws are one beam. For verification="rejection" only.
         surplus: "keep" accepted drafts beyond M (up to target_width) or "drop" them.
         refill: a failed layer is filled to target_width ("full") or to its own M ("width").
         one_beam_cache: only the best beam enters the next iteration (2409.16560, section 3.4).
@@ -82,7 +83,7 @@ class DecodingConfig:
     warp: str = "joint"
     oversample: int = 1
     draft_top_k: int | None = None
-    verification: str = "rejection"
+    verification: str = "shared_noise"
     replacement: bool = False
     surplus: str = "keep"
     refill: str = "full"

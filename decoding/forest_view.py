@@ -30,10 +30,10 @@ class _Style:
 
 
 _STYLES = {
-    ACCEPTED: _Style("✓", "v", "green", "accepted; in beam search: kept"),
-    SURPLUS: _Style("✚", "+", "cyan", "accepted beyond M, kept as a surplus"),
+    ACCEPTED: _Style("✓", "v", "green", "drafted and kept"),
+    SURPLUS: _Style("✚", "+", "cyan", "drafted and kept beyond M, as a surplus"),
     DRAWN: _Style("○", "o", "yellow", "taken from the target"),
-    REJECTED: _Style("✗", "x", "red", "rejected; in beam search: not among the best"),
+    REJECTED: _Style("✗", "x", "red", "drafted, not kept"),
     UNJUDGED: _Style("·", ".", "dim", "not judged: its parent was dropped, or its layer was not reached or was full"),
 }
 _TAIL = 40  # characters of an input beam that are shown
@@ -47,6 +47,7 @@ class NodeView:
     draft: float | None = None
     target: float | None = None
     drawn: int = 0  # times that it was drafted, more than once only with replacement
+    known: bool = False  # the target scored it in an earlier iteration
 
 
 @dataclass
@@ -58,7 +59,7 @@ class LayerView:
     accepted: int = 0
     passed: bool = False
     taken: int = 0  # from the target
-    searched: bool = False  # beam search: K is how many of the best continuations, in their order, were drafted
+    counted: str = "accepted"  # what K counts
 
 
 @dataclass
@@ -86,6 +87,8 @@ class ForestRecorder(Recorder):
         self.view: ForestView | None = None
         self._listening = False
         self._weights: dict[int, float] = {}  # the target's, of the beams that the next layer grows from
+        self._scored: set[int] = set()  # sent to the target, in this iteration or before
+        self._before: set[int] = set()  # those of earlier iterations
 
     def drafted(
         self,
@@ -96,6 +99,8 @@ class ForestRecorder(Recorder):
     ) -> None:
         """Begin the view, if this is the iteration."""
         self.iterations += 1
+        self._before = set(self._scored)
+        self._scored.update(node for layer in layers for node, _ in layer)
         if self.wanted is None:
             self._listening = self.view is None or bool(layers and not self.view.drafts)
         else:
@@ -105,10 +110,12 @@ class ForestRecorder(Recorder):
         self.view = ForestView(self.iterations, forest, beams, layers, [LayerView(len(layer)) for layer in layers])
         self._weights = dict(beams)
         weights = dict(beams)
-        for layer in layers:
+        for layer, context in zip(layers, contexts, strict=False):  # of a last layer nothing may have been sent
+            of_target = _known_parents(context)
             for node, weight in layer:
-                seen = self.view.nodes.setdefault(node, NodeView(draft=weight - weights[forest.parents[node]]))
-                seen.drawn += 1
+                parent = forest.parents[node]
+                value = {"target" if parent in of_target else "draft": weight - weights[parent]}
+                self.view.nodes.setdefault(node, NodeView(**value, known=node in self._before)).drawn += 1
             weights = dict(layer)
 
     def layer(self, event: LayerEvent) -> None:
@@ -122,24 +129,25 @@ class ForestRecorder(Recorder):
         kept = dict(event.kept)
         accepted = self._judge(event, drafts, kept)
         for node in kept.keys() - accepted.keys():
-            view.nodes.setdefault(node, NodeView()).state = DRAWN
+            view.nodes.setdefault(node, NodeView(known=node in self._before)).state = DRAWN
         for node in dict.fromkeys([*drafts, *kept]):
             parent = view.forest.parents[node]
             weight = kept.get(node, _weight(event.context.target, parent, view.forest.tokens[node]))
             if parent in self._weights and weight is not None:
                 view.nodes[node].target = weight - self._weights[parent]
         taken = len(kept.keys() - accepted.keys())
-        searched = event.verdict is None and record.draft_width > 0
-        view.layers[place] = LayerView(
-            record.draft_width, record.target_width, record.accepted, record.passed, taken, searched
-        )
+        counts = record.draft_width, record.target_width, record.accepted, record.passed, taken
+        view.layers[place] = LayerView(*counts, _counted(event))
         self._weights = kept
 
     def _judge(self, event: LayerEvent, drafts: list[int], kept: dict[int, float]) -> dict[int, None]:
         """Set the states of a layer's drafts; returns the accepted ones."""
         assert self.view is not None
-        # In draw order, of the drafts that were judged; beam search keeps what it proposed, or does
-        # not.
+        # Of the drafts that were judged. Without coins a draft is kept or it is not; of those kept the
+        # first M count.
+        if event.verdict is None:
+            order = {node: place for place, node in enumerate(event.slots or kept)}
+            drafts = sorted(drafts, key=lambda node: order.get(node, len(order)))
         bits = [node in kept for node in drafts] if event.verdict is None else event.verdict.bits
         accepted: dict[int, None] = {}
         slots = 0
@@ -152,6 +160,21 @@ class ForestRecorder(Recorder):
             elif node not in accepted and self.view.forest.parents[node] in self._weights:
                 self.view.nodes[node].state = REJECTED
         return accepted
+
+
+def _known_parents(context: DraftContext) -> set[int]:
+    """Parents whose children were proposed by the target itself."""
+    if context.known is None:
+        return set()
+    return {node for node, is_known in zip(context.parents, context.known, strict=True) if is_known}
+
+
+def _counted(event: LayerEvent) -> str:
+    """What a layer's K counts."""
+    if event.verdict is not None:
+        return "accepted"
+    searched = event.context.draft.root.config.mode == "beam_search"
+    return "of the best in a row" if searched else "of the selection in a row"
 
 
 def _weight(joint: Distribution, parent: int, token: int) -> float | None:
@@ -207,8 +230,9 @@ class _Drawing:
                 for name, value in (("target", seen.target), ("draft", seen.draft))
                 if value is not None
             ]
+            known = ["known"] if seen.known else []
             times = [f"drawn {seen.drawn} times"] if seen.drawn > 1 else []
-            label.append("".join(f"  {part}" for part in values + times), "dim")
+            label.append("".join(f"  {part}" for part in values + known + times), "dim")
             self.grow(tree.add(label), child)
 
     def tail(self, node: int) -> str:
@@ -222,7 +246,10 @@ class _Drawing:
         for state, style in _STYLES.items():
             if state in used:
                 yield Text(f"{self.mark(state)} {style.meaning}", style.colour)
+        if any(seen.known for seen in self.view.nodes.values()):
+            yield Text("known: scored by the target in an earlier iteration", "dim")
         yield Text("target, draft: log-probability after the parent; no target: cut off, or the parent dropped", "dim")
+        yield Text("no draft: the target itself proposed it, or it was not drafted", "dim")
 
     def mark(self, state: str) -> str:
         return _STYLES[state].ascii_mark if self.ascii_only else _STYLES[state].mark
@@ -238,9 +265,8 @@ def _words(layer: LayerView) -> str:
         return f"{layer.draft_width} drafted (w), not reached"
     if not layer.draft_width:
         return f"none drafted, {layer.taken} taken from the target (M = {layer.target_width})"
-    accepted = "of the best in a row (K)" if layer.searched else "accepted (K)"
     return (
-        f"{layer.draft_width} drafted (w), {layer.target_width} asked for (M), {layer.accepted} {accepted}: "
+        f"{layer.draft_width} drafted (w), {layer.target_width} asked for (M), {layer.accepted} {layer.counted} (K): "
         f"{'passed' if layer.passed else 'failed'}"
         f"{f', {layer.taken} taken from the target' if layer.taken else ''}"
     )

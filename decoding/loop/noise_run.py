@@ -100,7 +100,8 @@ class NoiseRun(PromptRun):
             log_probs = torch.cat([scorer.log_probs(self.row, of_scorer) for scorer, of_scorer in rows])
             return dense_joint(log_probs, nodes, weights, self._draft_config, "draft")
         values, tokens = _stacked([scorer.tops(self.row, of_scorer) for scorer, of_scorer in rows])
-        return compact_joint(values, tokens, nodes, weights, self._draft_config, "draft")
+        broken = "target" if np.isnan(values[: len(known)]).any() else "draft"  # if any is
+        return compact_joint(values, tokens, nodes, weights, self._draft_config, broken)
 
     def _draft_context(
         self, root: RootContext, layer: int, proposal: Proposal, widths: tuple[int, ...]

@@ -33,7 +33,7 @@ def joint_distribution(
 
 
 def settings(width: int, drafts: int, depth: int, tokens: int, **changes: Any) -> DecodingConfig:
-    """A config that returns all beams and never ends early, unless `changes` say otherwise."""
+    """A config that returns all beams, never ends early and verifies by rejection, unless `changes` say otherwise."""
     fields = dict(
         target_width=width,
         draft_width=drafts,
@@ -41,6 +41,7 @@ def settings(width: int, drafts: int, depth: int, tokens: int, **changes: Any) -
         max_new_tokens=tokens,
         num_return_sequences=width,
         eos_token_id=-1,
+        verification="rejection",
     )
     return DecodingConfig(**{**fields, **changes})
 

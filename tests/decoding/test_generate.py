@@ -35,6 +35,7 @@ from decoding.forest_view import (
 from decoding.generate import continuation, fit, read_arguments, read_text, run, tokenised
 from decoding.results import LayerEvent
 from decoding.support.entry import CONF_DIR
+from tests.decoding.stubs import random_pair, settings
 from tests.small_pair import small_pair, small_tokenizer
 
 TEXT = "def area(width):\n"
@@ -257,10 +258,13 @@ class Checked(ForestRecorder):
     "changes",
     [
         {},
-        {"replacement": True},
         {"exact": True},
+        {"verification": "rejection"},
+        {"verification": "rejection", "replacement": True},
+        {"verification": "rejection", "exact": True},
         {"top_k": None},
         {"top_k": None, "dense": True},
+        {"verification": "rejection", "top_k": None, "dense": True},
         {"mode": "beam_search", "top_k": None},
     ],
     ids=str,
@@ -270,14 +274,14 @@ def test_forest_shows_what_happened(changes: dict[str, Any], monkeypatch: pytest
     changes = dict(changes)
     if changes.pop("dense", False):
         monkeypatch.setattr(sampling, "HOST_VOCABULARY", 8)
-    settings: dict[str, Any] = {
+    usual: dict[str, Any] = {
         "target_width": 3,
         "draft_width": 6,
         "draft_depth": 3,
         "max_new_tokens": 10,
         "top_k": 20,
     }
-    decoding, pair = DecodingConfig(**(settings | changes)), small_pair()
+    decoding, pair = DecodingConfig(**(usual | changes)), small_pair()
     prompt = tokenised(pair, TEXT)
     decoder = DSBDDecoder(pair, decoding, FixedWidth(target_width=2))
     plain = decoder.generate([prompt], torch.Generator().manual_seed(1))[0]
@@ -295,6 +299,19 @@ def test_forest_shows_what_happened(changes: dict[str, Any], monkeypatch: pytest
         assert reached == sorted(reached, reverse=True), "a layer is reached after all above it"
     assert checked == plain.stats.new_tokens, "every layer was looked at once"
     assert states[ACCEPTED] and states[DRAWN] and states[REJECTED] and states[UNJUDGED]
+
+
+@pytest.mark.parametrize("verification", ["shared_noise", "rejection"])
+def test_nodes_that_were_scored_before_are_marked(verification: str) -> None:
+    """Shared noise keeps them, rejection lets go of them."""
+    decoding = settings(3, 6, 3, 14, verification=verification)
+    decoder, known = DSBDDecoder(random_pair(6, closeness=0.7), decoding), 0
+    for iteration in (2, 3, 4):
+        for seed in range(6):
+            recorder = ForestRecorder(iteration)
+            decoder.generate([[1]], torch.Generator().manual_seed(seed), recorder)
+            known += sum(node.known for node in recorder.view.nodes.values()) if recorder.view else 0
+    assert (known > 0) == (verification == "shared_noise")
 
 
 def compare_log_probabilities(view: ForestView, pair: ModelPair, prompt: list[int]) -> None:
@@ -374,7 +391,7 @@ def test_drawing() -> None:
         r"├── ✓ '\x1b[2J\n'  target -0.20  draft -0.10  drawn 2 times",
     ]
     assert out[5:8] == ["├── ✗ 'é'  draft -0.30", "│   └── · '[red]'  draft 0.00", "└── ○ '\ufffd' #4  target -1.00"]
-    assert [line[0] for line in out[8:-1]] == ["✓", "○", "✗", "·"], "the legend has the marks in use"
+    assert [line[0] for line in out[8:-2]] == ["✓", "○", "✗", "·"], "the legend has the marks in use"
 
 
 def test_drawing_in_ascii() -> None:

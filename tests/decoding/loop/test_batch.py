@@ -83,13 +83,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {"exact": True, "early_stopping": True},
     "top-k": {"top_k": 4, "temperature": 0.7},
     "per beam": {"warp": "beam", "top_k": 3, "top_p": 0.9},
-    "with replacement": {"replacement": True, "top_p": 0.95},
+    "rejection": {"verification": "rejection"},
+    "with replacement": {"verification": "rejection", "replacement": True, "top_p": 0.95},
     "one beam": {"one_beam_cache": True, "early_stopping": "never", "length_penalty": 0.5},
     "target alone": {"draft_depth": 0},
 }
 
 
-CASES = [*((policy, settings) for policy in POLICIES for settings in ("defaults", "exact"))]
+CASES = [*((policy, settings) for policy in POLICIES for settings in ("defaults", "exact", "rejection"))]
 CASES += [("random", settings) for settings in SETTINGS if ("random", settings) not in CASES]
 
 
@@ -106,7 +107,7 @@ def test_a_prompt_gets_what_it_gets_alone(engine: str, policy: str, settings: st
 
 
 @ENGINES
-@pytest.mark.parametrize("settings", ["defaults", "exact", "with replacement", "target alone"])
+@pytest.mark.parametrize("settings", ["defaults", "exact", "rejection", "with replacement", "target alone"])
 def test_a_prompt_gets_what_it_gets_alone_with_a_large_vocabulary(
     engine: str, settings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,7 @@ class Slow(SurvivorOracle):
     ids=str,
 )
 def test_m_is_the_rank_of_the_candidate_that_goes_on_best(pair: ModelPair, changes: dict[str, Any]) -> None:
-    config, asked = CONFIG.with_changes(**changes), []
+    config, asked = CONFIG.with_changes(verification="rejection", **changes), []
     for seed in range(3):
         oracle = Slow(pair, PROMPT, lookahead=3, candidates=6)
         (result,) = DSBDDecoder(pair, config, oracle).generate([PROMPT], seeded(seed), recorder=oracle)
@@ -122,7 +122,8 @@ class Listener(Recorder):
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "exact": {"exact": True},
-    "replacement": {"replacement": True},
+    "rejection": {"verification": "rejection"},
+    "replacement": {"verification": "rejection", "replacement": True},
     "ends": {"eos_token_id": [0, 1], "early_stopping": True},
     "nothing drafted": {"draft_depth": 0},
     "search": {"mode": "beam_search", "top_k": None},

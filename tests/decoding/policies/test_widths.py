@@ -199,7 +199,7 @@ class Greedy(WidthPolicy):
 
 @pytest.mark.parametrize(("value", "widths", "drafts"), [(100, {4}, {6}), (-3, {2}, {1})])
 def test_the_decoder_clips_what_a_policy_asks_for(value: int, widths: set[int], drafts: set[int]) -> None:
-    config = CONFIG.with_changes(min_width=2)
+    config = CONFIG.with_changes(min_width=2, verification="rejection")  # drafts all that it is asked for
     policy = Greedy(value)
     results = DSBDDecoder(random_pair(8), config, policy).generate([[1], [2]], torch.Generator().manual_seed(0))
     for result in results:
