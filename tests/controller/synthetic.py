@@ -76,10 +76,10 @@ def write_traces(directory: Path, count: int = 8, tested: int | None = None, **c
     return directory
 
 
-def random_net(seed: int = 0, target_width: int = CONFIG.target_width, own_features: int = 0) -> WidthNet:
+def random_net(seed: int = 0, target_width: int = CONFIG.target_width) -> WidthNet:
     """A network that has learned nothing, its rules neither."""
     torch.manual_seed(seed)
-    net = WidthNet(target_width, own_features=own_features)
+    net = WidthNet(target_width)
     for parameter in [*net.before.parameters(), *net.after.parameters()]:
         torch.nn.init.normal_(parameter, std=0.5)
     return net.eval().requires_grad_(False)

@@ -20,10 +20,11 @@ from omegaconf import DictConfig
 import train
 from controller import LearnedWidth
 from controller.checkpoint import load_controller
+from controller.features import describe_features
 from decoding import DSBDDecoder, UserError, beam_sample
 from decoding.measure.plots import calibration_curves
 from decoding.support.entry import CONF_DIR
-from tests.controller.synthetic import ABOUT, CONFIG, prompts, streams, write_traces
+from tests.controller.synthetic import CONFIG, FEATURES, prompts, streams, write_traces
 from tests.small_pair import small_pair
 
 
@@ -53,7 +54,7 @@ def test_trains_calibrates_saves_and_returns_the_loss(tmp_path: Path, capsys: py
     assert about["pair"] == small_pair().describe() and about["decoding"]["draft_width"] == CONFIG.draft_width
     assert {"argv", "git_sha", "versions", "traces", "training", "metrics", "reliability", "calibration"} <= set(about)
     assert about["metrics"]["val/loss"] <= loss + 1e-6  # calibrated on the same rows
-    assert about["features"] == ABOUT
+    assert about["features"] == describe_features(FEATURES, {})
     text = (tmp_path / "controller" / "config.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     for name, value in about["calibration"].items():
