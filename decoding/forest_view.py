@@ -114,8 +114,12 @@ class ForestRecorder(Recorder):
             of_target = _known_parents(context)
             for node, weight in layer:
                 parent = forest.parents[node]
-                value = {"target" if parent in of_target else "draft": weight - weights[parent]}
-                self.view.nodes.setdefault(node, NodeView(**value, known=node in self._before)).drawn += 1
+                seen = self.view.nodes.setdefault(node, NodeView(known=node in self._before))
+                seen.drawn += 1
+                if parent in of_target:
+                    seen.target = weight - weights[parent]
+                else:
+                    seen.draft = weight - weights[parent]
             weights = dict(layer)
 
     def layer(self, event: LayerEvent) -> None:
