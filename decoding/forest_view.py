@@ -174,7 +174,7 @@ def _known_parents(context: DraftContext) -> set[int]:
 
 
 def _counted(event: LayerEvent) -> str:
-    """What a layer's K counts."""
+    """Name what K of a layer counts."""
     if event.verdict is not None:
         return "accepted"
     searched = event.context.draft.root.config.mode == "beam_search"

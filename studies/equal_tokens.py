@@ -1,9 +1,10 @@
-"""Same seed, same tokens? Shared noise against beam sampling by the target alone, under settings drawn at random.
+"""Same seed, same tokens? Shared noise and beam sampling by the target alone, at random settings.
 
     python -m studies.equal_tokens [settings] [prompts]
 
-The built-in pair, 64 settings of 16 prompts where nothing else is said: drafts, widths, depths, policies, cuts, EOS,
-stopping rules, batches, and joint distributions on the host and on the device. Prints what differs, and how much.
+The built-in pair, 64 settings of 16 prompts where nothing else is said: drafts, widths, depths,
+policies, cuts, EOS, stopping rules, batches, and joint distributions on the host and on the device.
+Prints what differs, and how much.
 """
 
 from __future__ import annotations

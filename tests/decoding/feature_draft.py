@@ -117,7 +117,8 @@ class FeatureScorer:
 
     def hidden(self, row: int, nodes: Sequence[int]) -> Tensor | None:
         """What was read, [N, 2 H]."""
-        return torch.stack([self._held(row).features[node] for node in nodes])
+        found = [states for node in nodes if (states := self._held(row).features.get(node)) is not None]
+        return torch.stack(found) if found else None
 
     def forget(self, row: int, dead: Sequence[int], live: Sequence[int]) -> None:
         """Keep what was scored at `live` beams."""

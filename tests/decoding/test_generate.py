@@ -419,7 +419,7 @@ def test_command_line(tmp_path: Path) -> None:
         "x = 1", "decoding.max_new_tokens=4", "decoding.target_width=2", "--show-forest", "seed=2", folder=tmp_path
     )
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("x = 1\n\nforest of iteration 1\nlayer 1: 8 drafted (w), 2 asked for (M)")
+    assert result.stdout.startswith("x = 1\n\nforest of iteration 1\nlayer 1: 2 drafted (w), 2 asked for (M)")
     assert "[2] score" in result.stdout and "[3] score" not in result.stdout
     assert not list(tmp_path.iterdir()), "it writes nothing"
 

@@ -34,7 +34,7 @@ from decoding.dice.verdict import NEVER, Verdict
 from decoding.loop.noise_run import NoiseRun
 from decoding.loop.processing import Rules
 from decoding.pairs.drafts import named_draft
-from decoding.policies.base import DraftContext, RootContext, TargetContext
+from decoding.policies.base import DraftContext, Parents, RootContext, TargetContext
 from decoding.policies.hand_set import EntropyWidth, GapWidth, MassWidth
 from decoding.results import DecodeResult, LayerEvent, Recorder
 from tests.decoding.loop.test_exactness import FIXED_CASES, PROMPT, ByTarget, count_sets, width_by_target
@@ -74,8 +74,8 @@ class Restless(WidthPolicy):
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
         return layer == 1 or (context.iteration + layer) % 3 > 0
 
-    def ask_draft(self, context: RootContext, layer: int, share: float) -> bool:
-        return share > 0.3
+    def ask_draft(self, context: RootContext, layer: int, parents: Parents) -> bool:
+        return parents.unknown_share > 0.3
 
     def draft_width(self, context: DraftContext) -> int:
         seen = 0.0 if context.noise is None else float(context.noise.min())
@@ -291,7 +291,7 @@ class FirstSlots(Recorder):
         self.drawn: Counter[tuple[int, ...]] = Counter()
         self._forest: Any = None
 
-    def drafted(self, forest: Any, beams: Any, layers: Any) -> None:
+    def drafted(self, forest: Any, beams: Any, layers: Any, contexts: Any) -> None:
         self._forest = forest
 
     def layer(self, event: LayerEvent) -> None:
@@ -399,7 +399,7 @@ class Needs(Recorder):
         self.found: list[tuple[LayerEvent, list[int]]] = []
         self._layers: list[list[int]] = []
 
-    def drafted(self, forest: Any, beams: Any, layers: list[list[tuple[int, float]]]) -> None:
+    def drafted(self, forest: Any, beams: Any, layers: list[list[tuple[int, float]]], contexts: Any) -> None:
         self._layers = [[node for node, _ in layer] for layer in layers]
 
     def layer(self, event: LayerEvent) -> None:
