@@ -147,8 +147,8 @@ class ForestRecorder(Recorder):
     def _judge(self, event: LayerEvent, drafts: list[int], kept: dict[int, float]) -> dict[int, None]:
         """Set the states of a layer's drafts; returns the accepted ones."""
         assert self.view is not None
-        # Of the drafts that were judged. Without coins a draft is kept or it is not; of those kept the
-        # first M count.
+        # A bit for each draft that was judged. Without coins a draft is kept or it is not, and of
+        # those that are the first M count.
         if event.verdict is None:
             order = {node: place for place, node in enumerate(event.slots or kept)}
             drafts = sorted(drafts, key=lambda node: order.get(node, len(order)))
