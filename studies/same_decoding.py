@@ -6,8 +6,8 @@ the records.
 
 A record holds 40 prompts of the built-in pair under six policies, alone and in batches, and the
 traces of a small collection. It uses public names alone, so that it runs at any commit; `learned`
-needs a controller that both commits can read, and is left out without one. Traces are compared where
-both records are of the rejection rule.
+needs a controller that both commits can read, and is left out without one. Traces are compared
+where both records are of the rejection rule.
 """
 
 from __future__ import annotations
