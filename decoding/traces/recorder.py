@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from decoding.dice.verdict import NEVER, needs
+from decoding.errors import UserError
 from decoding.forest.tree import TokenForest
 from decoding.policies.base import DraftContext
 from decoding.results import LayerEvent, Recorder
@@ -103,8 +104,18 @@ class TraceRecorder(Recorder):
         self._open = self._waiting[len(self._waiting) - len(contexts) :]
 
     def layer(self, event: LayerEvent) -> None:
-        """Note what the target selected."""
+        """Note what the target selected.
+
+        Raises:
+            UserError: a layer that kept fewer beams than it could: its selection would be another.
+        """
         assert self._paths is not None
+        asked, widest = event.record.target_width, event.context.draft.root.config.target_width
+        if asked < widest:
+            raise UserError(
+                f"A layer asked for {asked} of {widest} beams, but traces are labelled by what full widths select. "
+                "Log them under policy=exploring, or a policy of your own that asks for target_width at every layer."
+            )
         paths = [self._paths.of(node) for node in event.slots]
         self._selected.append({path: place for place, path in enumerate(paths, 1)})
         below = event.record.layer  # the layer below this one, counted from 0

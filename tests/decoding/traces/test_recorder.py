@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from decoding import DecodingConfig, DSBDDecoder, ExploringWidth
+import pytest
+
+from decoding import DecodingConfig, DSBDDecoder, ExploringWidth, FixedWidth, UserError
 from decoding.dice.verdict import NEVER
 from decoding.forest.tree import TokenForest
 from decoding.policies.base import DraftContext
@@ -72,6 +74,14 @@ def test_labels_are_the_places_of_beam_samplings_own_beams() -> None:
             assert row["places"] == [selected.index(path) + 1 if path in selected else 0 for path in candidates]
             below_a_failure += any(row["places"]) and not row["reached"]
     assert below_a_failure, "deep layers are labelled too"
+
+
+def test_layers_that_keep_fewer_beams_are_refused() -> None:
+    recorder = TraceRecorder(FEATURES)
+    recorder.start("p", "train")
+    decoder = DSBDDecoder(small_pair(), CONFIG, FixedWidth(target_width=CONFIG.target_width - 1))
+    with pytest.raises(UserError, match=r"asked for \d of \d beams.* policy=exploring"):
+        decoder.generate([prompts(1)[0]], [streams(1)[0]], recorder)
 
 
 def test_need_follows_from_the_places() -> None:
