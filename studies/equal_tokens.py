@@ -39,6 +39,9 @@ POLICIES = {
 }  # with min_width = target_width they decide the drafts alone
 
 
+STOPS: list[bool | str] = [False, True, "never"]
+
+
 def setting(dice: random.Random) -> DecodingConfig:
     """A config at full widths."""
     width = dice.choice([1, 2, 3, 4, 6, 8])
@@ -53,7 +56,7 @@ def setting(dice: random.Random) -> DecodingConfig:
         warp=dice.choice(["joint", "beam"]),
         oversample=dice.choice([1, 1, 2]),
         eos_token_id=dice.choice([-1, None, [3, 17]]),
-        early_stopping=dice.choice([False, True, "never"]),
+        early_stopping=dice.choice(STOPS),
         length_penalty=dice.choice([0.0, 0.6, 1.0]),
         min_new_tokens=dice.choice([0, 3]),
     )
