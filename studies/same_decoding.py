@@ -36,7 +36,9 @@ def record(controller: str | None) -> dict[str, Any]:
     pair = ModelPair.tiny()
     prompts = [p.tokens for p in StdlibTask().prompts("val", PROMPTS, pair.tokenizer)]
     # The rule that the first commits have; without the field they know no other.
-    rule = {"verification": "rejection"} if "verification" in DecodingConfig.__dataclass_fields__ else {}
+    rule: dict[str, Any] = (
+        {"verification": "rejection"} if "verification" in DecodingConfig.__dataclass_fields__ else {}
+    )
     configs = {
         "keep": DecodingConfig(
             target_width=4, draft_width=8, draft_depth=3, max_new_tokens=NEW_TOKENS, top_k=10, **rule
