@@ -128,7 +128,7 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def has_coins(*records: dict[str, Any]) -> bool:
-    """Whether the traces of all records are of the rejection rule."""
+    """True if the traces of all records are of the rejection rule."""
     return all("accept_bits" in record["traces"] for record in records)
 
 
