@@ -44,7 +44,8 @@ STOPS: list[bool | str] = [False, True, "never"]
 
 def setting(dice: random.Random) -> DecodingConfig:
     """A config at full widths."""
-    width = dice.choice([1, 2, 3, 4, 6, 8])
+    width, oversample = dice.choice([1, 2, 3, 4, 6, 8]), dice.choice([1, 1, 2])
+    cuts = [cut for cut in (10, 20) if cut >= oversample * width]
     most: dict[str, Any] = {"draft_width": max(width, dice.choice([8, 16, 24])), "draft_depth": dice.choice([1, 2, 3])}
     return DecodingConfig(
         target_width=width,
@@ -52,9 +53,9 @@ def setting(dice: random.Random) -> DecodingConfig:
         **most,
         max_new_tokens=16,
         temperature=dice.choice([0.7, 1.0, 1.3]),
-        top_k=dice.choice([None, 10, 20]),
+        top_k=dice.choice([None, *cuts]),
         warp=dice.choice(["joint", "beam"]),
-        oversample=dice.choice([1, 1, 2]),
+        oversample=oversample,
         eos_token_id=dice.choice([-1, None, [3, 17]]),
         early_stopping=dice.choice(STOPS),
         length_penalty=dice.choice([0.0, 0.6, 1.0]),
