@@ -218,7 +218,10 @@ class WidthPolicy:
         return parents.unknown_share >= LEAST_SHARE
 
     def choose(self, context: DraftContext) -> IntArray:
-        """Which of `context.candidates` to draft, by place, in order: 1..config.draft_width of them."""
+        """Which of `context.candidates` to draft, by place, in order: 1..config.draft_width of them.
+
+        Asked of policies with `chooses` alone, which must define it, as they must `send`.
+        """
         raise NotImplementedError
 
     def send(self, layers: Sequence[DraftContext]) -> list[NDArray[np.bool_]]:
