@@ -216,7 +216,7 @@ class FusedForward:
         group = self._heads // self._kv_heads
         masks = {slides: inputs.masks[slides] for slides in set(self._slides)}
         if group > 1:
-            masks = {slides: mask.repeat(1, 1, group, 1) for slides, mask in masks.items()}  # [B, 1, G * N, S]
+            masks = {slides: torch.cat([mask] * group, 2) for slides, mask in masks.items()}  # [B, 1, G * N, S]
         turns = store.turns.index_select(0, inputs.positions)[:, None]  # [T, 1, D/2]
         states = F.embedding(inputs.tokens, self._embedding)  # [T, H]
         kept = states.new_empty(len(states), len(inputs.layers), states.shape[-1]) if inputs.layers else None
