@@ -188,7 +188,7 @@ def _from_hub(loader: Any, source: str, role: str, **options: Any) -> Any:
 
 
 def _gguf(source: str) -> tuple[str, str | None]:
-    """Where a model lies, and the name of its GGUF file if it is one: a path, or owner/repository/model.gguf."""
+    """Where a model lies, and the name of its GGUF file if it is one."""
     if not source.lower().endswith(".gguf"):
         return source, None
     path = Path(source)
