@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from decoding.engine.placement import same_device
 from decoding.errors import UserError
-from decoding.pairs.architecture import check_architecture, same_device
+from decoding.pairs.architecture import check_architecture
 from decoding.pairs.builtin import load_tiny
 from decoding.pairs.drafts import ALLOWED, is_named
 from decoding.pairs.inflate import inflate, shape_of
@@ -188,7 +189,7 @@ def _from_hub(loader: Any, source: str, role: str, **options: Any) -> Any:
 
 
 def _gguf(source: str) -> tuple[str, str | None]:
-    """Where a model lies, and the name of its GGUF file if it is one."""
+    """The folder or repository of a model, and the name of its GGUF file if it is one."""
     if not source.lower().endswith(".gguf"):
         return source, None
     path = Path(source)

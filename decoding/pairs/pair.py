@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from decoding.config import DecodingConfig
+from decoding.engine.placement import device_of, dtype_of
 from decoding.engine.runner import ENGINES
 from decoding.engine.vocabulary import VocabularyMap
 from decoding.errors import UserError
@@ -20,7 +21,6 @@ from decoding.pairs.architecture import (
     check_architecture,
     context_of,
     describe_model,
-    device_of,
     vocab_size_of,
     weight_sample,
 )
@@ -136,7 +136,7 @@ class ModelPair:
                 also be "layers:8", "ngram" or "ngram:4", as for the class.
             device: "cuda", "cuda:1", "cpu", ...; not looked at with device_map or tp_plan among the
                 options, which say themselves where a model lies.
-            dtype: "bfloat16", "float16", "float32" or "auto"; or torch's own, such as torch.float16.
+            dtype: "bfloat16", "float16", "float32" or "auto"; or torch's own: torch.float16.
             trust_remote_code: run code that comes with a checkpoint; off unless you ask for it.
             name: shown in results; the target's name if absent.
             engine: how the models are run, as for the class.
@@ -225,7 +225,7 @@ class ModelPair:
             **(self.drafter.describe() if self.drafter is not None else {"draft": None}),
             "vocab_size": self.vocab_size,
             "device": str(self.device),
-            "dtype": str(next(self.target.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(dtype_of(self.target)).removeprefix("torch."),
             "models": {role: describe_model(model) for role, model in self.models.items()},
         }
 
