@@ -129,7 +129,8 @@ class _FlatLayer(CacheLayerMixin):
         assert buffer is not None
         store, inputs = self._store, self._store.inputs
         assert inputs is not None, "only a forest pass may use this cache"
-        buffer.index_copy_(0, inputs.slots, states.transpose(1, 2).flatten(0, 1))
+        slots = inputs.slots.to(buffer.device)  # layers of a dispatched model lie on several devices
+        buffer.index_copy_(0, slots, states.transpose(1, 2).flatten(0, 1))
         rows = buffer.view(store.rows, store.capacity, *buffer.shape[1:])
         return rows[inputs.first_row : inputs.first_row + inputs.rows, : inputs.read].transpose(1, 2)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from decoding.engine.families import family_of
 from decoding.engine.forward import PassInputs, PassOutput, larger
 from decoding.engine.positions import sliding_layers
+from decoding.engine.watch import Watch
 
 _PROJECTIONS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -48,22 +49,27 @@ def can_fuse(model: Any) -> bool:
     if rope.get("rope_type", "default") not in _STATIC_ROPE or rope.get("partial_rotary_factor", 1.0) != 1.0:
         return False
     weights = list(model.parameters())
-    one_kind = len({(weight.dtype, weight.device) for weight in weights}) == 1
+    one_kind = len({(type(weight), weight.dtype, weight.device) for weight in weights}) == 1
     if not one_kind or weights[0].dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    if hooked(model):
+    if type(weights[0]) is not nn.Parameter or hooked(model):  # packed weights cannot be cut and joined
+        return False
+    # Adapters and parametrisations bring modules of their own.
+    homes = (type(model).__module__, "torch.nn.modules.", "transformers.activations")
+    if not all(type(module).__module__.startswith(homes) for module in model.modules()):
         return False
     layers = model.model.layers
     plain = all(type(layer.get_submodule(name)) is nn.Linear for layer in layers for name in _PROJECTIONS)
-    return plain and type(model.lm_head) is nn.Linear
+    return plain and type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
 
 
 def hooked(model: Any) -> bool:
-    """True if someone watches or changes what passes between the model's modules, which a fused
-    pass would skip.
+    """True if someone watches or changes what passes between the model's modules, or what they do,
+    which a fused pass would skip.
     """
     return any(
-        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules()
+        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") or "forward" in vars(module)
+        for module in model.modules()
     )
 
 
@@ -158,25 +164,20 @@ class _Layer:
         self.q_norm, self.k_norm = (norm.weight[order] if norm is not None else None for norm in norms)
 
 
-_made: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], weakref.ref[Any]]] = weakref.WeakKeyDictionary()
+_made: weakref.WeakKeyDictionary[nn.Module, tuple[Watch, weakref.ref[Any]]] = weakref.WeakKeyDictionary()
 
 
-def _shared(module: nn.Module, weights: Iterable[Tensor], make: Callable[[], Any]) -> Any:
-    """The result of `make`, once for all models that share a module, and again when the weights
-    have changed.
+def _shared(module: nn.Module, also: nn.Module | None, make: Callable[[], Any]) -> Any:
+    """The result of `make`, once for all models that share a module, and again when its weights, or
+    those of another module that it is made of, have changed.
     """
-    weights = list(weights)
-    made_for, made = _made.get(module, (None, lambda: None))
-    thing = made() if made_for == signature(weights) else None
+    of = [module] if also is None else [module, also]
+    watch, made = _made.get(module, (None, lambda: None))
+    thing = made() if watch is not None and watch.holds(of) else None
     if thing is None:
         thing = make()
-        _made[module] = signature(weights), weakref.ref(thing)  # after `make`, which may move weights
+        _made[module] = Watch(of), weakref.ref(thing)  # after `make`, which may move weights
     return thing
-
-
-def signature(weights: Iterable[Tensor]) -> tuple[Any, ...]:
-    """Changes when a weight is replaced, moved or written to in place (not through `.data`)."""
-    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
 
 
 class FusedForward:
@@ -191,15 +192,19 @@ class FusedForward:
         self._kv_heads = config.num_key_value_heads
         self._dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         blocks = model.model.layers
-        self._layers = [_shared(block, block.parameters(), partial(_Layer, block, self._dim)) for block in blocks]
+        self._layers = [_shared(block, None, partial(_Layer, block, self._dim)) for block in blocks]
         self._slides = sliding_layers(config)
         self._scale = model.model.layers[0].self_attn.scaling
         self._embedding = model.model.embed_tokens.weight
         self._norm = _Norm(model.model.norm)
         head = model.lm_head
-        made_from = [*head.parameters(), self._norm.weight]
-        self._head = _shared(head, made_from, lambda: self._norm.then(head.weight, head.bias))
+        self._head = _shared(head, model.model.norm, lambda: self._norm.then(head.weight, head.bias))
         self._rotary = model.model.rotary_emb
+        self._watch = Watch([model])
+
+    def copies(self, model: Any) -> bool:
+        """True while the model's weights and settings are those that this forward was made of."""
+        return self._watch.holds([model])
 
     def new_store(self, rows: int, capacity: int) -> FusedStore:
         """A new, empty KV buffer."""

@@ -9,9 +9,10 @@ import torch
 
 from decoding.engine.families import has_alibi
 from decoding.engine.forward import Forward, TransformersForward
-from decoding.engine.fused import FusedForward, can_fuse, hooked, signature
+from decoding.engine.fused import FusedForward, can_fuse, hooked
 from decoding.engine.graphs import GraphedForward
 from decoding.engine.positions import window_of
+from decoding.engine.watch import signature
 
 ENGINES = ("auto", "eager", "transformers")
 SPARE_STORES = 3  # KV buffers kept for the next decoding
@@ -37,7 +38,7 @@ class Runner:
             self.prompts: Forward = fused or FusedForward(model)
         else:
             self.prompts = TransformersForward(model)
-        self._graphs = engine == "auto" and next(model.parameters()).device.type == "cuda"
+        self._graphs = engine == "auto" and _capturable(model)
         self.forward = self._with_graphs()
         self.window, self.alibi = window_of(model.config), has_alibi(model.config)
         self.checked = False
@@ -74,18 +75,33 @@ class Runner:
         return sum(store.bytes for store in self._spare)
 
 
+def _capturable(model: Any) -> bool:
+    """True if all weights lie on one GPU, with no hooks that move them about."""
+    return {w.device.type for w in model.parameters()} == {"cuda"} and not hasattr(model, "_hf_hook")
+
+
 _runners: weakref.WeakKeyDictionary[Any, dict[str, tuple[tuple[Any, ...], Runner]]] = weakref.WeakKeyDictionary()
 
 
 def runner_of(model: Any, engine: str) -> Runner:
-    """The model's runner, made at first, and again when the weights or hooks have changed."""
+    """The model's runner, made at first, and again when its weights, its hooks or its attention
+    have changed.
+    """
     kept = _runners.setdefault(model, {})
-    weights = signature(model.parameters())
-    current = {name: runner for name, (made_for, runner) in kept.items() if made_for == weights}
-    if engine in current and not (current[engine].prompts.name == FusedForward.name and hooked(model)):
-        return current[engine]
+    now = _state(model)
+    current = {name: runner for name, (then, runner) in kept.items() if then == now}
     fused = next((r.prompts for r in current.values() if isinstance(r.prompts, FusedForward)), None)
+    if fused is not None and not fused.copies(model):
+        current, fused = {name: r for name, r in current.items() if r.prompts is not fused}, None
+    if engine in current:
+        return current[engine]
     with torch.inference_mode(False), torch.no_grad():  # weights that are moved stay trainable
         runner = Runner(model, engine, fused)
-    kept[engine] = (signature(model.parameters()), runner)  # again: fusing may have moved weights
+    kept[engine] = (_state(model), runner)  # again: fusing may have moved weights
     return runner
+
+
+def _state(model: Any) -> tuple[Any, ...]:
+    """Changes when a runner of the model, or what the probe said about it, may no longer hold."""
+    attention = [getattr(c, "_attn_implementation", None) for c in (model.config, model.config.get_text_config())]
+    return signature(model.parameters()), hooked(model), attention

@@ -14,6 +14,7 @@ from torch import Tensor
 from decoding.dice.sampling import FloatArray, IntArray, log_probabilities, top_entries
 from decoding.engine.forward import Forward, PassInputs
 from decoding.engine.layer_states import LayerStates
+from decoding.engine.placement import device_of, dtype_of
 from decoding.engine.runner import runner_of
 from decoding.engine.vocabulary import VocabularyMap
 from decoding.forest.cache import ForestCache, Placement
@@ -75,10 +76,9 @@ class ForestScorer:
         vocabulary: VocabularyMap | None = None,
         layers: tuple[int, ...] = (),
     ) -> None:
-        weight = next(model.parameters())
-        self.model, self.temperature, self.device = model, temperature, weight.device
+        self.model, self.temperature, self.device = model, temperature, device_of(model)
         self.top, self._keep_hidden, self._process = top, keep_hidden, process
-        self._vocabulary = vocabulary.to(weight.device) if vocabulary is not None else None
+        self._vocabulary = vocabulary.to(self.device) if vocabulary is not None else None
         self.runner = runner_of(model, engine)
         self.model_seconds = 0.0  # inside forward passes, the transfer of their results included
         self.cache = ForestCache(
@@ -86,7 +86,7 @@ class ForestScorer:
             longest_prompt,
             spare_slots,
             self.device,
-            weight.dtype,
+            dtype_of(model),
             static=self.runner.forward.static,
             positions=self.runner.alibi or self.runner.window is not None,
         )

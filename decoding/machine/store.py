@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from decoding.cost_table import BUSY, LatencyTable
+from decoding.engine.placement import dtype_of
 from decoding.errors import UserError
 from decoding.pairs.pair import ModelPair
 from decoding.support.files import json_bytes, write_whole
@@ -57,7 +58,7 @@ def cache_key(pair: ModelPair, **settings: Any) -> dict[str, Any]:
         "torch_threads": about["torch_threads"],
         "pair": pair.fingerprint,
         "attention": [getattr(model.config, "_attn_implementation", None) for model in models.values()],
-        "dtypes": [str(next(model.parameters()).dtype) for model in models.values()],
+        "dtypes": [str(dtype_of(model)) for model in models.values()],
         "engine": pair.engine,
         "draft": pair.draft_name,
         "versions": {name: versions.get(name) for name in ("torch", "transformers")},

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from decoding.cost_table import NODE_COUNTS
+from decoding.engine.placement import dtype_of
 from decoding.machine.passes import forest_passes
 from decoding.pairs.pair import ModelPair
 
@@ -90,7 +91,7 @@ def kv_bytes_per_slot(model: Any) -> int:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * config.num_hidden_layers * kv_heads * dim * next(model.parameters()).element_size())
+    return int(2 * config.num_hidden_layers * kv_heads * dim * dtype_of(model).itemsize)
 
 
 @torch.inference_mode()

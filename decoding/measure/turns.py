@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from decoding.engine.placement import device_of
 from decoding.engine.runner import runner_of
 from decoding.errors import UserError
 from decoding.machine.meter import EnergyMeter
@@ -314,7 +315,7 @@ def evaluate_text(measurement: Measurement, prompt: Prompt, pair: ModelPair, tas
 @torch.inference_mode()
 def log_probability(model: torch.nn.Module, prompt: list[int], continuation: list[int]) -> float:
     """log p(continuation | prompt) at temperature 1, natural logarithm, teacher forced in one pass."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = torch.tensor([[*prompt, *continuation]], device=device)  # [1, T]
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # [new, V]
     picked = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])  # [new, 1]

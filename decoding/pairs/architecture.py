@@ -5,6 +5,7 @@ refused, and why.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,11 +54,6 @@ def vocab_size_of(model: Any) -> int:
     return int(text_config(model).vocab_size)
 
 
-def device_of(model: Any) -> torch.device:
-    """The device of a model's weights."""
-    return next(model.parameters()).device
-
-
 def context_of(model: Any) -> int | None:
     """Tokens that a model takes; a chunk is a limit, and so is a length at which all angles of a
     model change.
@@ -80,11 +76,20 @@ def weight_sample(model: Any) -> bytes:
     """
     text = text_config(model)
     parts = [json.dumps([text.model_type, text.vocab_size, text.hidden_size, text.num_hidden_layers]).encode()]
-    for weight in model.parameters():
-        flat = weight.detach().flatten()
+    for weight in (part for whole in model.parameters() for part in _parts(whole.detach())):
+        flat = weight.flatten()
         sample = flat[:: -(-len(flat) // _SAMPLED) or 1].to(torch.bfloat16)
         parts.append(json.dumps(list(weight.shape)).encode() + sample.float().cpu().numpy().tobytes())
     return b"".join(parts)
+
+
+def _parts(weight: Any) -> Iterator[Any]:
+    """The plain tensors that a packed weight is made of; a plain one itself."""
+    names = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else ()
+    if not names:
+        yield weight
+    for name in names:
+        yield from _parts(getattr(weight, name))
 
 
 def describe_model(model: Any) -> dict[str, Any]:

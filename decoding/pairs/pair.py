@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from decoding.config import DecodingConfig
+from decoding.engine.placement import device_of, dtype_of
 from decoding.engine.runner import ENGINES
 from decoding.engine.vocabulary import VocabularyMap
 from decoding.errors import UserError
@@ -20,7 +21,6 @@ from decoding.pairs.architecture import (
     check_architecture,
     context_of,
     describe_model,
-    device_of,
     vocab_size_of,
     weight_sample,
 )
@@ -77,7 +77,7 @@ class ModelPair:
             self.draft = self.drafter.models.get("draft", self.drafter)
 
     @classmethod
-    def tiny(cls, device: str = "cpu", engine: str = "auto", draft: str | None = None) -> ModelPair:
+    def tiny(cls, device: str | torch.device = "cpu", engine: str = "auto", draft: str | None = None) -> ModelPair:
         """The built-in pair: offline, on the CPU by default, trained by `python -m decoding.tiny`.
 
         `draft` as for the class, instead of the pair's own: "layers:2", "ngram".
@@ -89,8 +89,8 @@ class ModelPair:
         cls,
         target_size: str | Mapping[str, Any] = "8b",
         draft_size: str | Mapping[str, Any] = "1b",
-        device: str = "cuda",
-        dtype: str = "bfloat16",
+        device: str | torch.device = "cuda",
+        dtype: str | torch.dtype = "bfloat16",
         engine: str = "auto",
         draft: str | None = None,
     ) -> ModelPair:
@@ -104,7 +104,7 @@ class ModelPair:
             target_size, draft_size: names in `decoding.pairs.inflate.SHAPES`, or mappings with the
                 fields of `Shape`.
             device: as for `load`.
-            dtype: "bfloat16", "float16" or "float32".
+            dtype: "bfloat16", "float16" or "float32", or torch's own.
             engine: how the models are run, as for the class.
             draft: "ngram" or "ngram:4" instead of a model of `draft_size`. Not "layers:8": the
                 layers that a size adds do nothing, so an early exit would guess far better than a
@@ -121,24 +121,27 @@ class ModelPair:
         cls,
         target: str,
         draft: str,
-        device: str = "cuda",
-        dtype: str = "bfloat16",
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
         trust_remote_code: bool = False,
         name: str | None = None,
         engine: str = "auto",
         **options: Any,
     ) -> ModelPair:
-        """Load a pair from the Hugging Face hub or from local directories.
+        """Load a pair from the Hugging Face hub, from local directories, or from GGUF files.
 
         Args:
-            target, draft: hub ids or paths; `draft` may also be "layers:8", "ngram" or "ngram:4",
-                as for the class.
-            device: "cuda", "cuda:1", "cpu", ...
-            dtype: "bfloat16", "float16", "float32" or "auto".
+            target, draft: hub ids or paths; a GGUF file, by its path or as
+                owner/repository/model.gguf, needs the packages gguf and accelerate. `draft` may
+                also be "layers:8", "ngram" or "ngram:4", as for the class.
+            device: "cuda", "cuda:1", "cpu", ...; not looked at with device_map or tp_plan among the
+                options, which say themselves where a model lies.
+            dtype: "bfloat16", "float16", "float32" or "auto"; or torch's own: torch.float16.
             trust_remote_code: run code that comes with a checkpoint; off unless you ask for it.
             name: shown in results; the target's name if absent.
             engine: how the models are run, as for the class.
-            options: passed to `from_pretrained` (for instance attn_implementation).
+            options: passed to `from_pretrained` (for instance attn_implementation, device_map,
+                quantization_config).
 
         Raises:
             UserError: what cannot be loaded, and why.
@@ -222,7 +225,7 @@ class ModelPair:
             **(self.drafter.describe() if self.drafter is not None else {"draft": None}),
             "vocab_size": self.vocab_size,
             "device": str(self.device),
-            "dtype": str(next(self.target.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(dtype_of(self.target)).removeprefix("torch."),
             "models": {role: describe_model(model) for role, model in self.models.items()},
         }
 

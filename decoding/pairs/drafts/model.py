@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from decoding.engine.placement import device_of
 from decoding.engine.vocabulary import VocabularyMap
 from decoding.errors import UserError
 from decoding.forest.node_scorer import NodeScorer, ScorerOptions
 from decoding.forest.scorer import ForestScorer
-from decoding.pairs.architecture import device_of, text_config, weight_sample
+from decoding.pairs.architecture import text_config, weight_sample
 from decoding.pairs.drafts.base import Draft
 
 
