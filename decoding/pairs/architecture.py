@@ -58,6 +58,14 @@ def device_of(model: Any) -> torch.device:
     return next(model.parameters()).device
 
 
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """True for one place under two names: cuda is the current one of several GPUs."""
+    if one.type != other.type:
+        return False
+    current = torch.cuda.current_device() if one.type == "cuda" else 0
+    return (current if one.index is None else one.index) == (current if other.index is None else other.index)
+
+
 def context_of(model: Any) -> int | None:
     """Tokens that a model takes; a chunk is a limit, and so is a length at which all angles of a
     model change.

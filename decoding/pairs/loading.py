@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from decoding.errors import UserError
-from decoding.pairs.architecture import check_architecture
+from decoding.pairs.architecture import check_architecture, same_device
 from decoding.pairs.builtin import load_tiny
 from decoding.pairs.drafts import ALLOWED, is_named
 from decoding.pairs.inflate import inflate, shape_of
@@ -25,7 +25,7 @@ from decoding.support.checks import choice
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def tiny_parts(device: str, draft: str | None) -> dict[str, Any]:
+def tiny_parts(device: str | torch.device, draft: str | None) -> dict[str, Any]:
     """The built-in pair, on a device; `draft` in text replaces its own."""
     check_device(device)
     target, small, tokenizer = load_tiny()
@@ -37,12 +37,12 @@ def tiny_parts(device: str, draft: str | None) -> dict[str, Any]:
 def inflated_parts(
     target_size: str | Mapping[str, Any],
     draft_size: str | Mapping[str, Any],
-    device: str,
-    dtype: str,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
     draft: str | None,
 ) -> dict[str, Any]:
     """The built-in pair in models of real size."""
-    choice("dtype", dtype, _DTYPES[1:])
+    dtype = _dtype_name(dtype, _DTYPES[1:])
     if draft is not None and not draft.startswith("ngram"):
         raise UserError(f"draft is {draft!r}; an inflated pair takes ngram, ngram:N, or null for draft_size.")
     try:
@@ -73,34 +73,29 @@ def inflated_parts(
 def loaded_parts(
     target: str,
     draft: str | None,
-    device: str,
-    dtype: str,
-    draft_dtype: str | None,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    draft_dtype: str | torch.dtype | None,
     trust_remote_code: bool,
     name: str | None,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A pair from the Hugging Face hub, from local directories, or from installed packages."""
-    choice("dtype", dtype, _DTYPES)
-    choice("draft_dtype", draft_dtype, (None, *_DTYPES))
-    check_device(device)
-    sources = {"target": unpacked(target)}
-    if draft is not None and not _comes_without_model(draft):
-        sources["draft"] = unpacked(draft)
-    dtypes = {"target": dtype, "draft": draft_dtype or dtype}
+    """A pair from the hub, from local directories, from GGUF files, or from installed packages."""
+    dtypes = {"target": _dtype_name(dtype), "draft": _dtype_name(draft_dtype or dtype)}
+    placed = any(options.get(option) is not None for option in ("device_map", "tp_plan"))
+    if not placed:
+        check_device(device)
+    target = unpacked(str(target))
+    sources = {"target": target}
+    if draft is not None and not _comes_without_model(str(draft)):
+        sources["draft"] = unpacked(str(draft))
     models, tokenizers = {}, {}
     for role, source in sources.items():
         config = _from_hub(AutoConfig, source, role, trust_remote_code=trust_remote_code)
         check_architecture(config, role)
-        models[role] = _from_hub(
-            AutoModelForCausalLM,
-            source,
-            role,
-            dtype=dtypes[role],
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            **options,
-        ).to(device)
+        given = {"dtype": dtypes[role], "trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
+        model = _from_hub(AutoModelForCausalLM, source, role, **given)
+        models[role] = model if placed else _moved(model, source, role, torch.device(device))
     for role, source in sources.items():
         tokenizers[role] = _from_hub(AutoTokenizer, source, role, trust_remote_code=trust_remote_code)
     return {
@@ -108,23 +103,49 @@ def loaded_parts(
         "draft": models.get("draft", draft),
         "tokenizer": tokenizers["target"],
         "draft_tokenizer": tokenizers.get("draft"),
-        "name": name or _name(Path(target).name, draft if "draft" not in sources else None),
+        "name": name or _name(Path(target).name.removesuffix(".gguf"), draft if "draft" not in sources else None),
     }
 
 
-def check_device(device: str) -> None:
+def _dtype_name(dtype: str | torch.dtype, allowed: tuple[str, ...] = _DTYPES) -> str:
+    """A dtype's name, given as a name or as torch's own."""
+    name = str(dtype).removeprefix("torch.")
+    choice("dtype", name, allowed)
+    return name
+
+
+def _moved(model: Any, source: str, role: str, device: torch.device) -> Any:
+    """A loaded model on a device, without a call of `.to` where it lies there already.
+
+    Quantised and dispatched models choose their place when they are loaded, and some cannot be
+    moved.
+    """
+    if getattr(model, "hf_device_map", None) or all(same_device(w.device, device) for w in model.parameters()):
+        return model
+    try:
+        return model.to(device)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"The {role} model {source!r} cannot be moved to {device}: {_first_line(error)} Say where it is to be "
+            "loaded: device_map=... in Python, +pair.device_map=... on the command line."
+        ) from error
+
+
+def check_device(device: str | torch.device) -> None:
     """Refuse a device that torch does not know or this machine does not have (UserError)."""
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"device is {device!r}; give cpu, cuda, or one of several GPUs as in cuda:1.") from error
+        raise UserError(f"device is {str(device)!r}; give cpu, cuda, or one of several GPUs as in cuda:1.") from error
     if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device is {device!r} but this machine has no CUDA device; set pair.device=cpu.")
+        raise UserError(f"device is {str(device)!r} but this machine has no CUDA device; set pair.device=cpu.")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device is {device!r} but this machine has {torch.cuda.device_count()}, counted from cuda:0.")
+        raise UserError(
+            f"device is {str(device)!r} but this machine has {torch.cuda.device_count()}, counted from cuda:0."
+        )
 
 
-def _check_memory(needed: int, device: str) -> None:
+def _check_memory(needed: int, device: str | torch.device) -> None:
     """Refuse weights of `needed` bytes that do not fit a GPU."""
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -151,14 +172,33 @@ def _comes_without_model(draft: str) -> bool:
 
 def _from_hub(loader: Any, source: str, role: str, **options: Any) -> Any:
     """`from_pretrained` with a clear sentence when it fails."""
-    if source.startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
-        raise UserError(f"The {role} model {source!r} could not be loaded: there is no such directory.")
-    try:
-        return loader.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()
-        first = reason[0] if reason else type(error).__name__
+    folder, file = _gguf(source)
+    there = Path(source).is_file() if file else Path(source).is_dir()
+    if source.startswith(("/", "./", "../", "~")) and not there:
+        what = "file" if file else "directory"
+        raise UserError(f"The {role} model {source!r} could not be loaded: there is no such {what}.")
+    if Path(source, "adapter_config.json").exists() and not Path(source, "config.json").exists():
         raise UserError(
-            f"The {role} model {source!r} could not be loaded: {first} Give a directory written by save_pretrained, or "
-            "a hub id that this machine can reach (pair.target=..., pair.draft=...)."
+            f"The {role} model {source!r} is an adapter without its model; merge it into the model that it adapts "
+            "(merge_and_unload of peft), and give the directory to which save_pretrained writes the result."
+        )
+    try:
+        return loader.from_pretrained(folder, **({"gguf_file": file} if file else {}), **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(
+            f"The {role} model {source!r} could not be loaded: {_first_line(error)} Give a directory written by "
+            "save_pretrained, a GGUF file, or a hub id that this machine can reach (pair.target=..., pair.draft=...)."
         ) from error
+
+
+def _gguf(source: str) -> tuple[str, str | None]:
+    """Where a model lies, and the name of its GGUF file if it is one."""
+    if not source.lower().endswith(".gguf"):
+        return source, None
+    path = Path(source)
+    return str(path.parent), path.name
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's message that says something, or what kind of error it is."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

