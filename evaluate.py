@@ -39,11 +39,12 @@ from decoding.measure.turns import (
     make_records,
     read_prompts,
     score_all,
+    stopped_sentence,
 )
 from decoding.report import show, write_report
 from decoding.support.entry import entry_point
 from decoding.support.provenance import run_provenance, to_plain
-from decoding.support.settings import check_counts
+from decoding.support.settings import check_counts, check_seconds
 from decoding.tasks.base import Task
 
 LEARNED = {"learned": "modelled", "learned_also": "also"}  # methods by the table of cost that they plan with
@@ -74,9 +75,10 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         tables |= cost_tables(cfg, pair, any(row.method.name in LEARNED for row in rows))
         kept, tuned = tune(cfg, candidates, pair, task, tables) if candidates and tables else ([], None)
         records = make_records([*rows, *kept], pair, cfg.batch_size)
-        if decode_all(records, prompts, warmup, cfg.seed) and not keep_whole(records, len(prompts)):
-            raise KeyboardInterrupt
+        interrupted = decode_all(records, prompts, warmup, cfg.seed, max_seconds=cfg.max_seconds)
         count = keep_whole(records, len(prompts))
+        if interrupted and not count:
+            raise KeyboardInterrupt
         if all(record.error is not None for record in records):
             raise UserError(records[0].error)
         unscored = score_all(records, prompts, pair, task)
@@ -84,8 +86,10 @@ def main(cfg: DictConfig) -> dict[str, Any]:
             **summary_of(cfg, records, tables),
             "schema_version": SCHEMA_VERSION,
             "provenance": run_provenance(cfg, pair, task, count) | provenance_of(cfg, tables),
-            "complete": count == len(prompts),
+            "complete": not interrupted,
+            "stopped": None if interrupted else stopped_sentence(count, len(prompts), cfg.max_seconds),
             "unscored": unscored,
+            "prompts": [prompt.to_dict() for prompt in prompts[:count]],
             "tuned": tuned,
             "calibration": calibration_curves(trained),
         }
@@ -131,6 +135,7 @@ def read_rows(cfg: DictConfig, methods: Mapping[str, Method]) -> tuple[list[Row]
         UserError: unknown names, settings that cannot be, or learned rows without a controller.
     """
     check_counts(cfg, _LEAST)
+    check_seconds(cfg.max_seconds)
     names, config = chosen_policies(cfg), instantiate(cfg.decoding)
     rows = make_rows(names, config, grid_of(cfg, config, names, methods), cfg.references, methods)
     return rows, tuning_rows(cfg, methods, config)

@@ -34,12 +34,13 @@ from decoding.measure.turns import (
     read_prompts,
     score_all,
     sentence,
+    stopped_sentence,
 )
 from decoding.pairs.pair import ModelPair
 from decoding.report import show
 from decoding.support.entry import entry_point
 from decoding.support.provenance import run_provenance
-from decoding.support.settings import check_counts
+from decoding.support.settings import check_counts, check_seconds
 from decoding.tasks.base import Prompt, Task
 
 TRACE = "trace.json"
@@ -59,6 +60,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     """
     rows = read_rows(OmegaConf.to_container(cfg.rows, resolve=True), instantiate(cfg.decoding))
     check_counts(cfg, _LEAST)
+    check_seconds(cfg.max_seconds)
     if cfg.profile:
         row_to_profile(rows, cfg.profile_row)  # a wrong name is refused now
     task: Task = instantiate(cfg.data)
@@ -68,7 +70,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     if cfg.prompts.tokens is not None:
         prompts, warmup = (lengthened(some, cfg.prompts.tokens) for some in (prompts, warmup))
     bench = Bench(cfg, pair, task, prompts, make_records(rows, pair))
-    interrupted = decode_all(bench.records, prompts, warmup, cfg.seed, cfg.repeats, bench.write)
+    interrupted = decode_all(bench.records, prompts, warmup, cfg.seed, cfg.repeats, bench.write, cfg.max_seconds)
     bench.finish(complete=not interrupted)
     if interrupted:
         raise KeyboardInterrupt
@@ -122,12 +124,16 @@ class Bench:
             "profile": None,
             "soak": None,
             "unscored": None,
+            "stopped": None,
+            "prompts": [],
         }
 
     def finish(self, complete: bool) -> None:
         """Score what was decoded; after a complete run also roofline and profile; write and print."""
         kept = keep_whole(self.records, len(self.prompts))
         self.results["provenance"]["task"]["prompts"] = kept
+        self.results["prompts"] = [prompt.to_dict() for prompt in self.prompts[:kept]]
+        self.results["stopped"] = stopped_sentence(kept, len(self.prompts), self.cfg.max_seconds) if complete else None
         self.results["graphs"] = graph_counters(self.pair)
         self.results["unscored"] = score_all(self.records, self.prompts, self.pair, self.task)
         self.write()

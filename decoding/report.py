@@ -38,6 +38,7 @@ from decoding.measure.pages import (
 from decoding.measure.plots import FORMATS, drawn, plot_calibration, plot_frontier
 from decoding.measure.results_file import RESULTS, read_results, write_results
 from decoding.measure.rows import REFERENCES
+from decoding.measure.verdict_words import verdict_lines
 from decoding.support.checks import choice
 from decoding.support.files import write_whole
 
@@ -205,6 +206,7 @@ def show(runs: Runs, files: Mapping[str, Path], winners: Sequence[str] = ()) -> 
     for label, results in runs.items():
         of_evaluation = [*comparison_lines(results), *remark_lines(results)]
         lines = headlines(results) if "roofline" in results else of_evaluation
+        lines = [*lines, *verdict_lines(results)]
         for line in [label, *lines] if label and lines else lines:
             console.print(line, soft_wrap=True)
     for line in [*winners, *(f"{name}: {path}" for name, path in files.items())]:

@@ -74,7 +74,10 @@ class NoiseRun(PromptRun):
         if not known and not asked:
             return None
         # A forest's first parents are the beams themselves: where all are known, so is what the target will select.
-        return self._guess(known, unknown if asked else [], certain=layer == 1 and not unknown)
+        guess = self._guess(known, unknown if asked else [], certain=layer == 1 and not unknown)
+        # All of Q may end there, as an n-gram that nothing but EOS ever followed: then there is no draft to choose.
+        drafts = not self.policy.chooses or len(self._draft_order(guess, self.config.draft_width))
+        return guess if drafts else None
 
     def _guess(self, known: list[Beam], unknown: list[Beam], certain: bool) -> Guess:
         """Q of the target's rows at `known` parents and the draft's at `unknown` ones."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -20,22 +19,12 @@ from decoding.cost_table import BUSY, LatencyTable
 from decoding.engine.placement import dtype_of
 from decoding.errors import UserError
 from decoding.pairs.pair import ModelPair
-from decoding.support.files import json_bytes, write_whole
+from decoding.support.files import cache_root, json_bytes, write_whole
 from decoding.support.provenance import library_versions, machine
 
 SCHEMA_VERSION = 1
 LONGEST_AGE = timedelta(days=30)  # drivers, clocks and neighbours change
 _measured: dict[Path, LatencyTable] = {}  # in this process
-
-
-def cache_root() -> Path:
-    """The directory that DSBD_CACHE names; without it dsbd/ in XDG_CACHE_HOME, or in ~/.cache."""
-    own = os.environ.get("DSBD_CACHE")
-    if own:
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    base = shared if os.path.isabs(shared) else os.path.expanduser("~/.cache")  # the standard ignores relative ones
-    return Path(base) / "dsbd"
 
 
 def device_name(pair: ModelPair) -> str:

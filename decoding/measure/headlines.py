@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from decoding.measure.methods import TRANSFORMERS
+from decoding.measure.methods import PEERS
 from decoding.measure.pages import Column, console_table, plain_table, remark_lines, spread
 from decoding.results import PHASES
 
@@ -105,7 +105,7 @@ def headlines(results: Node) -> list[str]:
 def _speed_lines(rows: Sequence[Node]) -> list[str]:
     """The fastest row of this engine, at batch 1, that is as likely as the reference."""
     compared = [row for row in rows if row["batch_size"] == 1 and "log_prob_over_reference" in row["summary"]]
-    engine = [row for row in compared if row["family"] != TRANSFORMERS]
+    engine = [row for row in compared if row["family"] not in PEERS]
     if not engine:
         return []
 

@@ -2,7 +2,8 @@
 `(prompts, streams) -> results`.
 
 Those of this engine are settings of DSBDDecoder, so that a comparison with it compares methods and
-not implementations; the `hf_` ones are transformers' own `generate`. A policy of anybody's own is a
+not implementations; the `hf_` ones are transformers' own `generate`, the `ct2_` one CTranslate2's,
+in a process of its own. A policy of anybody's own is a
 method too: by its dotted name, or by that of its YAML in conf/policy (`find_method`).
 """
 
@@ -21,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder, Prompts
 from decoding.errors import UserError
+from decoding.measure.ctranslate2_generate import Peer
 from decoding.measure.oracles import SurvivorOracle
 from decoding.measure.transformers_generate import Streams, hf_generate
 from decoding.pairs.pair import ModelPair
@@ -37,7 +39,8 @@ from decoding.support.names import is_dotted, locate
 
 Generate = Callable[[Prompts, Streams], list[DecodeResult]]
 Settings = Mapping[str, Any]
-TRANSFORMERS = "transformers"  # the family of methods that are not of this engine
+TRANSFORMERS, CTRANSLATE2 = "transformers", "ctranslate2"
+PEERS = (TRANSFORMERS, CTRANSLATE2)  # families of methods that are not of this engine
 
 # Fields of DecodingConfig that a row of this engine may set beside its method's knobs.
 FLAGS = (
@@ -61,7 +64,7 @@ class Method:
         build: (pair, config, settings) -> Generate.
         knobs: settings that are worth sweeping, in the order of a row's name.
         fixed: DecodingConfig fields that it always has.
-        family: as of a WidthPolicy; "transformers" for what is not of this engine.
+        family: as of a WidthPolicy; or one of `PEERS`.
         inexact: it is nothing without its own surplus and refill, and has them where the config
             says `exact`, too.
         drafts: another draft than the pair's changes it.
@@ -203,6 +206,11 @@ def _oracle_survivor(pair: ModelPair, config: DecodingConfig, settings: Settings
     return SurvivorOracle.make(pair, config)
 
 
+def _ctranslate2(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
+    peer = Peer(pair, settings.get("compute_type", "float32"))
+    return lambda prompts, streams: peer.generate(prompts, config)
+
+
 def _transformers(name: str, assisted: bool = False, **options: Any) -> Method:
     def build(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
         def generate(prompts: Prompts, generator: Streams) -> list[DecodeResult]:
@@ -254,6 +262,15 @@ METHODS: dict[str, Method] = {
         _transformers("hf_sample", fixed=_CHAIN | _SAMPLE),
         _transformers("hf_beam_sample", knobs=_WIDTH, fixed=_SAMPLE),
         _transformers("hf_beam_search", knobs=_WIDTH, fixed=_SEARCH),
+        Method(
+            "ct2_beam_search",
+            _ctranslate2,
+            (*_WIDTH, Knob("compute_type", kind=str, axis="compute_types")),
+            _SEARCH,
+            family=CTRANSLATE2,
+            drafts=False,
+            batches=False,
+        ),
         _transformers("hf_assisted", assisted=True, fixed=_CHAIN),
     )
 }

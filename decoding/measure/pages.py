@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
+from decoding.measure.verdict_words import verdict_lines
 from decoding.results import PHASES
 
 Node = Mapping[str, Any]
@@ -34,6 +35,7 @@ COLUMNS = (
     Column("modelled", "modelled_tokens_per_second", ".0f"),
     Column("also", "also_tokens_per_second", ".0f"),
     Column("log-prob", "log_prob", ".3f", "prompts"),
+    Column("cut", "cut_share", ".2f"),
     Column("block eff.", "block_efficiency", ".2f"),
     Column("mean M", "target_width", ".1f"),
     Column("mean w", "draft_width", ".1f"),
@@ -48,8 +50,8 @@ _MORE_COLUMNS = (
 _EXPLANATION = """\
 Same prompts and seeds for all rows, interleaved; brackets are 95% bootstrap intervals over prompts. Speed-ups compare
 with beam sampling of the same target width on this engine and with transformers' `generate`. log-prob: mean
-log-probability per token of the best returned text under the target at temperature 1, higher is better. block eff.:
-tokens committed per iteration. M, w, depth: target and draft width, layers drafted an iteration. modelled, also:
+log-probability per token of the best returned text under the target at temperature 1, higher is better. cut: share of the
+best texts that max_new_tokens cut off. block eff.: tokens committed per iteration. M, w, depth: target and draft width, layers drafted an iteration. modelled, also:
 tokens/s by the cost tables of `latency` and `latency@also`, with the policy's own measured time. KV slots: of the
 target's cache at the end. Seconds are per prompt."""
 
@@ -113,14 +115,14 @@ def _source_lines(label: str, results: Node) -> list[str]:
     """Lines on the origin of a run's rows."""
     source = results["provenance"]
     prompts = len(results["rows"][0]["prompts"]) if results["rows"] else 0
-    note = source["pair"].get("note")
+    notes = [source[part].get("note") for part in ("pair", "task")]
     return [
         f"# {label + ': ' if label else ''}{source['pair']['name']} on {source['task']['name']}: {prompts} prompts",
         "",
         f"`python {' '.join(source['argv'])}`, {source['date']}, {machine_of(results)}, torch "
         f"{source['versions'].get('torch')}, commit {_short(source['git_sha'])}.",
         "",
-        *([f"**{note}**", ""] if note else []),
+        *(line for note in notes if note for line in (f"**{note}**", "")),
     ]
 
 
@@ -134,7 +136,7 @@ def machine_of(results: Node) -> str:
 def _run_lines(label: str, results: Node) -> list[str]:
     """Lines on a run beside its rows: comparisons, what it lost, tuning."""
     lines = list(comparison_lines(results))
-    for remark in remark_lines(results):
+    for remark in [*remark_lines(results), *verdict_lines(results)]:
         lines += [remark, ""]
     if about := results.get("tuned"):
         chosen = f"Hand-set settings were chosen on {about['prompts']} prompts of split {about['split']}"
@@ -150,6 +152,7 @@ def _run_lines(label: str, results: Node) -> list[str]:
 def remark_lines(results: Node) -> list[str]:
     """Lines on what is missing from a run, and why."""
     lines = [f"{name} failed: {sentence}" for name, sentence in results["failed"].items()]
+    lines += [results["stopped"]] if results.get("stopped") else []
     return lines + ([f"Log-probabilities are missing: {results['unscored']}"] if results["unscored"] else [])
 
 

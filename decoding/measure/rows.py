@@ -11,7 +11,7 @@ from typing import Any
 
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
-from decoding.measure.methods import FLAGS, METHODS, TRANSFORMERS, Generate, Method, find_method
+from decoding.measure.methods import FLAGS, METHODS, PEERS, Generate, Method, find_method
 from decoding.pairs.pair import ModelPair
 from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, TARGET_WIDTH, Knob
 from decoding.support.checks import whole
@@ -192,7 +192,7 @@ def _read_row(path: str, entry: Any, config: DecodingConfig) -> Row:
 
 def _check_settings(path: str, method: Method, settings: Mapping[str, Any]) -> None:
     """Refuse settings that a method does not take, and values of another kind."""
-    ours = method.family != TRANSFORMERS
+    ours = method.family not in PEERS
     kinds: dict[str, type | None] = dict.fromkeys(method.arguments)  # a policy's own arguments are its to check
     kinds |= {knob.name: knob.kind for knob in (*method.knobs, *(FLAGS if ours else ()))}
     kinds |= ({"draft": str} if method.drafts else {}) | ({"batch_size": int} if method.batches else {})

@@ -75,6 +75,7 @@ RATIOS: dict[str, Ratio] = {
     "tokens_per_second": lambda m: (m.stats.new_tokens, m.wall_seconds),
     "block_efficiency": lambda m: (m.stats.new_tokens, m.stats.iterations),
     "log_prob": lambda m: (m.log_prob, len(m.tokens)),
+    "cut_share": lambda m: (not m.finished, 1),
     "target_width": lambda m: (sum(m.stats.target_widths), len(m.stats.target_widths)),
     "depth": lambda m: (sum(map(len, m.stats.forests)), len(m.stats.forests)),
     "draft_width": lambda m: (sum(m.stats.draft_widths), sum(w > 0 for w in m.stats.draft_widths)),

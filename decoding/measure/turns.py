@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,12 +110,14 @@ def decode_all(
     seed: int,
     repeats: int = 1,
     repeated: Callable[[], object] = lambda: None,
+    max_seconds: float | None = None,
 ) -> bool:
     """Warm up and take all turns, with a bar; whether Ctrl-C cut it short.
 
     Args:
         warmup: prompts that are decoded first and not measured.
         repeated: called after each repeat.
+        max_seconds: after which no row takes a further turn; None: all turns are taken.
     """
     transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
     with RunProgress() as progress:
@@ -125,7 +128,7 @@ def decode_all(
 
         try:
             warm_up(records, warmup, seed, advance)
-            for _ in take_turns(records, prompts, seed, repeats, advance):
+            for _ in take_turns(records, prompts, seed, repeats, advance, max_seconds):
                 repeated()
         except KeyboardInterrupt:
             progress.stop()
@@ -157,6 +160,7 @@ def take_turns(
     seed: int,
     repeats: int = 1,
     advance: Callable[[int], None] = lambda prompts: None,
+    max_seconds: float | None = None,
 ) -> Iterator[int]:
     """Every row decodes all prompts, a batch of the largest row in a turn: machine drift hits all
     rows alike.
@@ -168,10 +172,12 @@ def take_turns(
         records: get the measurements, not yet scored. One that fails takes no further turns, and
             says why.
         advance: called with the number of prompts after each turn.
+        max_seconds: after which no group of prompts is begun.
 
     Yields:
         Each repeat that is done.
     """
+    until = math.inf if max_seconds is None else time.monotonic() + max_seconds
     meter = EnergyMeter(records[0].pair.device)  # all have one target
     size = max(record.batch_size for record in records)
     turn = 0
@@ -180,6 +186,8 @@ def take_turns(
             if record.error is None:
                 record.repeats.append([])
         for group in _groups(prompts, size):
+            if time.monotonic() > until:
+                return
             for j in range(len(records)):
                 record = records[(turn + j) % len(records)]
                 if record.error is None:
@@ -249,6 +257,13 @@ def keep_whole(records: Sequence[Record], count: int) -> int:
         enough = [repeat[:kept] for repeat in record.repeats if len(repeat) >= max(kept, 1)]
         record.repeats = enough if kept == count else enough[:1] if kept else []
     return kept
+
+
+def stopped_sentence(kept: int, prompts: int, max_seconds: float | None) -> str | None:
+    """The sentence on a run that `max_seconds` ended; None where it did not."""
+    if max_seconds is None or kept == prompts:
+        return None
+    return f"max_seconds ({max_seconds:g}) ended the run: all rows decoded the first {kept} of {prompts} prompts."
 
 
 def sentence(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from decoding.pairs.architecture import check_architecture
 from decoding.pairs.builtin import load_tiny
 from decoding.pairs.drafts import ALLOWED, is_named
 from decoding.pairs.inflate import inflate, shape_of
+from decoding.pairs.packaged import PREFIX, unpacked
 from decoding.support.checks import choice
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -72,25 +73,28 @@ def inflated_parts(
 
 def loaded_parts(
     target: str,
-    draft: str,
+    draft: str | None,
     device: str | torch.device,
     dtype: str | torch.dtype,
+    draft_dtype: str | torch.dtype | None,
     trust_remote_code: bool,
     name: str | None,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A pair from the Hugging Face hub, from local directories, or from GGUF files."""
-    target, draft = str(target), str(draft)
-    kind = _dtype_name(dtype)
+    """A pair from the hub, from local directories, from GGUF files, or from installed packages."""
+    dtypes = {"target": _dtype_name(dtype), "draft": _dtype_name(draft_dtype or dtype)}
     placed = any(options.get(option) is not None for option in ("device_map", "tp_plan"))
     if not placed:
         check_device(device)
-    sources = {"target": target} if _comes_without_model(draft) else {"target": target, "draft": draft}
+    target = unpacked(str(target))
+    sources = {"target": target}
+    if draft is not None and not _comes_without_model(str(draft)):
+        sources["draft"] = unpacked(str(draft))
     models, tokenizers = {}, {}
     for role, source in sources.items():
         config = _from_hub(AutoConfig, source, role, trust_remote_code=trust_remote_code)
         check_architecture(config, role)
-        given = {"dtype": kind, "trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
+        given = {"dtype": dtypes[role], "trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
         model = _from_hub(AutoModelForCausalLM, source, role, **given)
         models[role] = model if placed else _moved(model, source, role, torch.device(device))
     for role, source in sources.items():
@@ -162,7 +166,7 @@ def _comes_without_model(draft: str) -> bool:
     """True if a text names a draft that is not loaded; what only looks like one is refused."""
     if is_named(draft):
         return True
-    if re.fullmatch(r"\w+:\w*", draft) and not Path(draft).exists():
+    if re.fullmatch(r"\w+:\w*", draft) and not draft.startswith(PREFIX) and not Path(draft).exists():
         raise UserError(f"draft is {draft!r}; give a directory written by save_pretrained, a hub id, or {ALLOWED}.")
     return False
 

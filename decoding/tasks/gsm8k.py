@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import ClassVar
 
 from decoding.tasks.base import Example, FileTask, Prompt, read_jsonl, text_field
 
@@ -17,11 +18,12 @@ class Gsm8kTask(FileTask):
     """Rows {question, answer} whose answer ends in `#### N`."""
 
     name = "gsm8k"
+    own_instruction: ClassVar[str] = "Solve this step by step. End with a line that holds #### and the final number."
 
     def examples(self) -> Iterator[Example]:
         for number, entry in read_jsonl(self.path):
             question, answer = (text_field(entry, key, self.path, number) for key in ("question", "answer"))
-            yield Example(f"gsm8k:{number}", f"Question: {question}\nAnswer:", (answer,))
+            yield Example(f"gsm8k:{number}", f"Question: {question}\nAnswer:", (answer,), question)
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
         """`number_match`: the answer's number equals the reference's."""

@@ -7,9 +7,10 @@ import string
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from decoding.errors import UserError
-from decoding.tasks.base import Example, FileTask, Prompt, read_json
+from decoding.tasks.base import Example, FileTask, Prompt, Shot, read_json
 from decoding.tasks.metrics import first_line
 
 
@@ -18,6 +19,14 @@ class SquadTask(FileTask):
     """The articles of a SQuAD v1.1 file; the answer is the first line of the continuation."""
 
     name = "squad"
+    own_instruction: ClassVar[str] = "Answer the question with a few words of the text, and with nothing else."
+    shot: ClassVar[Shot | None] = Shot(
+        "The mill at Arden was built in 1782 by Jonas Pell. It burnt down twice and grinds oats to this day.\n"
+        "Question: What does the mill grind?\nAnswer:",
+        "The mill at Arden was built in 1782 by Jonas Pell. It burnt down twice and grinds oats to this day.\n\n"
+        "Question: What does the mill grind?",
+        " oats",
+    )
 
     def examples(self) -> Iterator[Example]:
         try:
@@ -25,7 +34,8 @@ class SquadTask(FileTask):
                 for paragraph in article["paragraphs"]:
                     for qa in paragraph["qas"]:
                         text = f"{paragraph['context']}\nQuestion: {qa['question']}\nAnswer:"
-                        yield Example(qa["id"], text, tuple(answer["text"] for answer in qa["answers"]))
+                        request = f"{paragraph['context']}\n\nQuestion: {qa['question']}"
+                        yield Example(qa["id"], text, tuple(answer["text"] for answer in qa["answers"]), request)
         except (KeyError, TypeError) as error:
             raise UserError(f"{self.path} is not in the format of SQuAD v1.1 ({error!r}).") from None
 
