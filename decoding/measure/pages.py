@@ -50,9 +50,10 @@ _MORE_COLUMNS = (
 _EXPLANATION = """\
 Same prompts and seeds for all rows, interleaved; brackets are 95% bootstrap intervals over prompts. Speed-ups compare
 with beam sampling of the same target width on this engine and with transformers' `generate`. log-prob: mean
-log-probability per token of the best returned text under the target at temperature 1, higher is better. cut: share of the
-best texts that max_new_tokens cut off. block eff.: tokens committed per iteration. M, w, depth: target and draft width, layers drafted an iteration. modelled, also:
-tokens/s by the cost tables of `latency` and `latency@also`, with the policy's own measured time. KV slots: of the
+log-probability per token of the best returned text under the target at temperature 1, higher is better. cut: share of
+the best texts that max_new_tokens cut off. block eff.: tokens committed per iteration. M, w, depth: target and draft
+width, layers drafted an iteration. modelled, also: tokens/s by the cost tables of
+`latency` and `latency@also`, with the policy's own measured time. KV slots: of the
 target's cache at the end. Seconds are per prompt."""
 
 

@@ -81,7 +81,9 @@ def _draft_lines(base: Node, drafting: Sequence[Node]) -> list[str]:
         verdict = "Whether drafting pays is not decided"
     depth = best["summary"].get("depth", {}).get("value", 0.0)
     what = f"{_BASES[base['method']]} of width {base['config']['target_width']}"
-    return [f"{verdict} in {what}: the best that drafts, {best['name']} ({depth:.1f} layers an iteration), is {found.told}."]
+    return [
+        f"{verdict} in {what}: the best that drafts, {best['name']} ({depth:.1f} layers an iteration), is {found.told}."
+    ]
 
 
 def against(row: Node, base: Node) -> Against:
