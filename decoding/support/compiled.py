@@ -42,7 +42,8 @@ def inlined(function: Function) -> Function:
         return function
     from numba.extending import register_jitable
 
-    return cast(Function, register_jitable(function))
+    made: Any = register_jitable(function)
+    return cast(Function, made)
 
 
 def _stamp(function: Any) -> tuple[tuple[int, int], ...]:
