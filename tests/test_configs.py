@@ -59,10 +59,9 @@ def combinations() -> Iterator[tuple[str, str]]:
     for command in COMMANDS:
         for group in groups_of(command):
             for option in options_of(group):
-                if (
-                    group not in GLOBAL
-                    or f"{command}.py {group}={option}" in (CONF_DIR / group / f"{option}.yaml").read_text()
-                ):
+                said = (CONF_DIR / group / f"{option}.yaml").read_text()
+                named = (f"{command}.py {group}={option}", f"decoding.{command} {group}={option}")
+                if group not in GLOBAL or any(name in said for name in named):
                     yield command, f"{group}={option}"
 
 

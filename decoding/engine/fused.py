@@ -333,10 +333,12 @@ def _packs(weight: Tensor) -> bool:
 
 @functools.cache
 def _most_plain() -> int:
-    """Weights up to this size are multiplied as they are, but transposed; larger ones in oneDNN's layout.
+    """Weights up to this size are multiplied as they are, but transposed; larger ones in oneDNN's
+    layout.
 
-    A call of oneDNN takes some 20 microseconds before it multiplies, MKL's product of a few rows 4. On Intel's
-    processors MKL is the faster up to a million weights, elsewhere only where there is next to nothing to multiply.
+    A call of oneDNN takes some 20 microseconds before it multiplies, MKL's product of a few rows 4.
+    On Intel's processors MKL is the faster up to a million weights, elsewhere only where there is
+    next to nothing to multiply.
     """
     processor = Path("/proc/cpuinfo")
     return 2**20 if processor.exists() and "GenuineIntel" in processor.read_text() else 2**16
