@@ -17,14 +17,15 @@ from filelock import FileLock, Timeout
 
 from decoding.errors import UserError
 
-LOCK, OWNER = ".lock", ".in_use"  # a lock of the system's, which goes with its process, and who holds it
+# A lock of the system, which goes with its process, and the name of who holds it.
+LOCK, OWNER = ".lock", ".in_use"
 
 
 @contextmanager
 def in_use(directory: Path) -> Iterator[None]:
     """Keep other runs out of a directory, which is made, while this one writes into it.
 
-    A run that was killed leaves its name behind but not its lock: that is said, and the next goes on.
+    A run that was killed leaves its name behind, but no lock: that is said, and the next goes on.
 
     Raises:
         UserError: another run is at work there, or nothing can be written there.
@@ -66,6 +67,7 @@ def fresh_folder(wanted: str) -> str:
 
 
 def _this_process() -> dict[str, str]:
+    """Describe who runs this, where and since when."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
@@ -75,6 +77,7 @@ def _this_process() -> dict[str, str]:
 
 
 def _described(owner: Path) -> str:
+    """Say who holds a directory, as far as it can be read."""
     try:
         about = json.loads(owner.read_text())
         return f"process {about['process']} of {about['user']} on {about['host']} since {about['since']}"
