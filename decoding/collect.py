@@ -28,6 +28,7 @@ from decoding.pairs.pair import ModelPair
 from decoding.policies.base import WidthPolicy
 from decoding.support.checks import whole
 from decoding.support.entry import entry_point
+from decoding.support.in_use import in_use
 from decoding.support.progress import RunProgress
 from decoding.support.provenance import git_sha, library_versions
 from decoding.tasks.base import Prompt, Task
@@ -163,9 +164,9 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
     if pair.drafter is None:
         raise UserError("Traces are logged of a target with a draft: give the pair one, such as pair.draft=ngram.")
     prompts = _prompts(cfg, collection.task, pair)
-    directory.mkdir(parents=True, exist_ok=True)
-    todo = [p for p in prompts if p[1].id not in set(manifest["done"])]
-    with RunProgress() as progress, _kept(directory, manifest):
+    with in_use(directory), RunProgress() as progress, _kept(directory, manifest):
+        manifest.update(read_manifest(directory) or {})  # another run may have gone on meanwhile
+        todo = [p for p in prompts if p[1].id not in set(manifest["done"])]
         task = progress.add_task("logging traces of prompts", total=len(prompts), completed=len(prompts) - len(todo))
         for first in range(0, len(todo), SHARD_PROMPTS):
             chunk = todo[first : first + SHARD_PROMPTS]

@@ -63,7 +63,8 @@ class DecodingConfig:
         refill: a failed layer is filled to target_width ("full") or to its own M ("width").
         one_beam_cache: only the best beam enters the next iteration (2409.16560, section 3.4).
         length_penalty, early_stopping: as in transformers' beam search.
-        eos_token_id: a token id, several, None (the model's own) or -1 (never stop).
+        eos_token_id: a token id, several, None (the model's own) or -1 (never stop). Ids that cannot occur end nothing;
+            a search counts all that a list holds, as transformers does, for the candidates it looks at.
         num_return_sequences: hypotheses returned per prompt; at most target_width.
 
     Raises:
@@ -135,8 +136,7 @@ class DecodingConfig:
             ids = list(ids)  # also what Hydra passes for a list
             object.__setattr__(self, "eos_token_id", ids)
         for id_ in ids if isinstance(ids, list) else [] if ids is None else [ids]:
-            least = 0 if isinstance(ids, list) else -1
-            if isinstance(id_, bool) or not isinstance(id_, int) or id_ < least:
+            if isinstance(id_, bool) or not isinstance(id_, int):
                 raise UserError(
                     f"eos_token_id is {self.eos_token_id!r}; give a token id, a list of them, null for the model's "
                     "own, or -1 to never stop."

@@ -147,7 +147,7 @@ def dsbd_generate(
     config = _decoding_config(
         generation_config,
         settings,
-        _ends(stopping_criteria),
+        _ends(stopping_criteria, generation_config),
         min(cuts) + _TIES if cuts else None,
         max(longest - int(input_ids.shape[1]), 1),
         draft_width,
@@ -159,7 +159,7 @@ def dsbd_generate(
     if streamer is not None and len(padded) > 1:
         raise UserError(f"streamer with {len(padded)} texts at a time: it can follow one only; ask for one at a time.")
     tokenizer = tokenizer if tokenizer is not None else given["tokenizer"]
-    criteria = _criteria(stopping_criteria, stop_strings, tokenizer)
+    criteria = _criteria(stopping_criteria, stop_strings, tokenizer, generation_config)
     listener = (lambda tokens: streamer.put(torch.tensor(tokens))) if streamer is not None else None
     distinct = len(padded) // samples
     rules = [
@@ -325,14 +325,25 @@ def _decoding_config(
         verification="shared_noise",
         length_penalty=settings["length_penalty"],
         early_stopping=settings["early_stopping"],
-        eos_token_id=ends or -1,
+        eos_token_id=ends,
         num_return_sequences=settings["num_return_sequences"],
     )
 
 
-def _ends(criteria: StoppingCriteriaList) -> list[int]:
-    """Tokens that end a hypothesis; a criterion of the caller's replaces the generation config's."""
-    return [int(id_) for c in criteria if type(c) is EosTokenCriteria for id_ in c.eos_token_id.flatten()]
+def _ends(criteria: StoppingCriteriaList, generation: GenerationConfig) -> list[int]:
+    """Tokens that end a hypothesis: the generation config's.
+
+    A criterion of the caller's replaces what they end, but not how many candidates a step looks at: as many ids then
+    stand for them that never occur, and the criterion stays one.
+    """
+    ids = _special(generation, "eos")
+    return ids if any(_is_of_config(c, generation) for c in criteria) else [-1] * len(ids)
+
+
+def _is_of_config(criterion: Any, generation: GenerationConfig) -> bool:
+    """Whether a criterion is the one that `generate` made of the generation config's EOS tokens."""
+    made_of = getattr(generation, "_eos_token_tensor", None)
+    return type(criterion) is EosTokenCriteria and made_of is not None and criterion.eos_token_id is made_of
 
 
 def _special(generation: GenerationConfig, name: str) -> list[int]:
@@ -430,10 +441,13 @@ def _of_prompt(allowed: Callable[[int, Tensor], list[int]], prompt: int) -> Call
 
 
 def _criteria(
-    criteria: StoppingCriteriaList, stop_strings: str | list[str] | None, tokenizer: Any
+    criteria: StoppingCriteriaList,
+    stop_strings: str | list[str] | None,
+    tokenizer: Any,
+    generation: GenerationConfig,
 ) -> StoppingCriteriaList:
     """What ends a hypothesis beside its length and EOS."""
-    known = [c for c in criteria if isinstance(c, MaxLengthCriteria) or type(c) is EosTokenCriteria]
+    known = [c for c in criteria if isinstance(c, MaxLengthCriteria) or _is_of_config(c, generation)]
     kept = StoppingCriteriaList([c for c in criteria if c not in known])
     if stop_strings is not None:
         if tokenizer is None:

@@ -17,7 +17,7 @@ from decoding.loop.noise_run import NoiseRun
 from decoding.loop.processing import Rules
 from decoding.loop.prompt_run import PromptRun, draft_config
 from decoding.loop.rejection_run import RejectionRun
-from decoding.loop.search import SearchRun, entries_searched
+from decoding.loop.search import SearchRun, ends_counted, entries_searched
 from decoding.pairs.pair import ModelPair, end_tokens
 from decoding.policies.base import WidthPolicy
 from decoding.results import DecodeResult, Recorder
@@ -55,7 +55,7 @@ class Batch:
         top: int | None
         draft_top: int | None
         if config.mode == "beam_search":
-            top = draft_top = entries_searched(config, len(self.ends), pair.vocab_size)
+            top = draft_top = entries_searched(config, ends_counted(config, self.ends), pair.vocab_size)
         else:
             top = entries_needed(config, pair.vocab_size)
             # Where the target's rows stay on the device, so do the draft's: proposals are made of both.

@@ -7,7 +7,7 @@ decides how many steps a pass serves, never which beams they keep. Design sectio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -28,6 +28,11 @@ def candidates_per_beam(ends: int) -> int:
     return max(2, 1 + ends)
 
 
+def ends_counted(config: DecodingConfig, ends: Collection[int]) -> int:
+    """How many EOS tokens a search counts: all that a list holds, even twice or where they cannot occur."""
+    return len(config.eos_token_id) if isinstance(config.eos_token_id, list) else len(ends)
+
+
 def entries_searched(config: DecodingConfig, ends: int, vocabulary: int) -> int:
     """How many of a node's likeliest tokens a step, or a proposal, may have to look at."""
     return min(max(candidates_per_beam(ends) * config.target_width, config.draft_width + ends, _TIES), vocabulary)
@@ -44,10 +49,15 @@ class SearchRun(PromptRun):
     def _start(self) -> None:
         """Nothing is drawn."""
 
+    @property
+    def candidates(self) -> int:
+        """Continuations looked at for each beam kept."""
+        return candidates_per_beam(ends_counted(self.config, self.eos))
+
     def _joint(self, scorer: NodeScorer, beams: list[Beam], name: str) -> Joint:
         nodes, weights = [beam.node for beam in beams], [beam.weight for beam in beams]
         count = self.config.draft_width + len(self.eos) * len(beams)  # so many live ones are among them
-        count = max(count, candidates_per_beam(len(self.eos)) * self.config.target_width)
+        count = max(count, self.candidates * self.config.target_width)
         return ranked_joint(*scorer.tops(self.row, nodes), nodes, weights, count, name)
 
     def _propose(self, proposal: Proposal, width: int) -> IntArray:
@@ -98,7 +108,7 @@ class SearchRun(PromptRun):
         Returns:
             What goes on or ended, as (node, weight), best first.
         """
-        ranking, hits = ranking[: (most := candidates_per_beam(len(self.eos)) * width)], hits[:most]
+        ranking, hits = ranking[: (most := self.candidates * width)], hits[:most]
         self.stats.new_tokens += 1
         ended = [beam for beam, hit in zip(ranking[:width], hits[:width], strict=True) if hit]
         fresh = [self._hypothesis(beam, self._ended(beam.node)) for beam in ended]

@@ -60,7 +60,7 @@ def hf_generate(
         "num_return_sequences": min(config.num_return_sequences, num_beams),
         "max_new_tokens": config.max_new_tokens,
         "min_new_tokens": config.min_new_tokens or None,
-        "eos_token_id": sorted(ends) or None,
+        "eos_token_id": config.eos_token_id if isinstance(config.eos_token_id, list) else sorted(ends) or None,
         "pad_token_id": min(ends, default=0),
     }
     if options["do_sample"]:

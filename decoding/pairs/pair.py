@@ -253,19 +253,12 @@ def check_prompt(pair: ModelPair, prompt: list[int], config: DecodingConfig, ind
 
 
 def end_tokens(pair: ModelPair, config: DecodingConfig) -> frozenset[int]:
-    """Token ids that end a hypothesis."""
+    """Token ids that end a hypothesis; those that cannot occur are left out."""
     ids = config.eos_token_id
     if ids is None:
         generation = getattr(pair.target, "generation_config", None)
         ids = getattr(generation, "eos_token_id", None)
         if ids is None:
             ids = pair.target.config.eos_token_id
-    if ids is None or ids == -1:
-        return frozenset()
-    ends = frozenset(ids if isinstance(ids, list | tuple) else [ids])
-    if config.eos_token_id is not None and (unknown := sorted(end for end in ends if end >= pair.vocab_size)):
-        raise UserError(
-            f"eos_token_id holds {', '.join(map(str, unknown))}; the target knows the ids 0 to {pair.vocab_size - 1}. "
-            "Give some of these, null for the model's own, or -1 to never stop."
-        )
-    return ends
+    given = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+    return frozenset(end for end in given if 0 <= end < pair.vocab_size)

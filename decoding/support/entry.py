@@ -12,10 +12,12 @@ import functools
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from decoding.errors import UserError
+from decoding.support.in_use import LOCK, fresh_folder, in_use
 from decoding.support.names import is_dotted
 from decoding.support.settings import check_settings, unknown_setting
 
@@ -40,8 +43,8 @@ def entry_point(
     """Make a task function a command line; called from Python with a config, it runs on that and
     returns its value.
 
-    A user's mistake is printed as `error: ...` on stderr with exit code 2; Ctrl-C gives exit code
-    130. What the function returns reaches Hydra's sweepers.
+    A user's mistake is printed as `error: ...` on stderr with exit code 2; Ctrl-C and SIGTERM give
+    exit code 130. What the function returns reaches Hydra's sweepers.
 
     Args:
         config_name: primary config in conf/.
@@ -59,15 +62,17 @@ def entry_point(
             with _one_sentence(config_name, tracebacks):  # inside the job: Hydra reports failed jobs itself
                 check_settings(cfg, _compose(config_name, _chosen_groups()), open_nodes)
                 hydra.utils.instantiate(cfg.get("decoding"))  # widths that cannot work, before a pair is loaded
-                return task(cfg)
+                with in_use(Path(cfg.output_dir)) if "output_dir" in cfg else nullcontext():
+                    return task(cfg)
 
+        OmegaConf.register_new_resolver("fresh_folder", fresh_folder, replace=True)
         launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)
 
         @functools.wraps(task)
         def main(cfg: DictConfig | None = None) -> Any:
             if cfg is not None:
                 return task(cfg)
-            with _one_sentence(config_name, tracebacks), _hydra_raises():
+            with _one_sentence(config_name, tracebacks), _terminated_as_interrupted(), _hydra_raises():
                 arguments = [_renamed(argument, renames or {}) for argument in sys.argv[1:]]
                 sys.argv[1:] = opened(arguments, _groups(config_name), open_nodes)
                 return launch()
@@ -99,6 +104,26 @@ def _one_sentence(config_name: str, tracebacks: bool) -> Iterator[None]:
         _discard_empty_output()
         print(f"error: {_sentence(error, config_name)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Make SIGTERM (timeout, SLURM, Kubernetes) what Ctrl-C is, so that what was done is kept.
+
+    Lightning, which would end a fit on it with exit code 0, calls a handler that it finds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -161,7 +186,7 @@ def _discard_empty_output() -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if not folder.is_dir() or folder == Path.cwd():
         return
-    if all(p.name == ".hydra" or (p.suffix == ".log" and p.stat().st_size == 0) for p in folder.iterdir()):
+    if all(p.name in (".hydra", LOCK) or (p.suffix == ".log" and p.stat().st_size == 0) for p in folder.iterdir()):
         shutil.rmtree(folder, ignore_errors=True)
 
 

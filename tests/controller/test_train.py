@@ -125,16 +125,17 @@ def test_resuming_keeps_the_best_epoch_and_takes_the_new_patience(tmp_path: Path
 
 
 class Interrupts(Callback):
-    """Ctrl-C in the first batch of an epoch, counted from 0."""
+    """Ctrl-C, or another signal, in the first batch of an epoch, counted from 0."""
 
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, epoch: int, number: int = signal.SIGINT) -> None:
+        self.epoch, self.number = epoch, number
 
     def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
         if trainer.current_epoch == self.epoch:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("epoch", "sentence"),
     [
@@ -143,11 +144,19 @@ class Interrupts(Callback):
     ],
 )
 def test_an_interrupted_fit_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], epoch: int, sentence: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    epoch: int,
+    sentence: str,
+    number: signal.Signals,
 ) -> None:
     target = f"{Interrupts.__module__}.Interrupts"
     arguments = ["trainer.max_epochs=2", "callbacks.progress_bar=null", "logger=none"]
-    arguments += ["+trainer.enable_progress_bar=false", f"+callbacks.stop={{_target_: {target}, epoch: {epoch}}}"]
+    arguments += [
+        "+trainer.enable_progress_bar=false",
+        f"+callbacks.stop={{_target_: {target}, epoch: {epoch}, number: {int(number)}}}",
+    ]
     monkeypatch.setattr(sys, "argv", ["train.py", f"paths.output_dir={tmp_path}", *arguments])
     monkeypatch.chdir(tmp_path)
     before, root = signal.signal(signal.SIGINT, signal.default_int_handler), logging.getLogger()  # nohup ignores it

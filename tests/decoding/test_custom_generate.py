@@ -20,6 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
     EosTokenCriteria,
     GenerationConfig,
@@ -149,6 +151,9 @@ class ByOwnRules:
 CASES: dict[str, dict[str, Any] | ByOwnRules] = {
     "plain": {},
     "several EOS": {"eos_token_id": [3, 5, 17, 22]},
+    "EOS -1": {"eos_token_id": -1},
+    "EOS twice and -1": {"eos_token_id": [17, 17, -1]},
+    "EOS beyond the vocabulary": {"eos_token_id": [END, 17, 1000]},
     "no EOS": {"eos_token_id": None},
     "pad is EOS": {"pad_token_id": END},
     "pad 9": {"pad_token_id": 9},
@@ -177,6 +182,10 @@ CASES: dict[str, dict[str, Any] | ByOwnRules] = {
     "own length": ByOwnRules(stopping_criteria=lambda: StoppingCriteriaList([MaxLengthCriteria(11)])),
     "own length, passed": ByOwnRules(stopping_criteria=lambda: StoppingCriteriaList([MaxLengthCriteria(3)])),
     "own EOS": ByOwnRules(stopping_criteria=lambda: StoppingCriteriaList([EosTokenCriteria([17, 33])])),
+    "more own EOS": ByOwnRules(stopping_criteria=lambda: StoppingCriteriaList([EosTokenCriteria(list(range(3, 20)))])),
+    "own EOS, several in the config": ByOwnRules(
+        stopping_criteria=lambda: StoppingCriteriaList([EosTokenCriteria([17, 33])]), eos_token_id=lambda: [3, 5, 22]
+    ),
     "no time, as argument": {"max_time": 0.0},
     "no time": ByOwnRules(stopping_criteria=lambda: StoppingCriteriaList([MaxTimeCriteria(0.0)])),
     "max_length": {"max_new_tokens": None, "max_length": 13},
@@ -279,7 +288,12 @@ def test_drafts_and_forests_change_no_token(ours: str, width: int) -> None:
 def test_a_narrower_policy_is_another_algorithm() -> None:
     """FixedWidth(2) of 4 beams, without EOS: a layer that passes keeps 2 beams or more, so that the best is at least
     as good as greedy search's, and the shape is what was asked for."""
-    options = {"num_beams": 4, "max_new_tokens": 8, "eos_token_id": None, "return_dict_in_generate": True}
+    options: dict[str, Any] = {
+        "num_beams": 4,
+        "max_new_tokens": 8,
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
+    }
     policy = FixedWidth(2)
     found = target().generate(**one(7, 11), **options, width_policy=policy, custom_generate=dsbd_generate)
     assert found.sequences.shape == (1, 10)
@@ -997,3 +1011,29 @@ def test_the_models_own_layers_are_made_once_and_go_with_it() -> None:
     del model
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("by_the_criterion", [False, True])
+def test_an_own_eos_criterion_leaves_the_number_of_candidates_alone(
+    monkeypatch: pytest.MonkeyPatch, by_the_criterion: bool
+) -> None:
+    """Plain generate counts the config's EOS tokens, not the criterion's; who counts those differs."""
+    shape: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.4}
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(**shape)).eval()
+    options = {"num_beams": 4, "max_new_tokens": 8, "eos_token_id": 2, "pad_token_id": 0}
+    if by_the_criterion:
+        monkeypatch.setattr(decoding.custom_generate, "_ends", lambda *_: [-1] * 68)
+    different = 0
+    for first in (53, 92):
+        plain, found = (
+            model.generate(
+                torch.tensor([[first, 9, 30]]),
+                **options,
+                stopping_criteria=StoppingCriteriaList([EosTokenCriteria(torch.arange(2, 70))]),
+                **more,
+            ).tolist()
+            for more in ({}, {"custom_generate": dsbd_generate})
+        )
+        different += plain != found
+    assert (different > 0) == by_the_criterion

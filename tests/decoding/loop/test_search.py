@@ -451,7 +451,7 @@ def all_that_end(honest: Callable[..., Any]) -> Callable[..., Any]:
     def step(self: SearchRun, ranking: list[Beam], hits: list[bool], width: int) -> Any:
         before = list(self.pool)
         children = honest(self, ranking, hits, width)
-        most = decoding.loop.search.candidates_per_beam(len(self.eos)) * width
+        most = self.candidates * width
         ended = [beam for beam, hit in zip(ranking[:most], hits[:most], strict=True) if hit]
         pool = before + [self._hypothesis(beam, self._ended(beam.node)) for beam in ended]
         self.pool = sorted(pool, key=lambda h: -h.score)[: self.config.target_width]

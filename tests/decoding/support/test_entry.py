@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +122,12 @@ def test_user_error_inside_instantiate(cli: Cli) -> None:
 
 def test_interrupt(cli: Cli) -> None:
     assert cli(task=_raise(KeyboardInterrupt())) == (130, "interrupted\n")
+
+
+def test_sigterm_is_an_interrupt_and_its_handler_goes_with_the_command(cli: Cli) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli(task=lambda cfg: signal.raise_signal(signal.SIGTERM)) == (130, "interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_bugs_keep_their_traceback(cli: Cli) -> None:
