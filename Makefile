@@ -14,7 +14,7 @@ RUN := .venv/bin/python
 OLDEST_TESTS := test_imports.py or test_packaging.py or test_entry.py or test_data.py or test_module.py or \
 	test_report.py or test_tracking.py or test_traces.py or test_decoder.py
 
-.PHONY: help demo test check oldest format pair clean
+.PHONY: help demo test check oldest format pair gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -57,6 +57,12 @@ format: .venv/.installed ## let ruff format and fix what it can
 
 pair: .venv/.installed ## train the built-in pair again, from the recipe (about 70 minutes on 2 cores)
 	$(RUN) -m decoding.tiny
+
+gpu: .venv/.installed ## on a machine with an NVIDIA card: its tests, the bench on models of 8 and 1 billion weights, one page
+	$(RUN) -m pytest -q -m gpu tests
+	$(RUN) -m decoding.bench experiment=gpu output_dir=outputs/gpu
+	$(RUN) -m decoding.report outputs/gpu/bench.json out=outputs/gpu
+	@echo "page: outputs/gpu/results.md"
 
 clean: ## remove outputs and caches; .venv stays
 	rm -rf outputs multirun wandb lightning_logs .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from decoding.dice.sampling import FloatArray, IntArray
+from decoding.support.compiled import inlined
 
 Words = TypeVar("Words", IntArray, Tensor)  # 64-bit words as int64, in either library: both wrap around
 
@@ -43,11 +44,13 @@ _SPLITMIX = (30, _signed(0xBF58476D1CE4E5B9), 27, _signed(0x94D049BB133111EB), 3
 _MURMUR = (33, _signed(0xFF51AFD7ED558CCD), 33, _signed(0xC4CEB9FE1A85EC53), 33)
 
 
+@inlined
 def _shifted(words: Words, bits: int) -> Words:
     """Logical right shift: int64 shifts its sign in, so that is masked away."""
     return (words >> bits) & ((1 << (64 - bits)) - 1)
 
 
+@inlined
 def _finalised(words: Words, rounds: tuple[int, int, int, int, int]) -> Words:
     """Shift-xor and multiply by odd constants: each step can be undone, and every bit reaches every other."""
     first, times, second, times_again, third = rounds
@@ -68,16 +71,19 @@ def root_hash(seed: int) -> int:
     return int(_finalised(token_codes(word), _MURMUR)[0])
 
 
+@inlined
 def child_hashes(parents: Words, codes: Words) -> Words:
     """Hashes of paths that are one token longer; hashes of the parents and codes of the tokens, of one shape."""
     return _finalised(parents ^ codes, _SPLITMIX)
 
 
+@inlined
 def _numerators(hashes: Words) -> Words:
     """k of U = (k + 1/2) / 2^52."""
     return _shifted(_finalised(hashes + _GOLDEN, _MURMUR), 64 - BITS)
 
 
+@inlined
 def exponentials(hashes: IntArray) -> FloatArray:
     """E = -log U of each path, float64, by its hash; any shape."""
     return -np.log((_numerators(hashes) + 0.5) * 2.0**-BITS)
@@ -138,9 +144,13 @@ class PathNoise:
             known.update(zip(missing, child_hashes(parents, codes).tolist(), strict=True))
         return np.array([known[node] for node in nodes], dtype=np.int64)
 
+    def words(self, parents: IntArray, tokens: IntArray) -> tuple[IntArray, IntArray]:
+        """Hashes of the parents and codes of the tokens of (parent node, token) pairs, [S] each."""
+        return self.hashes(parents.tolist()), self._codes[tokens]
+
     def of(self, parents: IntArray, tokens: IntArray) -> FloatArray:
         """E of (parent node, token) pairs, [S]."""
-        return exponentials(child_hashes(self.hashes(parents.tolist()), self._codes[tokens]))
+        return exponentials(child_hashes(*self.words(parents, tokens)))
 
     def grid(self, parents: IntArray, device: torch.device) -> Tensor:
         """E of every token after each of some nodes, [B, V] on `device`."""

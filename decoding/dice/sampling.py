@@ -19,6 +19,7 @@ from torch import Tensor
 from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.support.arrays import FloatArray, IntArray
+from decoding.support.compiled import compiled
 
 DICE_BLOCK = 256
 _TINY = 1e-300  # anything below may overflow as a divisor
@@ -138,27 +139,43 @@ def compact_joint(
     if not best > -np.inf:
         raise UserError(nan_message(model_name) if np.isnan(best) else nothing_left_message(model_name))
     base = np.asarray(weights, dtype=np.float64)  # [B]
-    count = values.shape[1]
-    score, tokens, rows = (values + base[:, None]).ravel(), tokens.ravel(), _row_of_entry(len(base), count)
-    if config.warp == "beam" and config.top_p is not None and config.top_p < 1:
-        keep = np.concatenate([_nucleus(share / (share.sum() or 1.0), config.top_p) for share in np.exp(values)])
-        rows, tokens, score = rows[keep], tokens[keep], score[keep]
-    if config.warp == "joint" and config.top_k is not None and config.top_k < len(score):
-        order = (-score).argpartition(config.top_k - 1)[: config.top_k]
-        order.sort()  # the same order whatever rounding does: draws go by place
-        rows, tokens, score = rows[order], tokens[order], score[order]
+    cut = config.top_k if config.warp == "joint" else None
+    if config.top_p is None or config.top_p == 1:
+        entries, score, probs = _cut(np.ascontiguousarray(values), base, cut or values.size)
+    else:
+        entries, score, probs = _nucleus_cut(values, base, cut or values.size, config)
+    probs.flags.writeable = False  # policies are shown this very array
+    rows = _row_of_entry(*values.shape)[entries]
+    return Joint(np.asarray(nodes, dtype=np.int64)[rows], tokens.ravel()[entries], probs, score)
+
+
+@compiled
+def _cut(values: FloatArray, base: FloatArray, count: int) -> tuple[IntArray, FloatArray, FloatArray]:
+    """The `count` likeliest entries of a flattened [B, K] table, their log-weights and probabilities."""
+    score = (values + base.reshape(-1, 1)).ravel()
+    entries = np.arange(len(score))
+    if count < len(score):
+        entries = np.argpartition(-score, count - 1)[:count]
+        entries.sort()  # the same order whatever rounding does: draws go by place
+        score = score[entries]
     share = np.exp(score - score.max())
-    total = share.sum()
-    if config.warp == "joint" and config.top_p is not None and config.top_p < 1:
-        keep = _nucleus(share / total, config.top_p)
-        rows, tokens, score, share = rows[keep], tokens[keep], score[keep], share[keep]
-        total = share.sum()
     if share.min() <= 0:  # underflow, far behind
         keep = share > 0
-        rows, tokens, score, share = rows[keep], tokens[keep], score[keep], share[keep]
-    probs = share / total
-    probs.flags.writeable = False  # policies are shown this very array
-    return Joint(np.asarray(nodes, dtype=np.int64)[rows], tokens, probs, score)
+        entries, score, share = entries[keep], score[keep], share[keep]
+    return entries, score, share / share.sum()
+
+
+def _nucleus_cut(
+    values: FloatArray, base: FloatArray, count: int, config: DecodingConfig
+) -> tuple[IntArray, FloatArray, FloatArray]:
+    """As `_cut`, with top-p."""
+    assert config.top_p is not None
+    if config.warp == "beam":
+        kept = [_nucleus(share / (share.sum() or 1.0), config.top_p) for share in np.exp(values)]
+        return _cut(np.where(np.stack(kept), values, -np.inf), base, count)
+    entries, score, probs = _cut(values, base, count)
+    keep = _nucleus(probs, config.top_p)
+    return entries[keep], score[keep], probs[keep] / probs[keep].sum()
 
 
 @functools.lru_cache(64)

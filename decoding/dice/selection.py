@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from decoding.dice.dense import DenseJoint, check_numbers
-from decoding.dice.noise import PathNoise
+from decoding.dice.noise import PathNoise, child_hashes, exponentials
 from decoding.dice.sampling import FloatArray, IntArray, Joint
+from decoding.support.compiled import compiled, inlined
 
 _WORTH_A_PARTITION = 512  # entries: below, sorting them all is faster
 
@@ -43,23 +44,30 @@ def run_race(joint: Joint | DenseJoint, noise: PathNoise, count: int) -> Race:
     """
     if isinstance(joint, DenseJoint):
         return _race_on_device(joint, noise, count)
-    drawn = noise.of(joint.parents, joint.tokens)
-    drawn.flags.writeable = False  # policies are shown this very array
+    words = noise.words(joint.parents, joint.tokens)
     with np.errstate(over="ignore"):  # a probability near the smallest float: never drawn before any other
-        keys = drawn / joint.probs
-    picks = smallest(keys, count)
-    return Race(
-        picks, keys[picks], joint.probs[picks], joint.parents[picks], joint.tokens[picks], joint.weights[picks], drawn
-    )
+        picks, keys, drawn = _raced(*words, joint.probs, count)
+    drawn.flags.writeable = False  # policies are shown this very array
+    return Race(picks, keys, joint.probs[picks], joint.parents[picks], joint.tokens[picks], joint.weights[picks], drawn)
 
 
+@inlined
 def smallest(keys: FloatArray, count: int) -> IntArray:
     """Indices of the `count` smallest keys, in order; of equal ones the first."""
     if count < len(keys) and len(keys) > _WORTH_A_PARTITION:
         edge = np.partition(keys, count - 1)[count - 1]
         among = np.flatnonzero(keys <= edge)
-        return among[np.argsort(keys[among], kind="stable")[:count]]
-    return np.argsort(keys, kind="stable")[:count]
+        return among[np.argsort(keys[among], kind="mergesort")[:count]]
+    return np.argsort(keys, kind="mergesort")[:count]
+
+
+@compiled
+def _raced(hashes: IntArray, codes: IntArray, probs: FloatArray, count: int) -> tuple[IntArray, FloatArray, FloatArray]:
+    """The first entries, their keys, and E of all."""
+    drawn = exponentials(child_hashes(hashes, codes))
+    keys = drawn / probs
+    picks = smallest(keys, count)
+    return picks, keys[picks], drawn
 
 
 def _race_on_device(joint: DenseJoint, noise: PathNoise, count: int) -> Race:

@@ -19,7 +19,7 @@ from decoding.dice.noise import PathNoise, seed_of
 from decoding.dice.sampling import FloatArray, IntArray, Joint, compact_joint
 from decoding.dice.selection import Choice, Race, choose, draft_order, run_race
 from decoding.dice.verdict import NEVER, judge, needs
-from decoding.forest.node_scorer import NodeScorer
+from decoding.forest.node_scorer import NodeScorer, mean_hidden
 from decoding.loop.prompt_run import Beam, DraftedLayer, PromptRun, Proposal, Request, best_first
 from decoding.policies.base import Candidates, DraftContext, LayerRecord, Parents, RootContext, TargetContext
 from decoding.results import LayerEvent
@@ -107,15 +107,21 @@ class NoiseRun(PromptRun):
         self, root: RootContext, layer: int, proposal: Proposal, widths: tuple[int, ...]
     ) -> DraftContext:
         assert isinstance(proposal, Guess)
-        context = super()._draft_context(root, layer, proposal, widths)
+        parents = proposal.parents
+        nodes = [beam.node for beam in parents]
         seen = self.policy.chooses or self.policy.needs_candidates or self.recorder is not None
-        return replace(
-            context,
+        return DraftContext(
+            root,
+            layer,
+            np.array([beam.weight for beam in parents]),
+            proposal.joint,
+            widths=widths,
+            draft_hidden=mean_hidden(cast(NodeScorer, self.draft), self.row, nodes),
             known=np.array(proposal.known),
-            noise=proposal.race.noise,
-            parents=tuple(beam.node for beam in proposal.parents),
-            places=self._places_of(proposal.parents),
+            parents=tuple(nodes),
+            places=self._places_of(parents),
             candidates=self._candidates(proposal) if seen else None,
+            noise=proposal.race.noise,
         )
 
     def _parents(self, beams: list[Beam]) -> Parents:

@@ -99,6 +99,9 @@ class Parents:
     @property
     def unknown_share(self) -> float:
         """Share of their weight that is with those that the target has not scored."""
+        known = int(np.count_nonzero(self.known))
+        if known in (0, len(self.known)):
+            return float(not known)
         shares = np.exp(self.weights - self.weights.max())
         return float(shares[~self.known].sum() / shares.sum())
 

@@ -36,6 +36,15 @@ def compiled(function: Function) -> Function:
     return cast(Function, made)
 
 
+def inlined(function: Function) -> Function:
+    """The function as it is, which compiled functions may call as well."""
+    if not COMPILED:
+        return function
+    from numba.extending import register_jitable
+
+    return cast(Function, register_jitable(function))
+
+
 def _stamp(function: Any) -> tuple[tuple[int, int], ...]:
     """Times of change and sizes of the files that machine code is made from.
 
