@@ -294,7 +294,11 @@ class PromptRun(ABC):
                 target = self._joint(self.target, self.beams, "target")
             weights = np.array([beam.weight for beam in self.beams])
             # M may depend on P and Q, not on the layer's noise; where there is no choice of M, no copy is made.
-            seen = replace(layer.context, noise=None) if self.config.min_width < self.config.target_width else layer.context
+            seen = (
+                replace(layer.context, noise=None)
+                if self.config.min_width < self.config.target_width
+                else layer.context
+            )
             context = TargetContext(seen, target, len(layer.picks), tuple(records), weights)
             records.append(self._commit_drafted(context, target, layer))
             if self.done or not records[-1].passed:
