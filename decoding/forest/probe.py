@@ -20,8 +20,8 @@ from decoding.dice.sampling import nan_message
 from decoding.engine.first_layers import first_layers
 from decoding.engine.placement import device_of, dtype_of, packed
 from decoding.engine.runner import runner_of
-from decoding.errors import UserError
-from decoding.forest.scorer import ForestScorer
+from decoding.errors import UserError, first_line
+from decoding.forest.scorer import ForestScorer, PassFailed
 from decoding.forest.tree import TokenForest
 
 _TOLERANCE = 1e-3  # total variation in float32; sums in another order give some 1e-5
@@ -62,7 +62,7 @@ def check_forest_pass(model: Any, role: str, engine: str = "auto") -> None:
                 stacklevel=2,
             )
     if fault:
-        raise UserError(f"The {role} model ({_kind(model)}) {fault}: {_advice(model)}")
+        raise _refusal(model, role, fault)
     runner.checked = True
 
 
@@ -84,32 +84,35 @@ def _check_attention(model: Any, role: str, forward: str) -> None:
         )
 
 
-def _advice(model: Any) -> str:
-    """What to do with a model that is refused."""
+def _refusal(model: Any, role: str, fault: str) -> UserError:
+    """What is said of a model that is refused, and what to do."""
     attention = _attention(model)
-    if attention not in (None, "sdpa", "eager"):
-        return (
-            f"its attn_implementation={attention!r} may not honour the mask that it is given; load it with "
-            "attn_implementation='sdpa' or 'eager'."
-        )
-    return (
-        "it does not honour the mask or the positions it is given, so its beams would be wrong. Use a model of a "
-        "family that docs/families.md names, such as Llama, Qwen, Mistral or GPT-NeoX."
+    why = "it does not honour the mask or the positions it is given, so its beams would be wrong."
+    what = (
+        "Use a model of a family that docs/families.md names, such as Llama, Qwen, Mistral or GPT-NeoX."
+        if attention in (None, "sdpa", "eager")
+        else f"Its attn_implementation is {attention!r}; load it with 'sdpa' or 'eager'."
     )
+    return UserError(f"The {role} model ({_kind(model)}) {fault}{'' if 'cannot run' in fault else f': {why}'} {what}")
 
 
 def _fault(model: Any, role: str, engine: str) -> str | None:
     """What is wrong with a model's forest passes; None if nothing is."""
     try:
         return _exact_fault(model, role, engine) if _is_exact(model) else _coarse_fault(model, role, engine)
+    except PassFailed as error:
+        return _cannot_run(error.__cause__ or error)
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a foreign forward may raise anything
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return (
-            "cannot run a forest pass, in which one pass scores several beams of several prompts under a 4-D attention "
-            f"mask ({lines[0]})"
-        )
+    except Exception as error:  # the model's own pass over a sequence, which may raise anything too
+        return _cannot_run(error)
+
+
+def _cannot_run(error: BaseException) -> str:
+    return (
+        "cannot run a forest pass, in which one pass scores several beams of several prompts under a 4-D attention "
+        f"mask ({first_line(error).rstrip('.')})."
+    )
 
 
 def _is_exact(model: Any) -> bool:
