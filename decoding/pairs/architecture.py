@@ -98,11 +98,20 @@ def weight_sample(model: Any) -> bytes:
     """
     text = text_config(model)
     parts = [json.dumps([text.model_type, text.vocab_size, text.hidden_size, text.num_hidden_layers]).encode()]
-    for weight in (part for whole in model.parameters() for part in _parts(whole.detach())):
-        flat = weight.flatten()
-        sample = flat[:: -(-len(flat) // _SAMPLED) or 1].to(torch.bfloat16)
-        parts.append(json.dumps(list(weight.shape)).encode() + sample.float().cpu().numpy().tobytes())
+    for name, whole in model.named_parameters():
+        for weight in _parts(_loaded(model, name, whole.detach())):
+            flat = weight.flatten()
+            sample = flat[:: -(-len(flat) // _SAMPLED) or 1].to(torch.bfloat16)
+            parts.append(json.dumps(list(weight.shape)).encode() + sample.float().cpu().numpy().tobytes())
     return b"".join(parts)
+
+
+def _loaded(model: Any, name: str, weight: Any) -> Any:
+    """A weight that is offloaded, from where it waits; any other itself."""
+    if not weight.is_meta:
+        return weight
+    module, _, leaf = name.rpartition(".")
+    return model.get_submodule(module)._hf_hook.weights_map[leaf]
 
 
 def _parts(weight: Any) -> Iterator[Any]:
