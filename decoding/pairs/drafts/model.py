@@ -44,7 +44,7 @@ class ModelDraft(Draft):
         states are not read.
         """
         context = context_of(self.model)
-        if context is None:
+        if context is None or options.longest_prompt + options.spare_slots <= context:
             return ForestScorer(self.model, **vars(options), vocabulary=self.vocabulary)
         return ContextScorer(self.model, context, **vars(options), vocabulary=self.vocabulary)
 
