@@ -248,7 +248,7 @@ def _check_fields(config: GenerationConfig, model_kwargs: Mapping[str, Any], pro
                 "given, as dsbd_generate needs; remove it, or call generate without custom_generate."
             )
     for name, value in model_kwargs.items():
-        if value is not None and name not in _KNOWN_INPUTS:
+        if name not in _KNOWN_INPUTS and not _says_nothing(name, value):
             raise UserError(
                 f"dsbd_generate takes token ids and an attention mask, not the input {name}; remove it, or call "
                 "generate without custom_generate."
@@ -280,6 +280,14 @@ def _settings(generation: GenerationConfig, **given: Any) -> dict[str, Any]:
         options = (given[name], getattr(generation, name, None), default)
         chosen[name] = next(option for option in options if option is not None)
     return chosen
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    """Whether an input tells a model nothing, as those do that come with every prompt of text to a vision-language
+    model: no pictures, and that all tokens are text."""
+    if name in ("token_type_ids", "mm_token_type_ids") and isinstance(value, Tensor):
+        return not value.any()
+    return value is None or (isinstance(value, Mapping) and not value)
 
 
 def _check_beams(settings: Mapping[str, Any], draft_width: int | None, samples: bool) -> None:

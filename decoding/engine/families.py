@@ -17,12 +17,14 @@ class Family:
             rotary positions, residual, norm, gated SiLU, residual, and its parts are called as
             Llama's. None: their own forward runs.
         alibi: they make an ALiBi bias, unless a field `alibi` of the config says that they do not.
+        side_by_side: their attention takes keys and values only where those of a row lie side by side.
         unfit: why they are refused although the probe could accept them: some of their passes would
             be wrong.
     """
 
     fused: str | None = None
     alibi: bool = False
+    side_by_side: bool = False
     unfit: str | None = None
 
 
@@ -33,6 +35,7 @@ FAMILIES = {
     "qwen3": Family(fused="Qwen3ForCausalLM"),
     "bloom": Family(alibi=True),
     "falcon": Family(alibi=True),
+    "gpt_neox_japanese": Family(side_by_side=True),
     "mpt": Family(
         unfit="its attention takes one ALiBi bias for all prompts of a batch, whose tokens lie in different slots"
     ),

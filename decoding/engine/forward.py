@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from decoding.engine.families import family_of
 from decoding.engine.positions import alibi_by_position, sliding_layers
 from decoding.errors import UserError
 
@@ -132,7 +133,8 @@ class _FlatLayer(CacheLayerMixin):
         slots = inputs.slots.to(buffer.device)  # layers of a dispatched model lie on several devices
         buffer.index_copy_(0, slots, states.transpose(1, 2).flatten(0, 1))
         rows = buffer.view(store.rows, store.capacity, *buffer.shape[1:])
-        return rows[inputs.first_row : inputs.first_row + inputs.rows, : inputs.read].transpose(1, 2)
+        read = rows[inputs.first_row : inputs.first_row + inputs.rows, : inputs.read].transpose(1, 2)
+        return read.contiguous() if store.side_by_side else read
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._store.inputs.read if self._store.inputs is not None else 0, 0
@@ -150,8 +152,8 @@ class _FlatLayer(CacheLayerMixin):
 class TransformersStore(Cache):
     """A flat KV buffer behind transformers' Cache interface."""
 
-    def __init__(self, rows: int, capacity: int, num_layers: int) -> None:
-        self.rows, self.capacity = rows, capacity
+    def __init__(self, rows: int, capacity: int, num_layers: int, side_by_side: bool = False) -> None:
+        self.rows, self.capacity, self.side_by_side = rows, capacity, side_by_side
         self.inputs: PassInputs | None = None  # of the pass under way
         self._flat = [_FlatLayer(self) for _ in range(num_layers)]
         super().__init__(layers=list(self._flat))
@@ -198,10 +200,11 @@ class TransformersForward:
         self._layers = model.config.get_text_config().num_hidden_layers
         self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._all_slide = all(sliding_layers(model.config))
+        self._side_by_side = family_of(model.config).side_by_side
 
     def new_store(self, rows: int, capacity: int) -> TransformersStore:
         """An empty buffer; keys and values are allocated by the first pass."""
-        return TransformersStore(rows, capacity, self._layers)
+        return TransformersStore(rows, capacity, self._layers, self._side_by_side)
 
     def __call__(self, inputs: PassInputs, store: TransformersStore) -> PassOutput:
         """Run a pass.

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from decoding.engine.families import family_of
 from decoding.engine.forward import PassInputs, PassOutput, larger
-from decoding.engine.positions import sliding_layers
+from decoding.engine.positions import STATIC_ROPE, sliding_layers
 from decoding.engine.watch import Watch
 
 _PROJECTIONS = (
@@ -32,7 +32,6 @@ _PROJECTIONS = (
 # On a GPU without cuDNN's attention, which torch prefers on some: it plans anew, in many
 # milliseconds, for every shape.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 Rotation = Callable[[int], Tensor]  # positions -> e^(i * angle) of each, [positions, D/2] complex64
 Linear = Callable[[Tensor], Tensor]
 Residual = Callable[[Tensor, Tensor], Tensor]  # (input, residual) -> residual + projection, perhaps in its place
@@ -46,7 +45,7 @@ def can_fuse(model: Any) -> bool:
     if type(model).__name__ != family_of(config).fused or getattr(config, "hidden_act", None) != "silu":
         return False
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") not in _STATIC_ROPE or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if rope.get("rope_type", "default") not in STATIC_ROPE or rope.get("partial_rotary_factor", 1.0) != 1.0:
         return False
     weights = list(model.parameters())
     one_kind = len({(type(weight), weight.dtype, weight.device) for weight in weights}) == 1

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # rotary angles that depend on the position alone
+
 
 def window_of(config: Any) -> int | None:
     """Tokens that a sliding layer sees, the query's own among them; None where no layer slides."""

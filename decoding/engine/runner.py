@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from decoding.engine.families import has_alibi
+from decoding.engine.families import family_of, has_alibi
 from decoding.engine.forward import Forward, TransformersForward
 from decoding.engine.fused import FusedForward, can_fuse, hooked
 from decoding.engine.graphs import GraphedForward
@@ -104,4 +104,5 @@ def runner_of(model: Any, engine: str) -> Runner:
 def _state(model: Any) -> tuple[Any, ...]:
     """Changes when a runner of the model, or what the probe said about it, may no longer hold."""
     attention = [getattr(c, "_attn_implementation", None) for c in (model.config, model.config.get_text_config())]
-    return signature(model.parameters()), hooked(model), attention
+    unwatched = type(model).__name__ == family_of(model.config).fused and not hooked(model)  # may be fused
+    return signature(model.parameters()), unwatched, attention

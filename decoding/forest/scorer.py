@@ -12,16 +12,21 @@ import torch
 from torch import Tensor
 
 from decoding.dice.sampling import FloatArray, IntArray, log_probabilities, top_entries
-from decoding.engine.forward import Forward, PassInputs
+from decoding.engine.forward import Forward, PassInputs, PassOutput
 from decoding.engine.layer_states import LayerStates
 from decoding.engine.placement import device_of, dtype_of
 from decoding.engine.runner import runner_of
 from decoding.engine.vocabulary import VocabularyMap
+from decoding.errors import UserError, first_line
 from decoding.forest.cache import ForestCache, Placement
 from decoding.forest.node_scorer import Process
 from decoding.forest.tree import TokenForest
 
 PREFILL_CHUNK = 512  # prompt tokens in a pass: bounds the memory of its mask and its activations
+
+
+class PassFailed(UserError):
+    """What a model's own code raised in a pass."""
 
 
 @dataclass
@@ -219,7 +224,7 @@ class ForestScorer:
         began = time.perf_counter()
         if self.cache.keeps_positions:
             self._look_back(inputs)
-        logits, hidden, states = forward(inputs, self._store)
+        logits, hidden, states = self._passed(inputs, forward)
         if self._states is not None and states is not None:
             self._states.write(inputs.slots, states)
         if not order:  # a part of a prompt
@@ -238,6 +243,16 @@ class ForestScorer:
             if hidden is not None:
                 held.hidden[node] = (hidden, i)
         self.model_seconds += time.perf_counter() - began
+
+    def _passed(self, inputs: PassInputs, forward: Forward) -> PassOutput:
+        """A pass, whatever a foreign model raises in it as one sentence."""
+        try:
+            return forward(inputs, self._store)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            kind = getattr(self.model.config, "model_type", type(self.model).__name__)
+            raise PassFailed(f"A pass of the model ({kind}) failed: {first_line(error)}") from error
 
     def _look_back(self, inputs: PassInputs) -> None:
         """Add what a pass reads of distances along paths: the mask of sliding layers, or positions for ALiBi."""

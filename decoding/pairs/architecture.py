@@ -5,12 +5,13 @@ refused, and why.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from decoding.engine.families import family_of
+from decoding.engine.families import family_of, has_alibi
+from decoding.engine.positions import STATIC_ROPE
 from decoding.errors import UserError
 
 _SAMPLED = 64  # entries of each weight that a fingerprint holds
@@ -55,17 +56,38 @@ def vocab_size_of(model: Any) -> int:
 
 
 def context_of(model: Any) -> int | None:
-    """Tokens that a model takes; a chunk is a limit, and so is a length at which all angles of a
-    model change.
+    """Tokens that a model was made for, its scaled positions counted; None where it does not say."""
+    limit, made_for = limit_of(model), getattr(text_config(model), "max_position_embeddings", None)
+    if not isinstance(made_for, int) or made_for <= 0:
+        return limit
+    for rope in _ropes(model):
+        factor = rope.get("factor") or 1.0
+        made_for = max(made_for, int(factor * rope.get("original_max_position_embeddings", made_for)))
+    return made_for if limit is None else min(made_for, limit)
+
+
+def limit_of(model: Any) -> int | None:
+    """Tokens beyond which a model cannot be run, or not with keys that are cached; None without end.
+
+    A chunk of attention is a limit, a table of positions, and a length at which all angles change.
+    Angles that depend on a token's position alone go on without end, as ALiBi does: that a model
+    was not trained so far is for its user to judge, as in transformers' `generate`.
     """
     text = text_config(model)
-    limits = [getattr(text, "max_position_embeddings", None)]
-    limits.append(getattr(text, "attention_chunk_size", None))
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        limits.append(rope.get("original_max_position_embeddings"))
+    ropes = _ropes(model)
+    limits = [getattr(text, "attention_chunk_size", None)]
+    if not has_alibi(text) and not (ropes and all(rope.get("rope_type", "default") in STATIC_ROPE for rope in ropes)):
+        limits.append(getattr(text, "max_position_embeddings", None))
+    limits += [r.get("original_max_position_embeddings") for r in ropes if r.get("rope_type") == "longrope"]
     lengths = [limit for limit in limits if isinstance(limit, int) and limit > 0]
     return min(lengths) if lengths else None
+
+
+def _ropes(model: Any) -> list[Mapping[str, Any]]:
+    """The rotary positions of a model, of each kind of layer where these differ."""
+    rope = getattr(text_config(model), "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, Mapping)]
+    return nested or ([rope] if rope else [])
 
 
 def weight_sample(model: Any) -> bytes:
@@ -76,11 +98,20 @@ def weight_sample(model: Any) -> bytes:
     """
     text = text_config(model)
     parts = [json.dumps([text.model_type, text.vocab_size, text.hidden_size, text.num_hidden_layers]).encode()]
-    for weight in (part for whole in model.parameters() for part in _parts(whole.detach())):
-        flat = weight.flatten()
-        sample = flat[:: -(-len(flat) // _SAMPLED) or 1].to(torch.bfloat16)
-        parts.append(json.dumps(list(weight.shape)).encode() + sample.float().cpu().numpy().tobytes())
+    for name, whole in model.named_parameters():
+        for weight in _parts(_loaded(model, name, whole.detach())):
+            flat = weight.flatten()
+            sample = flat[:: -(-len(flat) // _SAMPLED) or 1].to(torch.bfloat16)
+            parts.append(json.dumps(list(weight.shape)).encode() + sample.float().cpu().numpy().tobytes())
     return b"".join(parts)
+
+
+def _loaded(model: Any, name: str, weight: Any) -> Any:
+    """A weight that is offloaded, from where it waits; any other itself."""
+    if not weight.is_meta:
+        return weight
+    module, _, leaf = name.rpartition(".")
+    return model.get_submodule(module)._hf_hook.weights_map[leaf]
 
 
 def _parts(weight: Any) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from decoding.engine.placement import same_device
-from decoding.errors import UserError
+from decoding.errors import UserError, first_line
 from decoding.pairs.architecture import check_architecture
 from decoding.pairs.builtin import load_tiny
 from decoding.pairs.drafts import ALLOWED, is_named
@@ -127,7 +127,7 @@ def _moved(model: Any, source: str, role: str, device: torch.device) -> Any:
         return model.to(device)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise UserError(
-            f"The {role} model {source!r} cannot be moved to {device}: {_first_line(error)} Say where it is to be "
+            f"The {role} model {source!r} cannot be moved to {device}: {first_line(error)} Say where it is to be "
             "loaded: device_map=... in Python, +pair.device_map=... on the command line."
         ) from error
 
@@ -187,7 +187,7 @@ def _from_hub(loader: Any, source: str, role: str, **options: Any) -> Any:
         return loader.from_pretrained(folder, **({"gguf_file": file} if file else {}), **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
-            f"The {role} model {source!r} could not be loaded: {_first_line(error)} Give a directory written by "
+            f"The {role} model {source!r} could not be loaded: {first_line(error)} Give a directory written by "
             "save_pretrained, a GGUF file, or a hub id that this machine can reach (pair.target=..., pair.draft=...)."
         ) from error
 
@@ -198,8 +198,3 @@ def _gguf(source: str) -> tuple[str, str | None]:
         return source, None
     path = Path(source)
     return str(path.parent), path.name
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message that says something, or what kind of error it is."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,7 @@ from decoding.pairs.architecture import (
     check_architecture,
     context_of,
     describe_model,
+    limit_of,
     vocab_size_of,
     weight_sample,
 )
@@ -204,7 +206,7 @@ class ModelPair:
 
     @property
     def context(self) -> int | None:
-        """Longest sequence that both models take, in tokens; None where they do not say."""
+        """Longest sequence that both models were made for, in tokens; None where they do not say."""
         limits = [context_of(model) for model in self.models.values()]
         lengths = [limit for limit in limits if limit is not None]
         return min(lengths) if lengths else None
@@ -234,7 +236,9 @@ class ModelPair:
 
 
 def check_prompt(pair: ModelPair, prompt: list[int], config: DecodingConfig, index: int) -> None:
-    """Refuse an empty prompt, foreign token ids, and what would not fit the models' contexts."""
+    """Refuse an empty prompt, foreign token ids, and what the target cannot take; a draft stops where
+    its context ends.
+    """
     if not prompt:
         raise UserError(f"Prompt {index} is empty; give at least one token (for instance the BOS token).")
     worst = max(prompt) if min(prompt) >= 0 else min(prompt)
@@ -243,13 +247,19 @@ def check_prompt(pair: ModelPair, prompt: list[int], config: DecodingConfig, ind
             f"Prompt {index} holds token id {worst}, outside the vocabulary of {pair.vocab_size} (0 to "
             f"{pair.vocab_size - 1}). Was it made with another tokenizer?"
         )
-    for role, model in pair.models.items():
-        limit = context_of(model)
-        if limit is not None and len(prompt) + config.max_new_tokens > limit:
-            raise UserError(
-                f"Prompt {index} has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}, together more "
-                f"than the {role} model's context of {limit}. Shorten the prompt or lower max_new_tokens."
-            )
+    length = len(prompt) + config.max_new_tokens
+    limit, made_for = limit_of(pair.target), context_of(pair.target)
+    if limit is not None and length > limit:
+        raise UserError(
+            f"Prompt {index} has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}, together more "
+            f"than the target model's context of {limit}. Shorten the prompt or lower max_new_tokens."
+        )
+    if made_for is not None and length > made_for:
+        warnings.warn(
+            f"Prompt {index} and its new tokens may be {length} tokens, more than the {made_for} that the target model "
+            "was made for: it goes on, perhaps badly.",
+            stacklevel=3,
+        )
 
 
 def end_tokens(pair: ModelPair, config: DecodingConfig) -> frozenset[int]:

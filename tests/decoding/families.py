@@ -53,6 +53,13 @@ _SHAPE = dict(
     head_dim=8,
     max_position_embeddings=128,
 )
+_NEOX_JAPANESE = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_multiple_size=2,
+    max_position_embeddings=128,
+)
 _GPT_SHAPE = dict(n_embd=32, n_layer=2, n_head=4, n_positions=128)
 _BLOOM_SHAPE = dict(hidden_size=32, n_layer=2, n_head=4)
 _FALCON_SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128)
@@ -97,6 +104,7 @@ FAMILIES: dict[str, Family] = {
     "GPT-J": Family("gptj", "rotary, part of a head", "full", {**_GPT_SHAPE, "rotary_dim": 4}),
     "GPT-BigCode, StarCoder": Family("gpt_bigcode", "learned", "full, one key head", _GPT_SHAPE),
     "GPT-NeoX, Pythia": Family("gpt_neox", "rotary, part of a head", "full", _SHAPE),
+    "GPT-NeoX Japanese": Family("gpt_neox_japanese", "rotary", "full", _NEOX_JAPANESE),
     "gpt-oss": Family(
         "gpt_oss",
         "rotary",
@@ -215,6 +223,13 @@ REFUSED: dict[str, Refused] = {
     ),
     "BERT, as an encoder": Refused(
         "bert", {**_SHAPE, "is_decoder": False}, "its tokens see those after them", "differently", by_config=False
+    ),
+    "XLM": Refused(
+        "xlm",
+        {"emb_dim": 32, "n_layers": 2, "n_heads": 4},
+        "takes no mask of four dimensions",
+        "cannot run a forest pass",
+        by_config=False,
     ),
     "OpenAI GPT": Refused(
         "openai-gpt", _GPT_SHAPE, "keeps no keys and values", "cannot run a forest pass", by_config=False

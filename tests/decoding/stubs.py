@@ -68,6 +68,7 @@ class TableModel(nn.Module):
             bos_token_id=None,
             eos_token_id=None,
         )
+        self.config.rope_parameters = None  # its positions are a table, which ends
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head

@@ -24,6 +24,8 @@ from transformers import (
     BloomForCausalLM,
     DynamicCache,
     EosTokenCriteria,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GenerationConfig,
     LlamaForCausalLM,
     LogitsProcessor,
@@ -476,6 +478,38 @@ def test_inferred_masks() -> None:
     for width in (1, 2):
         options = {"num_beams": width, "repetition_penalty": 1.5}
         check_equal({"input_ids": BATCH["input_ids"]}, width, **{k: v for k, v in options.items() if k != "num_beams"})
+
+
+# Vision-language models.
+
+
+@cache
+def seeing() -> Any:
+    """Gemma 3 with an eye, both of a few weights."""
+    text = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    eye = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, image_size=16)
+    config = Gemma3Config(
+        text_config={**text, "vocab_size": 40, "num_key_value_heads": 2, "initializer_range": 0.3},
+        vision_config={**eye, "patch_size": 8},
+        mm_tokens_per_image=4,
+        image_token_index=39,
+    )
+    torch.manual_seed(0)
+    return Gemma3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("ours", [{}, {"assistant_model": "layers:1"}], ids=str)
+@pytest.mark.parametrize("said", [{}, {"token_type_ids": torch.zeros(1, 3, dtype=torch.long)}], ids=["", "types"])
+def test_text_to_a_vision_language_model(said: dict[str, Tensor], ours: dict[str, Any]) -> None:
+    """transformers adds an empty mm_encoder_outputs, and processors say that all tokens are text."""
+    check_equal({**one(5, 9, 30), **said}, 3, ours, seeing())
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "token_type_ids"])
+def test_pictures_are_refused_by_name(name: str) -> None:
+    seen = {"pixel_values": torch.ones(1, 3, 16, 16), "token_type_ids": torch.ones(1, 3, dtype=torch.long)}[name]
+    with pytest.raises(UserError, match=f"not the input ({name}|mm_encoder_outputs)"):
+        seeing().generate(**one(5, 9, 30), **{name: seen}, max_new_tokens=3, custom_generate=dsbd_generate)
 
 
 # Sampling.

@@ -11,8 +11,8 @@ import torch
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, UserError, WidthPolicy, beam_sample
 from decoding.decoder import as_token_lists
 from decoding.policies.base import TargetContext
-from decoding.results import LayerEvent, Recorder
-from tests.decoding.stubs import MAX_POSITIONS, TableModel, llama_pair, random_pair, settings
+from decoding.results import DecodeResult, LayerEvent, Recorder
+from tests.decoding.stubs import MAX_POSITIONS, TableModel, llama_pair, random_pair, settings, small_llama
 
 PROMPT = [1, 2]
 VOCABULARY = 5
@@ -277,11 +277,42 @@ def test_bad_prompts_are_refused(prompts: Any, sentence: str) -> None:
         DSBDDecoder(random_pair(4), config).generate(prompts)
 
 
-def test_a_long_prompt_for_the_draft_alone_is_refused() -> None:
+@pytest.mark.parametrize("changes", [{}, {"mode": "beam_search"}, {"verification": "rejection"}], ids=str)
+def test_a_draft_stops_where_its_context_ends(changes: dict[str, Any]) -> None:
+    """Its table of positions ends: a pass beyond it would be an IndexError. One prompt is longer from the start."""
     pair = random_pair(4)
-    pair.draft.config.max_position_embeddings = 8
-    with pytest.raises(UserError, match="the draft model's context of 8"):
-        DSBDDecoder(pair, DecodingConfig(max_new_tokens=5)).generate([[1, 2, 3, 1]])
+    pair.draft.table.data = pair.draft.table.data[:10]
+    prompts = [[1, 2, 3, 1, 0, 2, 1, 3, 3], [1, 2, 3, 1, 2, 0, 3, 1, 1, 2, 3], [1, 2, 3, 0, 1, 2, 2, 1, 0]]
+    config = DecodingConfig(target_width=2, draft_width=3, max_new_tokens=5, eos_token_id=-1, **changes)
+    with pytest.raises(UserError, match=r"A pass of the model \(llama\) failed: index 10 is out of bounds"):
+        generated(pair, config, prompts)
+    pair.draft.config.max_position_embeddings = 10
+    results = generated(pair, config, prompts)
+    assert [len(result.sequences[0]) for result in results] == [5, 5, 5]
+    assert [result.stats.draft_calls > 0 for result in results] == [True, False, True]
+    records = results[0].stats.records
+    assert len(records[0].drafts) == 2, "as many layers as fit"
+    if changes:  # else the target's known rows propose, too
+        assert not records[-1].drafts
+        assert [record.drafts for record in results[1].stats.records] == [()] * 5
+    if "verification" not in changes:
+        alone = beam_sample(pair.target, prompts, config, torch.Generator().manual_seed(0))
+        assert [result.sequences for result in results] == [result.sequences for result in alone]
+
+
+def generated(pair: ModelPair, config: DecodingConfig, prompts: list[list[int]]) -> list[DecodeResult]:
+    """Two at a time, so that rows are used again; they share a prefix that one of them does not hold."""
+    return DSBDDecoder(pair, config).generate(prompts, torch.Generator().manual_seed(0), batch_size=2)
+
+
+def test_a_target_goes_on_beyond_what_it_was_made_for() -> None:
+    """As in transformers' generate, where angles go on; with a word."""
+    model = small_llama(7, max_position_embeddings=8)
+    config = DecodingConfig(mode="beam_search", target_width=1, draft_width=1, max_new_tokens=12)
+    with pytest.warns(UserWarning, match=r"Prompt 0 .* 16 tokens, more than the 8 that the target model was made for"):
+        (result,) = beam_sample(model, [[1, 2, 3, 4]], config)
+    plain = model.generate(torch.tensor([[1, 2, 3, 4]]), do_sample=False, max_new_tokens=12, pad_token_id=0)
+    assert result.sequences[0] == plain[0, 4:].tolist()
 
 
 def test_generators_must_match_prompts() -> None:

@@ -42,7 +42,7 @@ class Draft(ABC):
 
     @property
     def models(self) -> dict[str, Any]:
-        """Causal language models that it runs, by role; each is probed, its context is a limit."""
+        """Causal language models that it runs, by role; each is probed."""
         return {}
 
     @abstractmethod

@@ -7,9 +7,10 @@ from typing import Any
 from decoding.engine.placement import device_of
 from decoding.engine.vocabulary import VocabularyMap
 from decoding.errors import UserError
+from decoding.forest.context_scorer import ContextScorer
 from decoding.forest.node_scorer import NodeScorer, ScorerOptions
 from decoding.forest.scorer import ForestScorer
-from decoding.pairs.architecture import text_config, weight_sample
+from decoding.pairs.architecture import context_of, text_config, weight_sample
 from decoding.pairs.drafts.base import Draft
 
 
@@ -39,8 +40,13 @@ class ModelDraft(Draft):
         return weight_sample(self.model) + (self.vocabulary.digest if self.vocabulary is not None else b"")
 
     def scorer(self, target: ForestScorer, options: ScorerOptions) -> NodeScorer:
-        """Passes of the model over its own forest cache; the target's states are not read."""
-        return ForestScorer(self.model, **vars(options), vocabulary=self.vocabulary)
+        """Passes of the model over its own forest cache, as far as its context goes; the target's
+        states are not read.
+        """
+        context = context_of(self.model)
+        if context is None or options.longest_prompt + options.spare_slots <= context:
+            return ForestScorer(self.model, **vars(options), vocabulary=self.vocabulary)
+        return ContextScorer(self.model, context, **vars(options), vocabulary=self.vocabulary)
 
     def assistance(self) -> dict[str, Any]:
         """Arguments that make the model transformers' `assistant_model`."""

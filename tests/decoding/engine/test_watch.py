@@ -83,9 +83,9 @@ def test_a_changed_model_is_decoded_as_it_is_now(change: Callable[[Any], None]) 
     torch.manual_seed(1)
     change(model)
     after = log_probs(model)
-    told = dict(return_dict_in_generate=True, output_scores=True, eos_token_id=None, pad_token_id=0)
-    (plain,) = model.generate(torch.tensor(PROMPT), num_beams=2, max_new_tokens=6, **told).sequences_scores.tolist()
-    assert after[0] == pytest.approx(plain, abs=1e-4)
+    options = dict(num_beams=2, max_new_tokens=6, eos_token_id=None, pad_token_id=0)
+    plain = model.generate(torch.tensor(PROMPT), **options, return_dict_in_generate=True, output_scores=True)
+    assert after[0] == pytest.approx(plain.sequences_scores.item(), abs=1e-4)
     assert abs(after[0] - before[0]) > 1e-3, "the change shows"
 
 

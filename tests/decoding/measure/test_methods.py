@@ -117,7 +117,6 @@ def test_policy_method_runs_the_policy_it_is_given(pair: ModelPair) -> None:
 
 def test_transformers_refuses_the_same_prompts(pair: ModelPair) -> None:
     for prompts, sentence in (
-        (([1] * 300,), "context of 256"),
         (([],), "is empty"),
         (([10**6],), "outside the vocabulary"),
     ):

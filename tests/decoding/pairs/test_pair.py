@@ -12,9 +12,13 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RecurrentGemmaConfig,
@@ -23,8 +27,10 @@ from transformers import (
 )
 
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError, beam_sample
-from decoding.pairs import loading
-from decoding.pairs.architecture import check_architecture
+from decoding.engine.placement import device_of, dtype_of, packed
+from decoding.engine.runner import runner_of
+from decoding.pairs import architecture, loading
+from decoding.pairs.architecture import check_architecture, context_of, limit_of
 from decoding.pairs.pair import end_tokens
 from tests.decoding.stubs import random_pair, small_llama
 
@@ -285,3 +291,84 @@ def test_a_gguf_file_is_loaded_from_its_folder(tmp_path: Path, name: str) -> Non
     )
     on_the_hub = f"owner/repository/{name}"
     assert loading._from_hub(Loader, on_the_hub, "target") == ("owner/repository", {"gguf_file": name})
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 32, "rope_theta": 1e4}
+FACTORS = {"short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions", "made_for", "limit"),
+    [
+        (None, 64, 64, None),
+        (YARN, 32, 128, None),
+        (YARN, 128, 128, None),
+        (LLAMA3, 128, 128, None),
+        (LINEAR, 32, 128, None),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 64, 64, 64),
+        ({**LONG, **FACTORS}, 128, 32, 32),
+    ],
+    ids=lambda value: value["rope_type"] if isinstance(value, dict) else str(value),
+)
+def test_contexts_count_scaled_positions(rope: Any, positions: int, made_for: int, limit: int | None) -> None:
+    model = small_llama(8, 1, max_position_embeddings=positions, **({"rope_parameters": rope} if rope else {}))
+    assert (context_of(model), limit_of(model)) == (made_for, limit)
+
+
+def test_a_table_of_positions_is_a_limit() -> None:
+    for kind, changes in ((GPT2Config, {"n_positions": 40}), (OPTConfig, {"max_position_embeddings": 40})):
+        model = type("Model", (), {"config": kind(**changes)})
+        assert context_of(model) == limit_of(model) == 40
+    assert limit_of(type("Model", (), {"config": BloomConfig()})) is None  # ALiBi
+
+
+def test_rotary_positions_of_two_kinds_of_layers_have_no_end_either() -> None:
+    model = type("Model", (), {"config": Gemma3TextConfig(max_position_embeddings=64)})
+    assert (context_of(model), limit_of(model)) == (64, None)
+
+
+class Packed(torch.Tensor):
+    """Multiplies, but cannot be cut or joined, as packed int8 is."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.cat, torch.Tensor.unflatten, torch.Tensor.view, torch.Tensor.diagonal):
+            raise NotImplementedError(function.__name__)
+        with torch._C.DisableTorchFunctionSubclass():
+            out = function(*args, **(kwargs or {}))
+        keeps = function in (torch.Tensor.detach, torch.Tensor.requires_grad_)
+        return out.as_subclass(cls if keeps else torch.Tensor) if isinstance(out, torch.Tensor) else out
+
+
+@pytest.mark.parametrize("where", ["q_proj", "o_proj"])
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_packed_weights_run_by_the_models_own_forward(where: str, role: str) -> None:
+    pair = ModelPair(small_llama(24), small_llama(24, 1))
+    config = DecodingConfig(mode="beam_search", target_width=3, max_new_tokens=8, eos_token_id=-1)
+    expected = DSBDDecoder(pair, config).generate([[1, 2]])[0].sequences
+    before = pair.fingerprint
+    linear = pair.models[role].model.layers[0].self_attn.get_submodule(where)
+    linear.weight = torch.nn.Parameter(linear.weight.data.as_subclass(Packed), requires_grad=False)
+    assert DSBDDecoder(pair, config).generate([[1, 2]])[0].sequences == expected
+    assert runner_of(pair.models[role], "auto").prompts.name == "transformers"
+    assert ModelPair(pair.target, pair.draft).fingerprint == before
+
+
+def test_a_packed_weight_is_hashed_by_its_parts() -> None:
+    whole = torch.arange(6.0)
+    halves = {"left": whole[:2], "right": whole[2:], "__tensor_flatten__": lambda self: (["left", "right"], None)}
+    assert [part.tolist() for part in architecture._parts(type("Weight", (), halves)())] == [[0, 1], [2, 3, 4, 5]]
+
+
+def test_a_model_takes_its_inputs_where_it_is_told_to() -> None:
+    """The weights of a dispatched model may wait elsewhere, and those of a quantised one be integers."""
+    model = small_llama(8, 1)
+    assert (device_of(model), dtype_of(model)) == (torch.device("cpu"), torch.float32)
+    model.register_parameter("first", torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False))
+    model._parameters = {"first": model._parameters["first"], **model._parameters}
+    assert (dtype_of(model), packed(model)) == (torch.float32, True)
+    model._hf_hook = type("Hook", (), {"execution_device": 1})
+    assert device_of(model) == torch.device("cuda", 1)
