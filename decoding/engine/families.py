@@ -17,7 +17,8 @@ class Family:
             rotary positions, residual, norm, gated SiLU, residual, and its parts are called as
             Llama's. None: their own forward runs.
         alibi: they make an ALiBi bias, unless a field `alibi` of the config says that they do not.
-        side_by_side: their attention takes keys and values only where those of a row lie side by side.
+        side_by_side: their attention takes keys and values only where those of a row lie side by
+            side.
         unfit: why they are refused although the probe could accept them: some of their passes would
             be wrong.
     """

@@ -12,7 +12,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 
 class Watch:
-    """Modules as they are now: where their weights lie, a sample of what these hold, their settings.
+    """Modules as they are now: where their weights lie, a sample of what these hold, their
+    settings.
 
     torch counts most writes to a tensor, but not those through `.data` or NumPy, nor those of fused
     optimisers. So an entry of every row and of every column is kept as well, read through views in
@@ -45,8 +46,8 @@ def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def _seen(modules: Sequence[nn.Module]) -> tuple[Any, ...]:
-    """What can be told without reading weights: their signature, and numbers and names that modules
-    keep as attributes, such as the epsilon of a norm.
+    """All that can be told without reading weights: their signature, and numbers and names that
+    modules keep as attributes, such as the epsilon of a norm.
     """
     plain = (int, float, str, bool)
     settings = [

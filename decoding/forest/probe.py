@@ -25,11 +25,13 @@ from decoding.forest.scorer import ForestScorer, PassFailed
 from decoding.forest.tree import TokenForest
 
 _TOLERANCE = 1e-3  # total variation in float32; sums in another order give some 1e-5
-# What rounding may make, of what another parent makes. Of SmolLM2-135M on a CPU, in bfloat16 and float16, fused and
-# not, right passes made 0.09 at most, and each of seven broken twins 0.38 or more in one of the questions.
+# What rounding may make, of what another parent makes. Of SmolLM2-135M on a CPU, in bfloat16 and
+# float16, fused and not, right passes made 0.09 at most, and each of seven broken twins 0.38 or
+# more in one of the questions.
 _ROUNDING = 0.2
-# Of packed weights; activations that are rounded to 8 bits, with scales of their own pass, made 0.32 there (torchao's
-# dynamic int8, bitsandbytes' int8), and the twins 0.5; one of them, all new positions one too far, is not told apart.
+# Of packed weights; activations that are rounded to 8 bits, with scales of their own pass, made
+# 0.32 there (torchao's dynamic int8, bitsandbytes' int8), and the twins 0.5; one of them, all new
+# positions one too far, is not told apart.
 _PACKED_ROUNDING = 0.4
 _PROBED_WINDOW = 256  # tokens; a wider sliding window would make a long prompt of what should be quick
 _SIBLINGS = 8
@@ -88,7 +90,7 @@ def _check_attention(model: Any, role: str, forward: str) -> None:
 
 
 def _refusal(model: Any, role: str, fault: str) -> UserError:
-    """What is said of a model that is refused, and what to do."""
+    """The sentence on a model that is refused: why, and what to do."""
     attention = _attention(model)
     why = "it does not honour the mask or the positions it is given, so its beams would be wrong."
     what = (
@@ -100,7 +102,7 @@ def _refusal(model: Any, role: str, fault: str) -> UserError:
 
 
 def _fault(model: Any, role: str, engine: str) -> str | None:
-    """What is wrong with a model's forest passes; None if nothing is."""
+    """A sentence on what is wrong with a model's forest passes; None if nothing is."""
     try:
         return _exact_fault(model, role, engine) if _is_exact(model) else _coarse_fault(model, role, engine)
     except PassFailed as error:
@@ -162,8 +164,8 @@ def _coarse_fault(model: Any, role: str, engine: str) -> str | None:
 
 
 def _fault_of_copy(model: Any, role: str, engine: str) -> str | None:
-    """What is wrong with a float32 copy of the first layers, where sums are exact enough to show
-    small errors too.
+    """A sentence on what is wrong with a float32 copy of the first layers, where sums are exact
+    enough to show small errors too.
     """
     small = _float_copy(model)
     if small is None:
@@ -284,7 +286,7 @@ def _forest(model: Any, engine: str, case: _Case) -> Tensor:
 
 
 def _one_by_one(model: Any, role: str, case: _Case) -> Tensor:
-    """The same by the model itself, a sequence a leaf, positions as it counts them; [R, 2, V]."""
+    """Leaves by the model itself, a sequence a leaf, positions as it counts them; [R, 2, V]."""
     rows = []
     for row in range(_ROWS):
         paths = torch.tensor(case.paths(row)).to(device_of(model))

@@ -59,8 +59,8 @@ class Peer:
         """Beam search of CTranslate2, one prompt at a time.
 
         Differences from this engine that a reader of a comparison should know: with EOS it stops
-        once as many hypotheses ended as there are beams, whatever `early_stopping` says; `new_tokens`
-        counts those of the best hypothesis; `scores` are its own.
+        once as many hypotheses ended as there are beams, whatever `early_stopping` says;
+        `new_tokens` counts those of the best hypothesis; `scores` are its own.
 
         Args:
             prompts: as for DSBDDecoder.generate.
@@ -96,7 +96,8 @@ class Peer:
 
 
 def converted(pair: ModelPair) -> Path:
-    """The folder with the target as CTranslate2 reads it, in float32; converted now if it never was.
+    """The folder with the target as CTranslate2 reads it, in float32; converted now if it never
+    was.
 
     Folders are kept in ctranslate2/ of `cache_root`, under a hash of the target's weights.
     """

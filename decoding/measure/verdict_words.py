@@ -1,4 +1,4 @@
-"""What rows found, in words: who won with the same texts, and whether drafting paid.
+"""Results in words: who won with the same texts, and whether drafting paid.
 
 Read from what results.json holds. A row is compared with those that search or sample alike, at its
 own target width, and the texts are compared token for token.
@@ -57,7 +57,9 @@ def _drafts(row: Node) -> bool:
 
 
 def _peer_lines(base: Node, peers: Sequence[Node]) -> list[str]:
-    """This engine without a draft over each peer; sampled texts have other dice, and are not compared."""
+    """This engine without a draft over each peer; sampled texts have other dice, and are not
+    compared.
+    """
     lines = []
     for peer in peers:
         found = against(base, peer)
@@ -67,7 +69,7 @@ def _peer_lines(base: Node, peers: Sequence[Node]) -> list[str]:
 
 
 def _draft_lines(base: Node, drafting: Sequence[Node]) -> list[str]:
-    """Whether a row that drafts is faster than the same decoding without a draft."""
+    """A sentence on whether a row that drafts is faster than the same decoding without a draft."""
     compared = [(row, against(row, base)) for row in drafting]
     equal = [(row, found) for row, found in compared if found.same >= 0.9 * found.of]  # the others keep fewer beams
     if not equal:
@@ -87,7 +89,9 @@ def _draft_lines(base: Node, drafting: Sequence[Node]) -> list[str]:
 
 
 def against(row: Node, base: Node) -> Against:
-    """A row's tokens/s over another's, paired by prompt and repeat, and how many texts are the same."""
+    """A row's tokens/s over another's, paired by prompt and repeat, and how many texts are the
+    same.
+    """
     pairs = list(zip(row["prompts"], base["prompts"], strict=False))  # of several repeats, those that both have
     ours, theirs = (np.array([_share(pair[i]) for pair in pairs]) for i in (0, 1))  # [N, 2]
     draws = np.random.default_rng(0).integers(len(pairs), size=(_RESAMPLES, len(pairs)))

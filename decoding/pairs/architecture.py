@@ -67,7 +67,8 @@ def context_of(model: Any) -> int | None:
 
 
 def limit_of(model: Any) -> int | None:
-    """Tokens beyond which a model cannot be run, or not with keys that are cached; None without end.
+    """Tokens beyond which a model cannot be run, or not with keys that are cached; None without
+    end.
 
     A chunk of attention is a limit, a table of positions, and a length at which all angles change.
     Angles that depend on a token's position alone go on without end, as ALiBi does: that a model

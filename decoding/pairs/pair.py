@@ -140,7 +140,8 @@ class ModelPair:
                 "layers:8", "ngram" or "ngram:4", as for the class, or None.
             device: "cuda", "cuda:1", "cpu", ...; not looked at with device_map or tp_plan among the
                 options, which say themselves where a model lies.
-            dtype: "bfloat16", "float16", "float32" or "auto"; or torch's own, such as torch.float16.
+            dtype: "bfloat16", "float16", "float32" or "auto"; or torch's own, such as
+            torch.float16.
             draft_dtype: of a draft that is a model of its own; None: as `dtype`.
             trust_remote_code: run code that comes with a checkpoint; off unless you ask for it.
             name: shown in results; the target's name if absent.
@@ -236,8 +237,8 @@ class ModelPair:
 
 
 def check_prompt(pair: ModelPair, prompt: list[int], config: DecodingConfig, index: int) -> None:
-    """Refuse an empty prompt, foreign token ids, and what the target cannot take; a draft stops where
-    its context ends.
+    """Refuse an empty prompt, foreign token ids, and what the target cannot take; a draft stops
+    where its context ends.
     """
     if not prompt:
         raise UserError(f"Prompt {index} is empty; give at least one token (for instance the BOS token).")

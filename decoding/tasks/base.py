@@ -301,8 +301,8 @@ def text_field(entry: Mapping[str, Any], name: str, path: str | Path, number: in
 
 
 def read_messages(entry: Mapping[str, Any], name: str, path: str | Path, number: int) -> list[Message]:
-    """The conversation in a field of a row; UserError where it is missing or none that a model could
-    answer.
+    """The conversation in a field of a row; UserError where it is missing or none that a model
+    could answer.
     """
     turns = entry.get(name)
     right = isinstance(turns, list) and all(

@@ -33,7 +33,7 @@ class MixTask:
 
     @property
     def note(self) -> str:
-        """What the tasks say of themselves."""
+        """All that the tasks say of themselves."""
         return " ".join(filter(None, (getattr(task, "note", "") for task in self.tasks.values())))
 
     def prompts(self, split: str, limit: int | None, tokenizer: PreTrainedTokenizerBase | None) -> list[Prompt]:

@@ -1,5 +1,5 @@
-"""SQL that a model wrote: read out of its answer as people read it, run where it can change nothing,
-and its rows compared.
+"""SQL that a model wrote: read out of its answer as people read it, run where it can change
+nothing, and its rows compared.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Spider (1809.08887): a schema and a question; the reference is the SQL query. Queries are compared
-as text and, where the databases are at hand, by the rows that they give.
+"""Spider (1809.08887): a schema and a question; the reference is the SQL query. Queries are
+compared as text and, where the databases are at hand, by the rows that they give.
 """
 
 from __future__ import annotations
