@@ -20,10 +20,9 @@ def serve(directory: str, compute_type: str, threads: int) -> None:
     A request holds `tokens` and `options` of `Generator.generate_batch`; its answer the `ids` of
     each hypothesis, their `scores`, and the `seconds` that they took.
     """
-    import ctranslate2
-
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not look like an answer
+    import ctranslate2
 
     def answer(content: dict[str, Any]) -> None:
         answers.write(json.dumps(content) + "\n")
