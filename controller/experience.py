@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 
-_SPIKE = 4.0  # times what an iteration took so far, beyond which the clock saw something else
+_WINDOW = 31  # iterations whose median tells how the clock compares with the table
 _TRIES = 24  # iterations with drafts before they are judged
 _RARELY = 256  # iterations between looks at what is not done, at most
 
@@ -30,6 +32,21 @@ class Mean:
         return self._sum / self.weight if self.weight else 0.0
 
 
+class Median:
+    """The median of the last values; 0 before the first. A machine that is busy for a moment, or captures a CUDA graph,
+    makes an iteration take a hundred times as long, and the first iterations of a run more often than not.
+    """
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=_WINDOW)
+        self.value = 0.0
+
+    def saw(self, value: float) -> None:
+        """A value."""
+        self._last.append(value)
+        self.value = statistics.median(self._last)
+
+
 class Experience:
     """Tokens and seconds of iterations, in the units of the table or of the clock.
 
@@ -41,8 +58,8 @@ class Experience:
 
     def __init__(self, plain: float, expected: float = 2.0, wall: bool = False) -> None:
         self._plain, self._expected, self._wall = plain, expected, wall
-        self._tokens, self._seconds, self._told = Mean(), Mean(), Mean()  # with drafts; `told` by the table
-        self._without, self._without_told = Mean(), Mean()  # seconds of those without
+        self._tokens, self._told, self._ratio = Mean(), Mean(), Median()  # with drafts; seconds by the table
+        self._without_told, self._without_ratio = Mean(), Median()  # of those without; ratios: clock over table
         self._seen = self._since = 0
         self._every = 16
 
@@ -50,7 +67,7 @@ class Experience:
         """ρ: tokens that a second of the table is worth, where drafts add it."""
         if not self._seen:
             return self._expected / (1.5 * self._plain)
-        return max(self._tokens.value / self._seconds.value, 1.0 / self._without_seconds()) * self._stretch()
+        return max(self._tokens.value / self._seconds(), 1.0 / self._without_seconds()) * self._stretch()
 
     def drafts(self) -> bool:
         """Whether the next iteration drafts: where that pays, and now and then to see whether it does."""
@@ -75,30 +92,29 @@ class Experience:
         took = seconds if self._wall else told
         if took <= 0 or told <= 0:  # the first token after the prompt's own pass
             return
-        mean, by_table = (self._seconds, self._told) if drafted else (self._without, self._without_told)
-        if mean.weight > 0.05:
-            took = min(took, _SPIKE * mean.value)
-        mean.saw(took)
+        by_table, ratio = (self._told, self._ratio) if drafted else (self._without_told, self._without_ratio)
         by_table.saw(told)
+        ratio.saw(took / told)
         if drafted:
             self._tokens.saw(tokens)
             self._seen += 1
 
     def _pays(self) -> bool:
-        return self._tokens.value / self._seconds.value > 1.0 / self._without_seconds()
+        return self._tokens.value / self._seconds() > 1.0 / self._without_seconds()
+
+    def _seconds(self) -> float:
+        """Of an iteration with drafts."""
+        return self._told.value * self._ratio.value
 
     def _without_seconds(self) -> float:
         """Of an iteration without drafts; by the table, at the scale of those with, before one was seen."""
-        return self._without.value if self._without.weight else self._plain * self._scale()
-
-    def _scale(self) -> float:
-        """What the clock says of iterations with drafts over what the table does."""
-        return self._seconds.value / self._told.value if self._told.value else 1.0
+        if not self._without_told.weight:
+            return self._plain * (self._ratio.value or 1.0)
+        return self._without_told.value * self._without_ratio.value
 
     def _stretch(self) -> float:
         """Seconds of the clock for a second of the table that drafts add."""
-        scale = self._scale()
-        if not self._wall or not self._without.weight or self._told.value <= self._without_told.value:
+        scale, more = self._ratio.value or 1.0, self._told.value - self._without_told.value
+        if not self._wall or not self._without_told.weight or more <= 0:
             return scale
-        added = (self._seconds.value - self._without.value) / (self._told.value - self._without_told.value)
-        return min(max(added, scale / 4), 4 * scale)
+        return min(max((self._seconds() - self._without_seconds()) / more, scale / 4), 4 * scale)
