@@ -40,7 +40,6 @@ REFUSED = [
     ({"length_penalty": float("nan")}, "length_penalty is nan"),
     ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; give a token id, a list of them"),
     ({"eos_token_id": [2, None]}, "eos_token_id is"),
-    ({"eos_token_id": -2}, "eos_token_id is -2"),
     ({"verification": "coins"}, "verification is 'coins'; choose one of 'rejection', 'shared_noise'"),
     ({"oversample": 0}, "oversample is 0; give a whole number of at least 1"),
     ({"oversample": 2, "verification": "rejection"}, "oversample is 2 and verification is 'rejection'"),

@@ -261,7 +261,7 @@ def test_gsm8k_final_number() -> None:
 
 
 def test_spider_match() -> None:
-    task, prompt = SpiderTask("dev.json"), Prompt("x", [1], 'SELECT name FROM t WHERE a  = "b"')
+    task, prompt = SpiderTask("dev.json"), Prompt("spider:t:0", [1], 'SELECT name FROM t WHERE a  = "b"')
     assert task.metrics("select name from t where a='b';\nselect 1", prompt) == {"query_match": 1.0}
     assert task.metrics("select name from t where a='b'", prompt) == {"query_match": 0.0}  # may go on
     assert task.metrics("select name from t where a='b'", prompt, finished=True) == {"query_match": 1.0}
