@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from decoding.dice.acceptance import LayerVerdict
+from decoding.dice.rejection import LayerVerdict
 from decoding.dice.sampling import Dice
 from decoding.forest.tree import TokenForest
 from decoding.policies.base import DraftContext, IterationRecord, LayerRecord, TargetContext

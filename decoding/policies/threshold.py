@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from decoding.dice.acceptance import align
 from decoding.dice.closed_form import accept_probabilities, accepted_count_table
+from decoding.dice.rejection import align
 from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, SURPLUS, Knob, TargetContext, WidthPolicy
 from decoding.support.checks import number
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from decoding.dice.acceptance import verify_layer
 from decoding.dice.closed_form import accept_probabilities, accepted_count_table
+from decoding.dice.rejection import verify_layer
 from decoding.dice.sampling import Dice, draw
 from decoding.support.arrays import FloatArray
 from tests.decoding.stubs import chi_square_p

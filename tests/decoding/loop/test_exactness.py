@@ -19,7 +19,7 @@ import torch
 import decoding.loop.prompt_run
 import decoding.loop.rejection_run
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, WidthPolicy, beam_sample
-from decoding.dice.acceptance import LayerVerdict, align
+from decoding.dice.rejection import LayerVerdict, align
 from decoding.dice.sampling import Dice, FloatArray, IntArray
 from decoding.forest.tree import TokenForest
 from decoding.policies.base import DraftContext, RootContext, TargetContext

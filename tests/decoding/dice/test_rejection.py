@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from decoding.dice.acceptance import LayerVerdict, align, verify_layer
+from decoding.dice.rejection import LayerVerdict, align, verify_layer
 from decoding.dice.sampling import Dice, FloatArray, Joint, draw
 
 Slots = tuple[int, ...]
