@@ -38,6 +38,7 @@ class PassInputs:
     last_only: bool = False  # logits of the last token only, for prompts (one row)
     hidden: bool = False  # also give the last hidden states
     layers: tuple[int, ...] = ()  # K hidden states to give of every token too, numbered as transformers numbers them
+    features: Tensor | None = None  # [T, H] of the token before each, for a `FeatureHead`
     window_mask: Tensor | None = None  # [rows, 1, N, S] as `mask`, for sliding layers; None: they see as much
     key_positions: Tensor | None = None  # [rows, S] int64, of the token in each slot, where ALiBi needs them
 

@@ -116,7 +116,7 @@ class FusedStore:
         return both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2)
 
 
-class _Norm:
+class Norm:
     """RMSNorm before a projection: x -> x * w / sqrt(mean(x^2) + eps).
 
     On the CPU it costs as much as the projection of a few tokens when it is five operations; with w
@@ -130,14 +130,22 @@ class _Norm:
         self._folded = _packs(self.weight)
         self._floor = torch.tensor((self._width * self.eps) ** 0.5) if self._folded else None
 
+    def fold(self, weight: Tensor) -> Tensor:
+        """The weight of a projection that reads what this norm gives."""
+        return weight * (self.weight * self._width**0.5) if self._folded else weight
+
     def then(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """The projection that follows."""
-        return _linear(weight * (self.weight * self._width**0.5) if self._folded else weight, bias)
+        return linear(self.fold(weight), bias)
+
+    def whole(self, states: Tensor) -> Tensor:
+        """What the model's own norm gives, its weight included; [T, H] both ways."""
+        return F.rms_norm(states, (self._width,), self.weight, self.eps)
 
     def __call__(self, states: Tensor) -> Tensor:
         """Normalise states, [T, H] both ways."""
         if self._floor is None:
-            return F.rms_norm(states, (self._width,), self.weight, self.eps)
+            return self.whole(states)
         return states / torch.linalg.vector_norm(states, dim=-1, keepdim=True).hypot_(self._floor)
 
 
@@ -146,19 +154,19 @@ class _Layer:
 
     def __init__(self, block: Any, dim: int) -> None:
         attention, mlp = block.self_attn, block.mlp
-        order = _pairs_together(dim)
-        turned = [_rows_reordered(attention.q_proj, order), _rows_reordered(attention.k_proj, order)]
-        self.norm = _Norm(block.input_layernorm)
-        self.qkv = self.norm.then(*_joined([*turned, (attention.v_proj.weight, attention.v_proj.bias)]))
-        self.out = _residual(attention.o_proj.weight, attention.o_proj.bias)
+        order = pairs_together(dim)
+        turned = [rows_reordered(attention.q_proj, order), rows_reordered(attention.k_proj, order)]
+        self.norm = Norm(block.input_layernorm)
+        self.qkv = self.norm.then(*joined([*turned, (attention.v_proj.weight, attention.v_proj.bias)]))
+        self.out = residual(attention.o_proj.weight, attention.o_proj.bias)
         gate, up = mlp.gate_proj, mlp.up_proj
-        weight, bias = _joined([(gate.weight, gate.bias), (up.weight, up.bias)])
+        weight, bias = joined([(gate.weight, gate.bias), (up.weight, up.bias)])
         if not _packs(weight):  # the model's own projections become views: no second copy of the largest weights
             rows = gate.weight.shape[0]
             gate.weight.data, up.weight.data = weight[:rows], weight[rows:]
-        self.mlp_norm = _Norm(block.post_attention_layernorm)
+        self.mlp_norm = Norm(block.post_attention_layernorm)
         self.gate_up = self.mlp_norm.then(weight, bias)
-        self.down = _residual(mlp.down_proj.weight, mlp.down_proj.bias)
+        self.down = residual(mlp.down_proj.weight, mlp.down_proj.bias)
         norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))  # of each head: Qwen 3
         self.q_norm, self.k_norm = (norm.weight[order] if norm is not None else None for norm in norms)
 
@@ -195,7 +203,7 @@ class FusedForward:
         self._slides = sliding_layers(config)
         self._scale = model.model.layers[0].self_attn.scaling
         self._embedding = model.model.embed_tokens.weight
-        self._norm = _Norm(model.model.norm)
+        self._norm = Norm(model.model.norm)
         head = model.lm_head
         self._head = _shared(head, model.model.norm, lambda: self._norm.then(head.weight, head.bias))
         self._rotary = model.model.rotary_emb
@@ -249,7 +257,7 @@ class FusedForward:
         """States as the model's own head reads them, [T, H] both ways; `_norm` leaves its weight to
         the head.
         """
-        return F.rms_norm(states, states.shape[-1:], self._norm.weight, self._norm.eps)
+        return self._norm.whole(states)
 
     def _turned(self, qkv: Tensor, turns: Tensor, layer: _Layer) -> Tensor:
         """Rotate queries and keys in place; returns the queries, [T, heads * D]."""
@@ -295,14 +303,14 @@ def _keep(kept: Tensor | None, layers: tuple[int, ...], number: int, states: Ten
                 kept[:, place] = states
 
 
-def _pairs_together(dim: int) -> Tensor:
+def pairs_together(dim: int) -> Tensor:
     """Order of a head's channels in which the two that rotate together are neighbours: 0, D/2, 1,
     D/2 + 1, ...
     """
     return torch.arange(dim).view(2, -1).t().flatten()
 
 
-def _rows_reordered(linear: nn.Linear, order: Tensor) -> tuple[Tensor, Tensor | None]:
+def rows_reordered(linear: nn.Linear, order: Tensor) -> tuple[Tensor, Tensor | None]:
     """A projection's weight and bias with each head's channels in `order`; scores do not change if
     q and k share it.
     """
@@ -313,7 +321,7 @@ def _rows_reordered(linear: nn.Linear, order: Tensor) -> tuple[Tensor, Tensor | 
     return reorder(linear.weight), reorder(linear.bias) if linear.bias is not None else None
 
 
-def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+def joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
     """Projections of one input as a single one."""
     biased = any(bias is not None for _, bias in parts)
     biases = [bias if bias is not None else weight.new_zeros(len(weight)) for weight, bias in parts]
@@ -347,7 +355,7 @@ def _packed(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 16)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
+def linear(weight: Tensor, bias: Tensor | None) -> Linear:
     if not _packs(weight):
         return lambda x: F.linear(x, weight, bias)
     bias = bias.detach() if bias is not None else None
@@ -362,7 +370,7 @@ def _added(columns: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     return torch.addmm(bias, x, columns)
 
 
-def _residual(weight: Tensor, bias: Tensor | None) -> Residual:
+def residual(weight: Tensor, bias: Tensor | None) -> Residual:
     if not _packs(weight):
         if bias is None:
             return lambda x, residual: residual.addmm_(x, weight.t())  # one kernel

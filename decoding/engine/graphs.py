@@ -104,7 +104,7 @@ class _Captured:
 
 def _read_by(inputs: PassInputs) -> list[str]:
     """Names of the tensors that a captured pass reads; some only where a model slides or has ALiBi."""
-    names = ("tokens", "positions", "slots", "mask", "window_mask", "key_positions")
+    names = ("tokens", "positions", "slots", "mask", "window_mask", "key_positions", "features")
     return [name for name in names if getattr(inputs, name) is not None]
 
 

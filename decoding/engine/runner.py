@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from decoding.engine.families import family_of, has_alibi
+from decoding.engine.feature_head import FeatureHead
 from decoding.engine.forward import Forward, TransformersForward
 from decoding.engine.fused import FusedForward, can_fuse, hooked
 from decoding.engine.graphs import GraphedForward
+from decoding.engine.head_forward import HeadForward
 from decoding.engine.positions import window_of
 from decoding.engine.watch import signature
 
@@ -34,8 +36,10 @@ class Runner:
     """
 
     def __init__(self, model: Any, engine: str, fused: FusedForward | None = None) -> None:
-        if engine != "transformers" and can_fuse(model):
-            self.prompts: Forward = fused or FusedForward(model)
+        if isinstance(model, FeatureHead):
+            self.prompts: Forward = fused or HeadForward(model)
+        elif engine != "transformers" and can_fuse(model):
+            self.prompts = fused or FusedForward(model)
         else:
             self.prompts = TransformersForward(model)
         self._graphs = engine == "auto" and _capturable(model)

@@ -171,7 +171,7 @@ class ForestCache:
 
         Args:
             wanted: row -> (nodes, their parents), parents before children; a parent has a slot or
-                comes with its child.
+                comes with its child. A node that has a slot keeps it.
         """
         while any(
             self._table(row).next + max(0, len(nodes) - len(self._table(row).free))
@@ -197,7 +197,8 @@ class ForestCache:
         inside: dict[int, tuple[int, tuple[int, ...]]] = {}  # nodes of this pass -> base row, slots seen beyond it
         for place, (node, parent) in enumerate(zip(nodes, parents, strict=True), first):
             above = slot_of[parent]
-            slot = slot_of[node] = table.take()
+            slot = slot_of.get(node)  # one that has a slot is scored again, in its place
+            slot = slot_of[node] = table.take() if slot is None else slot
             base, path = inside[parent] if parent in inside else (offset + above, ())
             path = (*path, slot)
             inside[node] = base, path

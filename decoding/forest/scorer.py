@@ -143,6 +143,7 @@ class ForestScorer:
                 last_only=True,
                 hidden=self._keep_hidden,
                 layers=self._layers,
+                features=self._prompt_features(row, first, last),
             )
             scored = [(row, 0)] if last == len(prompt) else []
             self._run(inputs, scored, range(len(scored)), self.runner.prompts)
@@ -161,11 +162,7 @@ class ForestScorer:
         """
         fresh: dict[int, tuple[list[int], list[int]]] = {}
         for row, nodes in wanted.items():
-            forest, missing = self._held(row).forest, set()
-            for node in nodes:
-                while node not in missing and not self.cache.holds(row, node):
-                    missing.add(node)
-                    node = forest.parents[node]
+            forest, missing = self._held(row).forest, self._missing(row, nodes)
             if missing:
                 order = sorted(missing)  # parents first: they are older
                 fresh[row] = (order, [forest.parents[node] for node in order])
@@ -180,6 +177,19 @@ class ForestScorer:
         inputs, at = self._inputs(placement)
         self._run(inputs, placement.order, at, self.runner.forward)
         return len(placement.order)
+
+    def _missing(self, row: int, nodes: Sequence[int]) -> set[int]:
+        """What a pass must score for some nodes: they and their ancestors, as far as they have no slot."""
+        parents, missing = self._held(row).forest.parents, set()
+        for node in nodes:
+            while node not in missing and not self.cache.holds(row, node):
+                missing.add(node)
+                node = parents[node]
+        return missing
+
+    def _prompt_features(self, row: int, first: int, last: int) -> Tensor | None:
+        """What a pass over a prompt's tokens first..last - 1 reads beside them; models read nothing."""
+        return None
 
     def _inputs(self, placement: Placement) -> tuple[PassInputs, Sequence[int]]:
         """The tensors of a pass, in one transfer; and where each node of `placement.order` stands in its output."""
@@ -231,7 +241,7 @@ class ForestScorer:
             self.model_seconds += time.perf_counter() - began
             return
         log_probs = self._log_probs(logits, order, at)
-        tops = top_entries(log_probs, self.top) if self.top is not None else None
+        tops = self._tops(log_probs) if self.top is not None else None
         if tops is None and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the dice are next and would wait: let the pass have its seconds
         if hidden is not None and forward.static:
@@ -280,6 +290,11 @@ class ForestScorer:
             index = torch.tensor([i for _, i in mine], device=logits.device)
             log_probs[index] = self._process(row, [node for node, _ in mine], logits[index])
         return log_probs
+
+    def _tops(self, log_probs: Tensor) -> tuple[FloatArray, IntArray]:
+        """What `tops` gives, of a pass's log-probabilities [T, V]."""
+        assert self.top is not None
+        return top_entries(log_probs, self.top)
 
     def calls(self, row: int) -> int:
         """Passes that scored nodes of the row's prompt; its own pass not counted."""

@@ -159,7 +159,10 @@ def _check_memory(needed: int, device: str | torch.device) -> None:
 
 def _name(base: str, draft: str | None) -> str:
     """A pair's name that tells drafts apart and can be a directory's: tiny, tiny-layers2."""
-    return base if draft is None else f"{base}-{draft.replace(':', '')}"
+    if draft is None:
+        return base
+    kind, _, source = draft.partition(":")
+    return f"{base}-{kind}{Path(source).name}"
 
 
 def _comes_without_model(draft: str) -> bool:

@@ -1,7 +1,8 @@
 """Drafts, a file for each kind; and which draft a model, a text or a `Draft` stands for.
 
 In text: `layers:8`, the target's own first layers; `ngram` or `ngram:4`, what followed the same
-tokens before; `mine.Bigram`, a class of anybody's own.
+tokens before; `eagle3:<directory>`, a head over the target's states; `mine.Bigram`, a class of
+anybody's own.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from decoding.engine.vocabulary import match_vocabularies
 from decoding.errors import UserError
 from decoding.forest.node_scorer import NodeScorer, ScorerOptions
 from decoding.pairs.architecture import check_architecture, text_config, vocab_size_of
-from decoding.pairs.drafts import early_layers, ngram
+from decoding.pairs.drafts import eagle3, early_layers, ngram
 from decoding.pairs.drafts.base import Draft
 from decoding.pairs.drafts.model import ModelDraft
 from decoding.support.names import is_dotted, locate
 
 __all__ = ["ALLOWED", "Draft", "ModelDraft", "NodeScorer", "ScorerOptions", "draft_of", "is_named", "named_draft"]
 
-KINDS = {kind.prefix: kind for kind in (early_layers.KIND, ngram.KIND)}  # drafts that come without a checkpoint
+KINDS = {kind.prefix: kind for kind in (early_layers.KIND, ngram.KIND, eagle3.KIND)}  # drafts that come without a checkpoint
 _OWN = "mine.Bigram (a Draft of your own, by its dotted name)"
 ALLOWED = ", ".join([*(kind.usage for kind in KINDS.values()), _OWN])
 

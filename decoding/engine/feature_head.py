@@ -1,0 +1,198 @@
+"""FeatureHead: EAGLE-3's draft, one block over the target's hidden states. 2503.01840.
+
+At a token it reads the token's embedding and a feature of the token before: three hidden states of
+the target, fused, where the target has scored that token; what the head itself gave there where it
+has not. It gives a feature, and from it the logits of the next token over a vocabulary of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Sizes and settings of a head, beside those of its block.
+
+    Args:
+        draft_vocab_size: Vd, rows of its output.
+        target_hidden_size: of the states that it reads.
+        layers: the target's hidden states that it reads, numbered as transformers numbers them.
+        norm_before_residual: the block's residual is the normalised feature, not the feature.
+        norm_before_fc: the fused states are normalised together first.
+        fc_norm: each of them is, alone.
+        norm_output: the feature that is handed on is the normalised one, which the logits are of.
+        qk_norm: queries and keys are normalised by head, as Qwen 3's are.
+        own_embedding: it has an embedding of its own, not the target's.
+    """
+
+    draft_vocab_size: int
+    target_hidden_size: int
+    layers: tuple[int, ...]
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    qk_norm: bool = False
+    own_embedding: bool = False
+
+
+class _Attention(nn.Module):
+    """Projections of a block whose input is twice as wide as the block."""
+
+    def __init__(self, config: LlamaConfig, shape: HeadShape) -> None:
+        super().__init__()
+        self.head_dim = int(config.head_dim)
+        width, bias = 2 * config.hidden_size, bool(config.attention_bias)
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
+        if shape.qk_norm:
+            self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
+
+
+class _Block(nn.Module):
+    """The head's one block."""
+
+    def __init__(self, config: LlamaConfig, shape: HeadShape) -> None:
+        super().__init__()
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)  # of embeddings
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)  # of features
+        self.self_attn = _Attention(config, shape)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+
+class FeatureHead(nn.Module):
+    """EAGLE-3's head, named as its checkpoints name it.
+
+    Args:
+        config: of the block; its `vocab_size` is the target's.
+        shape: the rest.
+        embedding: the target's, [V, H]; None for a head with its own.
+
+    Attributes:
+        d2t: [Vd] int64, what to add to an id of the head to have the target's.
+        t2d: [V] bool, the target's tokens that it can propose.
+    """
+
+    d2t: Tensor
+    t2d: Tensor
+
+    def __init__(self, config: LlamaConfig, shape: HeadShape, embedding: Tensor | None = None) -> None:
+        super().__init__()
+        width, states = config.hidden_size, len(shape.layers) * shape.target_hidden_size
+        self.config, self.shape = config, shape
+        self.fc = nn.Linear(states, width, bias=False)
+        if shape.norm_before_fc:
+            self.input_norm = LlamaRMSNorm(states, config.rms_norm_eps)
+        if shape.fc_norm:
+            norms = [LlamaRMSNorm(shape.target_hidden_size, config.rms_norm_eps) for _ in shape.layers]
+            self.fc_norm = nn.ModuleList(norms)
+        self.midlayer = _Block(config, shape)
+        self.norm = LlamaRMSNorm(width, config.rms_norm_eps)
+        self.lm_head = nn.Linear(width, shape.draft_vocab_size, bias=False)
+        if shape.own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self._shared = None if embedding is None else (embedding,)  # no weight of the head's own
+        self.register_buffer("d2t", torch.zeros(shape.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.use_tokens(torch.arange(shape.draft_vocab_size))
+
+    @classmethod
+    def for_target(cls, target: Any, draft_vocab_size: int, layers: tuple[int, ...] | None = None) -> Self:
+        """A new head of random weights in the shape of a target's own blocks, with its embedding."""
+        text = target.config.get_text_config()
+        config = LlamaConfig(
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_hidden_layers=1,
+            num_attention_heads=text.num_attention_heads,
+            num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            max_position_embeddings=text.max_position_embeddings,
+            rms_norm_eps=getattr(text, "rms_norm_eps", 1e-5),
+            rope_parameters=dict(getattr(text, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 1e4}),
+        )
+        chosen = layers or default_layers(text.num_hidden_layers)
+        shape = HeadShape(min(draft_vocab_size, text.vocab_size), text.hidden_size, chosen)
+        return cls(config, shape, target.get_input_embeddings().weight.detach())
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, H], its own or the target's."""
+        return self.embed_tokens.weight if self._shared is None else self._shared[0]
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[Vd] the target's ids of the tokens that it can propose."""
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    def use_tokens(self, ids: Tensor) -> None:
+        """Propose these of the target's tokens, [Vd] rising."""
+        self.d2t.copy_(ids.to(self.d2t) - torch.arange(len(ids), device=self.d2t.device))
+        self.t2d.zero_()[ids.to(self.t2d.device)] = True
+
+    def fuse(self, states: Tensor) -> Tensor:
+        """Features of the target's hidden states, [..., K, Ht] -> [..., H]."""
+        if self.shape.fc_norm:
+            normed = [norm(part) for norm, part in zip(self.fc_norm, states.unbind(-2), strict=True)]
+            states = torch.stack(normed, -2)
+        flat = states.flatten(-2)
+        return self.fc(self.input_norm(flat) if self.shape.norm_before_fc else flat)
+
+    def forward(self, embedded: Tensor, features: Tensor, attend: Attend) -> Tensor:
+        """The block.
+
+        Args:
+            embedded: of tokens, [..., T, H].
+            features: of the tokens before them, [..., T, H].
+            attend: (queries [..., T, heads, D], keys and values [..., T, kv heads, D], all not yet
+                turned by their positions) -> what they mix, [..., T, heads * D].
+
+        Returns:
+            Features of the tokens, [..., T, H]: what `logits` reads, and what is handed on.
+        """
+        block, dim = self.midlayer, self.midlayer.self_attn.head_dim
+        attention = block.self_attn
+        normed = block.hidden_norm(features)
+        both = torch.cat([block.input_layernorm(embedded), normed], -1)
+        q, k, v = (
+            projection(both).unflatten(-1, (-1, dim))
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if self.shape.qk_norm:
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        states = (normed if self.shape.norm_before_residual else features) + attention.o_proj(attend(q, k, v))
+        states = states + block.mlp(block.post_attention_layernorm(states))
+        return self.norm(states) if self.shape.norm_output else states
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., H] as `forward` gave them -> [..., Vd]."""
+        return self.lm_head(features if self.shape.norm_output else self.norm(features))
+
+
+def default_layers(blocks: int) -> tuple[int, ...]:
+    """The hidden states that EAGLE-3 reads of a target of so many blocks: low, middle and high."""
+    return (2, blocks // 2, blocks - 3) if blocks >= 6 else tuple(sorted({1, (blocks + 1) // 2, blocks}))
+
+
+def block_config(fields: Mapping[str, Any]) -> LlamaConfig:
+    """The block's config out of a checkpoint's."""
+    known = {name: value for name, value in fields.items() if name not in ("model_type", "architectures", "dtype")}
+    config = LlamaConfig(**known)
+    config.head_dim = fields.get("head_dim") or config.hidden_size // config.num_attention_heads
+    return config

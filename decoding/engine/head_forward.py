@@ -1,0 +1,88 @@
+"""HeadForward: a forest pass of a `FeatureHead`, in few operations, as `FusedForward` runs models."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from decoding.engine.feature_head import FeatureHead
+from decoding.engine.forward import PassInputs, PassOutput
+from decoding.engine.fused import (
+    FusedForward,
+    FusedStore,
+    Norm,
+    joined,
+    linear,
+    pairs_together,
+    residual,
+    rows_reordered,
+)
+from decoding.engine.watch import Watch
+
+
+class HeadForward(FusedForward):
+    """Runs a head; a pass needs `features` of its tokens.
+
+    Its output's `hidden` are what the logits are of, its `states` [T, 1, H] the features to hand on.
+    """
+
+    name = "head"
+
+    @torch.no_grad()
+    def __init__(self, head: FeatureHead) -> None:
+        config, block = head.config, head.midlayer
+        attention, mlp = block.self_attn, block.mlp
+        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._dim, self._scale = attention.head_dim, attention.head_dim**-0.5
+        self._embedding, self._rotary, self._shape = head.embedding, head.rotary_emb, head.shape
+        self._layers, self._slides = [None], [False]  # what the store asks for
+        order = pairs_together(self._dim)
+        self._before, self._hidden = Norm(block.input_layernorm), Norm(block.hidden_norm)
+        norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        q_norm, k_norm = (norm.weight[order] if norm is not None else None for norm in norms)
+        self._turning = SimpleNamespace(q_norm=q_norm, k_norm=k_norm, norm=self._before)
+        turned = [rows_reordered(attention.q_proj, order), rows_reordered(attention.k_proj, order)]
+        weight, bias = joined([*turned, (attention.v_proj.weight, attention.v_proj.bias)])
+        left, right = weight.chunk(2, -1)  # of the embedding, of the feature
+        folded = torch.cat([self._before.fold(left), self._hidden.fold(right)], -1)
+        self._qkv = linear(folded, bias)
+        self._out = residual(attention.o_proj.weight, attention.o_proj.bias)
+        self._mlp_norm = Norm(block.post_attention_layernorm)
+        gate_up, gate_up_bias = joined([(mlp.gate_proj.weight, mlp.gate_proj.bias), (mlp.up_proj.weight, mlp.up_proj.bias)])
+        self._gate_up = self._mlp_norm.then(gate_up, gate_up_bias)
+        self._down = residual(mlp.down_proj.weight, mlp.down_proj.bias)
+        self._norm = Norm(head.norm)
+        self._head = self._norm.then(head.lm_head.weight, None)
+        self._fc = linear(head.fc.weight, None)
+        self._fuse_norms = head.fuse if head.shape.fc_norm or head.shape.norm_before_fc else None
+        self._watch = Watch([head])
+
+    def fuse(self, states: Tensor) -> Tensor:
+        """As `FeatureHead.fuse`."""
+        return self._fc(states.flatten(-2)) if self._fuse_norms is None else self._fuse_norms(states)
+
+    def _pass(self, inputs: PassInputs, store: FusedStore) -> PassOutput:
+        assert inputs.features is not None, "a head reads features"
+        group, features = self._heads // self._kv_heads, inputs.features
+        mask = torch.cat([inputs.mask] * group, 2) if group > 1 else inputs.mask
+        turns = store.turns.index_select(0, inputs.positions)[:, None]
+        embedded = F.embedding(inputs.tokens, self._embedding)
+        qkv = self._qkv(torch.cat([self._before(embedded), self._hidden(features)], -1))
+        queries = self._turned(qkv, turns, self._turning)
+        store.buffers[0].index_copy_(0, inputs.slots, qkv[:, self._heads * self._dim :])
+        if inputs.pad is not None:
+            queries = queries.index_select(0, inputs.pad)
+        mixed = self._attend(queries, *store.views(inputs)[0], mask)
+        if inputs.unpad is not None:
+            mixed = mixed.index_select(0, inputs.unpad)
+        above = self._hidden.whole(features) if self._shape.norm_before_residual else features.clone()
+        states = self._out(mixed, above)
+        gate, up = self._gate_up(self._mlp_norm(states)).chunk(2, -1)
+        states = self._down(F.silu(gate).mul_(up), states)
+        kept = self._normed(states) if self._shape.norm_output else states
+        read = states[-1:] if inputs.last_only else states
+        logits = self._head(self._norm(read))
+        return PassOutput(logits, self._normed(read) if inputs.hidden else None, kept[:, None])
