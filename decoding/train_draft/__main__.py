@@ -1,0 +1,95 @@
+"""Train a draft: `python -m decoding.train_draft pair=... kind=eagle3`. See conf/train_draft.yaml."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from decoding.engine.feature_head import FeatureHead
+from decoding.errors import UserError
+from decoding.pairs.drafts.eagle3 import save_head
+from decoding.pairs.pair import ModelPair
+from decoding.support.checks import choice
+from decoding.support.entry import build_all, entry_point
+from decoding.support.progress import RunProgress
+from decoding.support.provenance import provenance, to_plain
+from decoding.train_draft.eagle3 import HeadModule, TextData
+from decoding.train_draft.states import TargetStates
+from decoding.train_draft.text import TextConfig, documents, token_counts
+
+KINDS = ("eagle3",)
+
+
+@entry_point(config_name="train_draft")
+def main(cfg: DictConfig) -> float:
+    """Write text, fit a head to it, save the best; returns its acceptance on held-out text."""
+    choice("kind", cfg.kind, KINDS)
+    checkpoint = cfg.ckpt_path
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise UserError(f"There is no checkpoint at {checkpoint}; leave ckpt_path out to start afresh.")
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    pair: ModelPair = instantiate(cfg.pair)
+    folder = Path(cfg.output_dir)
+    text = TextConfig(**OmegaConf.to_container(cfg.text, resolve=True))  # type: ignore[arg-type]
+    with RunProgress() as progress:
+        texts = documents(pair, text, Path(cfg.text_dir), progress)
+    data = TextData(texts, cfg.fit.batch_tokens, cfg.seed)
+    head = new_head(pair, cfg, [texts[i] for i in data.train])
+    states = TargetStates(pair.target.requires_grad_(False), head.shape.layers, texts, cfg.fit.room_gb * 1e9)
+    fit = {name: cfg.fit[name] for name in ("steps", "decay", "lr", "weight_decay", "max_seconds")}
+    module = HeadModule(head, states, **fit)
+    loggers = [instantiate(node) for node in cfg.logger.values() if node]
+    on_gpu = pair.device.type == "cuda"
+    options = {"accelerator": "gpu" if on_gpu else "cpu", "precision": "bf16-mixed" if on_gpu else "32-true"}
+    trainer: Trainer = instantiate(cfg.trainer, **options, callbacks=build_all(cfg.callbacks), logger=loggers or False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if best and Path(best).is_file():
+        module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+    metrics = [{k: float(v) for k, v in row.items()} for row in trainer.validate(module, data, verbose=False)][0]
+    out = Path(cfg.out)
+    save_head(head, out)
+    recipe = {
+        **provenance(),
+        "target": pair.describe()["models"]["target"] | {"name": pair.name},
+        "kind": cfg.kind,
+        "text": to_plain(cfg.text) | {"written": sum(len(t.tokens) for t in texts), "documents": len(texts)},
+        "head": to_plain(cfg.head),
+        "fit": to_plain(cfg.fit) | {"batches": trainer.global_step, "epochs": trainer.current_epoch},
+        "metrics": metrics,
+    }
+    (out / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    for name, value in sorted(metrics.items()):
+        print(f"{name:24s} {value:.4f}")
+    print(f"draft saved in {out}; use it with pair.draft=eagle3:{out}")
+    return metrics["val/accepted"]
+
+
+def new_head(pair: ModelPair, cfg: DictConfig, texts: list[Any]) -> FeatureHead:
+    """A head that proposes the tokens that occur most, and begins with the target's output for them."""
+    layers = cfg.head.layers
+    head = FeatureHead.for_target(pair.target, cfg.head.draft_vocab_size, tuple(layers) if layers else None)
+    counts = token_counts(iter(texts), pair.vocab_size)
+    ids = counts.argsort(descending=True, stable=True)[: head.shape.draft_vocab_size].sort().values
+    head.t2d.zero_()
+    head.use_tokens(ids)
+    output = pair.target.get_output_embeddings().weight.detach()
+    norm = getattr(pair.target.model, "norm", None) if hasattr(pair.target, "model") else None
+    with torch.no_grad():
+        head.lm_head.weight.copy_(output.index_select(0, ids.to(output.device)))
+        if norm is not None and norm.weight.shape == head.norm.weight.shape:
+            head.norm.weight.copy_(norm.weight)
+    return head.float().to(pair.device)
+
+
+if __name__ == "__main__":
+    main()
