@@ -139,7 +139,7 @@ class Norm:
         return linear(self.fold(weight), bias)
 
     def whole(self, states: Tensor) -> Tensor:
-        """What the model's own norm gives, its weight included; [T, H] both ways."""
+        """Normalise as the model's own norm does, its weight included; [T, H] both ways."""
         return F.rms_norm(states, (self._width,), self.weight, self.eps)
 
     def __call__(self, states: Tensor) -> Tensor:
@@ -356,6 +356,7 @@ def _packed(weight: Tensor) -> Tensor:
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """Make a projection, its weight laid out for this device; [T, in] -> [T, out]."""
     if not _packs(weight):
         return lambda x: F.linear(x, weight, bias)
     bias = bias.detach() if bias is not None else None
@@ -371,6 +372,7 @@ def _added(columns: Tensor, bias: Tensor, x: Tensor) -> Tensor:
 
 
 def residual(weight: Tensor, bias: Tensor | None) -> Residual:
+    """Make a projection that is added to a residual, perhaps in its place; [T, out]."""
     if not _packs(weight):
         if bias is None:
             return lambda x, residual: residual.addmm_(x, weight.t())  # one kernel
