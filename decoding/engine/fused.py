@@ -339,7 +339,9 @@ def _packs(weight: Tensor) -> bool:
 
 @functools.cache
 def _multiplies_bfloat16() -> bool:
-    """True if the processor multiplies bfloat16 matrices itself; elsewhere torch's own product is kept."""
+    """True if the processor multiplies bfloat16 matrices itself; elsewhere torch's own product is
+    kept.
+    """
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
