@@ -116,6 +116,13 @@ def gap(a: float, b: float) -> float:
     return abs(a - b) / max(abs(a), abs(b))
 
 
+def heaviest_first(
+    order: list[tuple[int, ...]], noted: dict[tuple[int, ...], tuple[float, float]]
+) -> list[tuple[int, ...]]:
+    """Paths by their weights."""
+    return sorted(order, key=lambda path: -noted[path][1])
+
+
 def first_swap(
     ours: list[dict[tuple[int, ...], tuple[float, float]]],
     alone: list[dict[tuple[int, ...], tuple[float, float]]],
@@ -133,7 +140,7 @@ def first_swap(
         for value, name in enumerate(["keys", "weights"][: 1 + by_weight]):
             orders = [list(x)[:drawn] for x in (a, b)]
             if name == "weights":
-                orders = [sorted(order, key=lambda p, x=x: -x[p][1]) for order, x in zip(orders, (a, b), strict=True)]
+                orders = [heaviest_first(order, x) for order, x in zip(orders, (a, b), strict=True)]
             for mine, other in zip(*orders, strict=False):
                 if mine == other:
                     continue
