@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from controller.network import ARGUMENTS, CALIBRATED, COLUMNS, WidthNet
 from decoding.errors import UserError
@@ -24,7 +24,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, Any]) -> Path:
-    """Write a controller: model.safetensors, config.json, a model card. Never half of it.
+    """Write a controller: model.safetensors, config.json. Never half of it.
 
     Everything is written to a directory beside the final one, which is then renamed over it.
 
@@ -42,7 +42,9 @@ def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, 
     config = {**net.arguments, "format": FORMAT, "provenance": {**provenance, "calibration": fitted}}
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
         fresh, old = Path(scratch) / "new", Path(scratch) / "old"
-        net.save_pretrained(fresh, config=config)
+        fresh.mkdir()
+        save_file(net.state_dict(), fresh / WEIGHTS)
+        (fresh / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if directory.exists():
             os.replace(directory, old)
         os.replace(fresh, directory)

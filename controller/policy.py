@@ -15,6 +15,7 @@ from controller.checkpoint import load_controller
 from controller.experience import Experience
 from controller.features import ContextFeatures, check_features, features_of, root_features
 from controller.host import HostNet, leftovers
+from controller.hub import upload
 from controller.network import SOFT, WidthNet
 from controller.plan import LEAST_CHANCE, Plan
 from decoding.config import DecodingConfig
@@ -125,6 +126,18 @@ class LearnedWidth(WidthPolicy):
         if pair is not None:
             policy.check_pair(pair)
         return policy
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the controller to the Hugging Face hub, from where `load` takes it; returns the commit's URL.
+
+        Args:
+            repo_id: "owner/name".
+            options: `results`, `private`, `token`, `revision`, see `controller.hub.upload`.
+
+        Raises:
+            UserError: the hub cannot be reached, or refuses.
+        """
+        return upload(self.net, self.provenance, repo_id, **options)
 
     def use_latency(self, latency: Costs | dict[str, Any] | str | Path | None) -> LearnedWidth:
         """Plan with these seconds from now on; what was learned of others is forgotten. Returns the policy."""
