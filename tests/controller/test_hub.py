@@ -1,4 +1,4 @@
-"""Controllers on a stand-in of the hub: what is uploaded loads again, its card says what it is, refusals are sentences."""
+"""Controllers on a stand-in of the hub: what goes up loads again, its card says what it is, refusals are sentences."""
 
 from __future__ import annotations
 
@@ -92,10 +92,10 @@ def test_without_a_network_it_is_a_sentence(hub: type[Hub], saved: Path, monkeyp
     with serving() as (address, _):
         pass
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)  # nobody listens there any more
-    with pytest.raises(UserError, match="was not uploaded to someone/widths .* can be reached"):
+    with pytest.raises(UserError, match=r"was not uploaded to someone/widths .* can be reached"):
         random_policy().push_to_hub("someone/widths")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="was not uploaded to someone/widths .*HF_HUB_OFFLINE"):
+    with pytest.raises(UserError, match=r"was not uploaded to someone/widths .*HF_HUB_OFFLINE"):
         random_policy().push_to_hub("someone/widths")
 
 
