@@ -121,7 +121,9 @@ def _check_splits(prompts: list[str], split: list[str], directory: str) -> None:
     home: dict[str, str] = {}
     for prompt, name in zip(prompts, split, strict=True):
         if name not in SPLITS:
-            raise UserError(f"The traces in {directory} have a split {name!r}; allowed are {', '.join(SPLITS)}.")
+            raise UserError(
+                f"The traces in {directory} have a split {name!r}; allowed are {', '.join(SPLITS)}. Collect them again."
+            )
         if home.setdefault(prompt, name) != name:
             raise UserError(
                 f"Prompt {prompt!r} is in the splits {home[prompt]!r} and {name!r} of {directory}: validation would "

@@ -270,14 +270,16 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         lines = read_bytes(path).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).") from None
+            raise UserError(
+                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); mend it."
+            ) from None
         if not isinstance(entry, dict):
             raise UserError(f"{path}, line {number}: a {type(entry).__name__}; each line must be a JSON object.")
         yield number, entry
@@ -288,7 +290,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(read_bytes(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
+        raise UserError(f"{path} is not JSON ({error}); give a whole file.") from None
 
 
 def text_field(entry: Mapping[str, Any], name: str, path: str | Path, number: int) -> str:

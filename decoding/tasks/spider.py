@@ -48,7 +48,9 @@ class SpiderTask(FileTask):
                     f"spider:{entry['db_id']}:{number}", f"{schema}\n-- {question}\n", (entry["query"],), request
                 )
         except (KeyError, TypeError) as error:
-            raise UserError(f"{self.path} and its tables.json are not in Spider's format ({error!r}).") from None
+            raise UserError(
+                f"{self.path} and its tables.json are not in Spider's format ({error!r}); give its own files."
+            ) from None
 
     def describe(self) -> dict[str, Any]:
         about = super().describe()

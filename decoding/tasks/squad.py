@@ -37,7 +37,9 @@ class SquadTask(FileTask):
                         request = f"{paragraph['context']}\n\nQuestion: {qa['question']}"
                         yield Example(qa["id"], text, tuple(answer["text"] for answer in qa["answers"]), request)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is not in the format of SQuAD v1.1 ({error!r}).") from None
+            raise UserError(
+                f"{self.path} is not in the format of SQuAD v1.1 ({error!r}); give its own file, unchanged."
+            ) from None
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
         """`exact_match` and `f1`, the best over the references."""
