@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from decoding.errors import UserError
+from decoding.support.files import inside
 from decoding.tasks.base import Example, FileTask, Prompt, Shot, content_hash, read_json
 from decoding.tasks.query import QueryError, read_query, run_answer, run_query, same_rows
 
@@ -64,7 +65,7 @@ class SpiderTask(FileTask):
         """The SQLite file that a prompt asks about, which need not be there."""
         name = prompt.id.split(":")[1]
         folder = Path(self.databases) if self.databases else Path(self.path).with_name("database")
-        return folder / name / f"{name}.sqlite"
+        return inside(folder, name) / f"{name}.sqlite"
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
         """`query_match`: the query as text, up to case, spaces and quotes; `execution_match`: it

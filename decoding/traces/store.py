@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features
 
 from decoding.errors import UserError
-from decoding.support.files import write_whole
+from decoding.support.files import inside, write_whole
 from decoding.traces.schema import SCHEMA_VERSION, TRACE_FEATURES, Column
 
 MANIFEST = "manifest.json"
@@ -99,7 +99,9 @@ def load_traces(directory: str | Path) -> tuple[Dataset, dict[str, Any]]:
             f"The traces in {directory} are incomplete ({manifest.get('rows', 0)} rows so far). Run python -m "
             "decoding.collect with the same settings: it goes on where it stopped."
         )
-    tables = [_read_shard(directory / entry["file"], entry, manifest["trace_key"]) for entry in manifest["shards"]]
+    tables = [
+        _read_shard(inside(directory, entry["file"]), entry, manifest["trace_key"]) for entry in manifest["shards"]
+    ]
     if not tables:
         raise UserError(f"The traces in {directory} hold no rows. Raise collect.train_prompts and collect again.")
     return Dataset(pa.concat_tables(tables)), manifest
