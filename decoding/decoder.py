@@ -7,8 +7,10 @@ target.
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -146,18 +148,30 @@ def beam_sample(
 
 def as_token_lists(prompts: Prompts) -> list[list[int]]:
     """Prompts in any accepted form -> one list of token ids each."""
-    if isinstance(prompts, Tensor):
-        if prompts.ndim != 2:
-            raise UserError(
-                f"prompts is a tensor of {prompts.ndim} dimension(s); give a 2-D tensor [prompts, tokens], or a list "
-                "of token lists."
-            )
-        return [[int(t) for t in tokens] for tokens in prompts]
-    if isinstance(prompts, str) or any(isinstance(p, str) for p in prompts):
+    if isinstance(prompts, Tensor) and prompts.ndim != 2:
+        raise UserError(
+            f"prompts is a tensor of {prompts.ndim} dimension(s); give a 2-D tensor [prompts, tokens], or a list "
+            "of token lists."
+        )
+    if isinstance(prompts, str):
         raise UserError("prompts holds text; give token ids, for instance tokenizer(text)['input_ids'].")
-    if any(isinstance(p, int) for p in prompts):
+    if not isinstance(prompts, Iterable):
+        raise UserError(f"prompts is {prompts!r}; give a list of lists of token ids.")
+    return [_token_list(i, prompt) for i, prompt in enumerate(prompts)]
+
+
+def _token_list(index: int, prompt: Any) -> list[int]:
+    """One prompt's token ids as Python's own numbers."""
+    if isinstance(prompt, str):
+        raise UserError("prompts holds text; give token ids, for instance tokenizer(text)['input_ids'].")
+    if isinstance(prompt, Integral):
         raise UserError("prompts is one list of token ids; give a list of such lists: [prompt].")
-    return [[int(t) for t in tokens] for tokens in prompts]
+    try:
+        return [operator.index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)]
+    except TypeError:
+        raise UserError(
+            f"Prompt {index} is {str(prompt)[:80]}; give a list of token ids, which are whole numbers."
+        ) from None
 
 
 def _streams(
