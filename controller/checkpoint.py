@@ -16,10 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from controller.network import ARGUMENTS, CALIBRATED, COLUMNS, WidthNet
-from decoding.errors import UserError
+from decoding.errors import UserError, reading
+from decoding.support.checks import whole
 
 FORMAT = "dsbd-controller"  # what config.json says it is
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_LARGEST = 4096  # of each size of a network
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -79,7 +81,14 @@ def load_controller(path: str | Path, revision: str | None = None) -> tuple[Widt
         )
     if lacking := [name for name in ARGUMENTS if name not in config]:
         raise _of_another_version(path, f"{CONFIG} says nothing of {', '.join(lacking)}")
-    net = WidthNet(**{name: config[name] for name in (*ARGUMENTS, *COLUMNS) if name in config})
+    if any(not isinstance(provenance.get(part, {}), dict) for part in ("features", "pair", "decoding")):
+        raise _of_another_version(path, f"the provenance in {CONFIG} is of another form")
+    for name in ARGUMENTS:
+        whole(
+            f"{name} in {directory / CONFIG}", config[name], least=1, most=_LARGEST, hint="train the controller again"
+        )
+    with reading(directory / CONFIG, "Train the controller again."):
+        net = WidthNet(**{name: config[name] for name in (*ARGUMENTS, *COLUMNS) if name in config})
     try:
         weights = load_file(directory / WEIGHTS)
         if strange := sorted(set(weights) ^ set(net.state_dict())):

@@ -20,7 +20,7 @@ from controller.network import SOFT, WidthNet
 from controller.plan import LEAST_CHANCE, Plan
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, LatencyTable, UnitCosts, costs_digest
-from decoding.errors import UserError
+from decoding.errors import UserError, reading
 from decoding.policies.base import (
     DRAFT_DEPTH,
     DRAFT_WIDTH,
@@ -119,12 +119,13 @@ class LearnedWidth(WidthPolicy):
                 "it out, or lower decoding.target_width."
             )
         net, provenance = load_controller(path, revision)
-        if options.get("features") is None:
-            here = Path(path).expanduser().is_dir()
-            options["features"] = features_of(provenance.get("features", {}), may_import=here)
-        policy = cls(net, provenance, **options)
-        if pair is not None:
-            policy.check_pair(pair)
+        with reading(f"The provenance of the controller {path}", "Train it again."):
+            if options.get("features") is None:
+                here = Path(path).expanduser().is_dir()
+                options["features"] = features_of(provenance.get("features", {}), may_import=here)
+            policy = cls(net, provenance, **options)
+            if pair is not None:
+                policy.check_pair(pair)
         return policy
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
