@@ -87,6 +87,11 @@ class Example:
     request: str | None = None
     messages: tuple[Message, ...] = ()
 
+    def __post_init__(self) -> None:
+        for value in (self.id, self.text, self.request or "", *self.references):
+            if not isinstance(value, str):
+                raise TypeError(f"{value!r} is no text")
+
 
 class Shot(NamedTuple):
     """A worked example that may stand before every prompt of a task; `text` ends where `answer`
@@ -152,6 +157,8 @@ class FileTask:
             if self.shares is not None and self._split_of(example.text) != split:
                 continue
             text, tokens = self._tokenise(example, tokenizer)
+            if not tokens:
+                raise UserError(f"{self.path}: the prompt {example.id!r} has no token; remove it from the file.")
             if self.max_prompt_tokens is None or len(tokens) <= self.max_prompt_tokens:
                 first = example.references[0] if example.references else None
                 found.append(Prompt(example.id, tokens, first, text, example.references))

@@ -29,7 +29,7 @@ class SquadTask(FileTask):
     )
 
     def examples(self) -> Iterator[Example]:
-        with reading(self.path, "Give a file of SQuAD v1.1, unchanged."):
+        with reading(self.path, "Give a file in the format of SQuAD v1.1."):
             for article in read_json(self.path)["data"]:
                 for paragraph in article["paragraphs"]:
                     for qa in paragraph["qas"]:
