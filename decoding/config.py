@@ -22,6 +22,7 @@ _COUNTS = (
     *("max_new_tokens", "min_new_tokens", "num_return_sequences", "oversample"),
 )
 _MOST = 2**31 - 1  # of all counts
+_STEEPEST = 30  # length penalty: _MOST to its power is a number that floats hold
 _FROM_ZERO = ("draft_depth", "min_new_tokens")
 # How many of Q's entries are worth a race for so many drafts: Q misses what P has if it is cut as narrowly, and a tail
 # that is never selected takes drafts from what is. (widest draft width, entries); beyond the last 80.
@@ -129,8 +130,11 @@ class DecodingConfig:
             )
         if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
             raise UserError(f"top_p is {self.top_p!r}; give a number in (0, 1], or null for no cut.")
-        if not _is_number(self.length_penalty):
-            raise UserError(f"length_penalty is {self.length_penalty!r}; give a number (1 is the default).")
+        if not _is_number(self.length_penalty) or abs(self.length_penalty) > _STEEPEST:
+            raise UserError(
+                f"length_penalty is {self.length_penalty!r}; give a number from -{_STEEPEST} to {_STEEPEST} (1 is the "
+                "default)."
+            )
 
         for name in ("temperature", "top_p", "length_penalty"):
             if getattr(self, name) is not None:  # whole ones too; what is beyond floats was refused
