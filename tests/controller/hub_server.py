@@ -25,7 +25,10 @@ class Hub(BaseHTTPRequestHandler):
     refuses: ClassVar[int] = 0  # a status that every request gets
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:
+            return  # whoever asked has died
         self._keep()
         if self.path == "/api/repos/create":
             about = json.loads(body)
@@ -36,8 +39,11 @@ class Hub(BaseHTTPRequestHandler):
         elif self.path == "/api/validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})
         elif match := re.fullmatch(r"/api/models/(.+)/preupload/\w+", self.path):
+            last = (self.repos.get(match[1]) or [{}])[-1]
             files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                | ({"oid": _oid(last[f["path"]])} if f["path"] in last else {})
+                for f in json.loads(body)["files"]
             ]
             self._answer(200 if match[1] in self.repos else 404, {"files": files})
         elif match := re.fullmatch(r"/api/models/(.+)/commit/\w+", self.path):
@@ -63,6 +69,7 @@ class Hub(BaseHTTPRequestHandler):
             files = self.repos[match[1]][-1]
             tree = [{"type": "file", "path": p, "size": len(c), "oid": _etag(c)} for p, c in files.items()]
             about = {"id": match[1], "sha": self._sha(match[1]), "siblings": [{"rfilename": p} for p in files]}
+            about["commits"] = len(self.repos[match[1]])
             self._answer(200, tree if match[2] == "tree" else about)
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path):
             content = self.repos.get(match[1], [{}])[-1].get(match[2])
@@ -96,6 +103,11 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+
+def _oid(content: bytes) -> str:
+    """What git calls a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _etag(content: bytes) -> str:
