@@ -30,6 +30,12 @@ def reading(what: object, remedy: str) -> Iterator[None]:
         raise UserError(f"{what} is damaged, or not what this code wrote ({said}). {remedy}") from error
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if an error says that the memory of a device, or of this machine, does not suffice."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)  # what torch says of a CPU's, as RuntimeError
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that says something, or what kind of error it is."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

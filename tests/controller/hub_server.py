@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +106,14 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
+class Server(ThreadingHTTPServer):
+    """Says nothing of clients that died in a request."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def _oid(content: bytes) -> str:
     """What git calls a file of this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -118,7 +127,7 @@ def _etag(content: bytes) -> str:
 def serving() -> Iterator[tuple[str, type[Hub]]]:
     """A hub of its own for the length of the block: its address, and the class with what it has seen."""
     hub = type("OwnHub", (Hub,), {"repos": {}, "requests": [], "refuses": 0})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), hub)
+    server = Server(("127.0.0.1", 0), hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}", hub
