@@ -23,9 +23,20 @@ from decoding.pairs.drafts.mixed import MixedDraft
 from decoding.pairs.drafts.model import ModelDraft
 from decoding.support.names import is_dotted, locate
 
-__all__ = ["ALLOWED", "Draft", "MixedDraft", "ModelDraft", "NodeScorer", "ScorerOptions", "draft_of", "is_named", "named_draft"]
+__all__ = [
+    "ALLOWED",
+    "Draft",
+    "MixedDraft",
+    "ModelDraft",
+    "NodeScorer",
+    "ScorerOptions",
+    "draft_of",
+    "is_named",
+    "named_draft",
+]
 
-KINDS = {kind.prefix: kind for kind in (early_layers.KIND, ngram.KIND, eagle3.KIND)}  # drafts that come without a checkpoint
+# Drafts that come without a checkpoint.
+KINDS = {kind.prefix: kind for kind in (early_layers.KIND, ngram.KIND, eagle3.KIND)}
 _OWN = "mine.Bigram (a Draft of your own, by its dotted name)"
 _BESIDE = re.compile(r"(ngram(?::\d{1,6})?)\+(.+)", re.DOTALL)
 ALLOWED = ", ".join([*(kind.usage for kind in KINDS.values()), _OWN]) + ", or ngram+ in front of another of these"

@@ -199,7 +199,7 @@ def composed(*overrides: str) -> Any:
     return cfg.pair
 
 
-@pytest.mark.parametrize("draft", ["layers:2", "ngram", "ngram:4"])
+@pytest.mark.parametrize("draft", ["layers:2", "ngram", "ngram:4", "ngram:3+layers:2"])
 def test_pairs_take_a_draft_on_the_command_line(draft: str) -> None:
     pair = instantiate(composed(f"pair.draft={draft}"))
     assert pair.draft_name == ("ngram:3" if draft == "ngram" else draft)

@@ -34,7 +34,8 @@ def mixed_pair(vocabulary: int = 9, **draft: Any) -> ModelPair:
 def opened(pair: ModelPair, top: int | None, vocabulary: int, **options: Any) -> tuple[MixedScorer, list[int], Any]:
     """The scorer of a prompt with some nodes scored, these nodes, and the index that n-grams are looked up in."""
     forest = TokenForest()
-    made: Any = pair.scorers(ScorerOptions(1, len(REPEATING), 30, top=vocabulary if top else None, **options), True, top)
+    asked = ScorerOptions(1, len(REPEATING), 30, top=vocabulary if top else None, **options)
+    made: Any = pair.scorers(asked, True, top)
     for scorer in made.values():
         scorer.open(0, REPEATING, forest)
     nodes = [0]
@@ -150,9 +151,10 @@ def test_what_processors_forbid_is_not_proposed() -> None:
 def test_names_and_fingerprints() -> None:
     """As users write it, in any pair; two settings are two drafts."""
     target = small_llama(9, layers=3)
-    texts = ["ngram+layers:1", "ngram:4+layers:1", "ngram+layers:2", "layers:1"]
+    texts = ["ngram:3+layers:1", "ngram:4+layers:1", "ngram:3+layers:2", "layers:1"]
     pairs = [ModelPair(target, text) for text in texts]
-    assert [pair.draft_name for pair in pairs] == ["ngram:3+layers:1", "ngram:4+layers:1", "ngram:3+layers:2", "layers:1"]
+    assert [pair.draft_name for pair in pairs] == texts
+    assert ModelPair(target, "ngram+layers:1").draft_name == texts[0]
     assert len({pair.fingerprint for pair in pairs}) == 4
     assert pairs[0].describe()["draft"] == "ngram:3+layers:1"
     assert isinstance(named_draft("ngram+tests.decoding.feature_draft.FeatureDraft", target), MixedDraft)
