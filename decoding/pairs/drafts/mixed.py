@@ -44,7 +44,7 @@ class MixedDraft(Draft):
 
     @property
     def models(self) -> dict[str, Any]:
-        """Those of the other draft."""
+        """The other draft's models."""
         return self.other.models
 
     def fingerprint(self) -> bytes:
@@ -52,7 +52,7 @@ class MixedDraft(Draft):
         return self.other.fingerprint() + self.ngrams.fingerprint() + repr(WEIGHTS).encode()
 
     def describe(self) -> dict[str, Any]:
-        """What the other draft says of itself, under the name of both."""
+        """The other draft's description, under the name of both."""
         return {**self.other.describe(), "draft": self.name}
 
     def scorer(self, target: ForestScorer, options: ScorerOptions) -> NodeScorer:
@@ -88,7 +88,9 @@ class MixedScorer:
         self.lookups.close_row(row)
 
     def score(self, wanted: Mapping[int, Sequence[int]]) -> int:
-        """Make sure that both have scored all nodes of `wanted`; returns how many are new to the other draft."""
+        """Make sure that both have scored all nodes of `wanted`; returns how many are new to the
+        other draft.
+        """
         self.lookups.score(wanted)
         return self.other.score(wanted)
 
@@ -123,12 +125,12 @@ class MixedScorer:
         return torch.logaddexp(self.other.log_probs(row, nodes) + (1 - weights).log(), found + weights.log())
 
     def _weights(self, row: int, nodes: Sequence[int]) -> FloatArray:
-        """Of the n-grams after each node, [N]; 0 where they have nothing to propose."""
+        """The n-grams' weight after each node, [N]; 0 where they have nothing to propose."""
         longest = [self.lookups.longest(row, node) for node in nodes]
         return np.array([WEIGHTS[min(n, len(WEIGHTS)) - 1] if n else 0.0 for n in longest])
 
     def hidden(self, row: int, nodes: Sequence[int]) -> Tensor | None:
-        """Those of the other draft."""
+        """The other draft's last hidden states."""
         return self.other.hidden(row, nodes)
 
     def forget(self, row: int, dead: Sequence[int], live: Sequence[int]) -> None:

@@ -276,7 +276,9 @@ class NgramScorer:
         return table
 
     def longest(self, row: int, node: int) -> int:
-        """Tokens of the longest suffix that a scored node's proposals come from; 0 where it has none."""
+        """Tokens of the longest suffix that a scored node's proposals come from; 0 where it has
+        none.
+        """
         held = self._held(row)
         return held.index.longest(node) if held.scored[node][0] else 0
 
