@@ -129,7 +129,7 @@ def first_swap(
     drawn: int,
     by_weight: bool,
 ) -> tuple[float, str]:
-    """The margin of the two entries that changed places at the first step that differs, and a sentence on them.
+    """Find the margin of the entries that changed places at the first step that differs, in words.
 
     Args:
         ours, alone: what was noted of both.

@@ -22,7 +22,7 @@ _CHECKPOINTS = 10
 def soak(
     generate: Generate, pair: ModelPair, prompts: Sequence[Prompt], count: int, batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """Decode `count` prompts, over and over those given, and look at memory and the clock ten times.
+    """Decode `count` prompts, over and over those given; look at memory and the clock ten times.
 
     Args:
         generate: decodes them, `batch_size` at a time.

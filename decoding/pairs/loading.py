@@ -44,7 +44,7 @@ def inflated_parts(
 ) -> dict[str, Any]:
     """The built-in pair in models of real size."""
     dtype = _dtype_name(dtype, _DTYPES[1:])
-    if draft is not None and not draft.startswith("ngram"):
+    if draft is not None and (not draft.startswith("ngram") or "+" in draft):
         raise UserError(f"draft is {draft!r}; an inflated pair takes ngram, ngram:N, or null for draft_size.")
     try:
         check_device(device)

@@ -2,12 +2,13 @@
 
 In text: `layers:8`, the target's own first layers; `ngram` or `ngram:4`, what followed the same
 tokens before; `eagle3:<directory>`, a head over the target's states; `mine.Bigram`, a class of
-anybody's own.
+anybody's own. `ngram+` in front of another of these mixes n-grams into what it proposes.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,34 @@ from decoding.forest.node_scorer import NodeScorer, ScorerOptions
 from decoding.pairs.architecture import check_architecture, text_config, vocab_size_of
 from decoding.pairs.drafts import eagle3, early_layers, ngram
 from decoding.pairs.drafts.base import Draft
+from decoding.pairs.drafts.mixed import MixedDraft
 from decoding.pairs.drafts.model import ModelDraft
 from decoding.support.names import is_dotted, locate
 
-__all__ = ["ALLOWED", "Draft", "ModelDraft", "NodeScorer", "ScorerOptions", "draft_of", "is_named", "named_draft"]
+__all__ = [
+    "ALLOWED",
+    "Draft",
+    "MixedDraft",
+    "ModelDraft",
+    "NodeScorer",
+    "ScorerOptions",
+    "draft_of",
+    "is_named",
+    "named_draft",
+]
 
-KINDS = {
-    kind.prefix: kind for kind in (early_layers.KIND, ngram.KIND, eagle3.KIND)
-}  # drafts that come without a checkpoint
+# Drafts that come without a checkpoint.
+KINDS = {kind.prefix: kind for kind in (early_layers.KIND, ngram.KIND, eagle3.KIND)}
 _OWN = "mine.Bigram (a Draft of your own, by its dotted name)"
-ALLOWED = ", ".join([*(kind.usage for kind in KINDS.values()), _OWN])
+_BESIDE = re.compile(r"(ngram(?::\d{1,6})?)\+(.+)", re.DOTALL)
+ALLOWED = ", ".join([*(kind.usage for kind in KINDS.values()), _OWN]) + ", or ngram+ in front of another of these"
 
 
 def is_named(text: str) -> bool:
     """True if a text names a draft that comes without a checkpoint of its own."""
+    beside = _BESIDE.fullmatch(text)
+    if beside is not None:
+        return is_named(beside[2])
     return text.partition(":")[0] in KINDS or (is_dotted(text) and not Path(text).exists())
 
 
@@ -39,13 +54,18 @@ def named_draft(text: str, target: Any) -> Draft:
     """The draft that a text names.
 
     Args:
-        text: `layers:8`, `ngram`, `ngram:4`; or the dotted name of a `Draft`, which is called with
-            the target.
+        text: `layers:8`, `ngram`, `ngram:4`; the dotted name of a `Draft`, which is called with the
+            target; or `ngram+layers:8`, `ngram:4+mine.Bigram` for both at once.
         target: the model that it drafts for.
 
     Raises:
         UserError: another text, a number that cannot be, or a dotted name of something else.
     """
+    beside = _BESIDE.fullmatch(text)
+    if beside is not None:
+        ngrams = named_draft(beside[1], target)
+        assert isinstance(ngrams, ngram.NgramDraft)
+        return MixedDraft(named_draft(beside[2], target), ngrams)
     if is_dotted(text):
         return _of_class(text, target)
     prefix, colon, argument = text.partition(":")

@@ -148,6 +148,10 @@ class NgramIndex:
                     counts[tokens[other]] = counts.get(tokens[other], 0) + 1
         return counts
 
+    def longest(self, node: int) -> int:
+        """Tokens of the longest suffix of the path to a known node that came before; 0 for none."""
+        return next((n for n in range(self._max, 0, -1) if self.followers(node, n)), 0)
+
     def distribution(self, node: int) -> dict[int, float]:
         """Share of each token after a known node, in all one; empty where no suffix came before.
 
@@ -270,6 +274,13 @@ class NgramScorer:
         table = torch.full((len(nodes), self.vocabulary), -torch.inf, device=self.device)
         table.view(-1)[torch.tensor(index, dtype=torch.int64).to(self.device)] = torch.tensor(values).to(self.device)
         return table
+
+    def longest(self, row: int, node: int) -> int:
+        """Tokens of the longest suffix that a scored node's proposals come from; 0 where it has
+        none.
+        """
+        held = self._held(row)
+        return held.index.longest(node) if held.scored[node][0] else 0
 
     def hidden(self, row: int, nodes: Sequence[int]) -> Tensor | None:
         """None, for there is no model that could have hidden states."""

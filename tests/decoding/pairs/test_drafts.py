@@ -18,6 +18,7 @@ from decoding.collect import ensure_traces
 from decoding.forest.scorer import ForestScorer
 from decoding.machine.seconds import measure_seconds
 from decoding.pairs.drafts import NodeScorer
+from decoding.pairs.drafts.mixed import MixedScorer
 from decoding.pairs.drafts.ngram import NgramScorer
 from decoding.support.entry import CONF_DIR
 from decoding.support.settings import check_settings
@@ -29,7 +30,7 @@ from tests.decoding.stubs import FixedTask, small_llama
 from tests.decoding.test_bench import config as bench_config
 from tests.decoding.test_bench import read
 
-KINDS = ("model", "layers:1", "ngram", "fewer tokens")
+KINDS = ("model", "layers:1", "ngram", "ngram+layers:1", "fewer tokens")
 
 
 def pair_with(draft: str) -> ModelPair:
@@ -42,7 +43,7 @@ def pair_with(draft: str) -> ModelPair:
     return ModelPair(small_llama(40), others.get(draft, draft), name="small")
 
 
-@pytest.mark.parametrize("scorer", [ForestScorer, NgramScorer, FeatureScorer])
+@pytest.mark.parametrize("scorer", [ForestScorer, NgramScorer, FeatureScorer, MixedScorer])
 def test_scorers_keep_to_the_protocol(scorer: type) -> None:
     """The type checker sees this where they are used; here, that names and parameters are the protocol's."""
     for name, asked in inspect.getmembers(NodeScorer, inspect.isfunction):
@@ -76,7 +77,7 @@ def test_a_gpu_decodes_with_every_kind(draft: str) -> None:
     """Under CUDA graphs, on the host's and on the device's path; blocks of the target are not laid out twice."""
     here = pair_with(draft)
     target = here.target.cuda()
-    other = {"layers:1": "layers:1", "ngram": "ngram"}.get(draft) or here.draft.cuda()
+    other = (draft if draft in ("layers:1", "ngram", "ngram+layers:1") else None) or here.draft.cuda()
     pair = ModelPair(target, other, here.tokenizer, draft_tokenizer=here.draft_tokenizer)
     for config in (settings(2, 3, 2, 8), settings(2, 3, 2, 8, top_k=4)):
         decoder = DSBDDecoder(pair, config)
@@ -198,7 +199,7 @@ def composed(*overrides: str) -> Any:
     return cfg.pair
 
 
-@pytest.mark.parametrize("draft", ["layers:2", "ngram", "ngram:4"])
+@pytest.mark.parametrize("draft", ["layers:2", "ngram", "ngram:4", "ngram:3+layers:2"])
 def test_pairs_take_a_draft_on_the_command_line(draft: str) -> None:
     pair = instantiate(composed(f"pair.draft={draft}"))
     assert pair.draft_name == ("ngram:3" if draft == "ngram" else draft)

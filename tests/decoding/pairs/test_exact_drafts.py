@@ -56,11 +56,16 @@ def layers_pair() -> ModelPair:
     return ModelPair(small_llama(4, layers=3), "layers:1")
 
 
+def mixed_pair() -> ModelPair:
+    return ModelPair(small_llama(4, layers=3), "ngram+layers:1")
+
+
 Case = tuple[Callable[[], ModelPair], list[int], DecodingConfig]
 CASES: dict[str, Case] = {
     **{f"subset, {name}": (partial(narrow_pair, *pair), PROMPT, config) for name, (*pair, config) in SUBSETS.items()},
     **{f"layers, {name}": (layers_pair, PROMPT, config) for name, config in LAYERS.items()},
     **{f"ngram, {name}": (partial(ngram_pair, size), REPEATING, config) for name, (size, config) in NGRAMS.items()},
+    **{f"mixed, {name}": (mixed_pair, REPEATING, config) for name, config in LAYERS.items()},
     **{
         f"features, {engine}, top_k={k}": (partial(feature_pair, 4, engine), PROMPT, settings(2, 3, 2, 3, top_k=k))
         for engine, k in FEATURES
