@@ -162,7 +162,7 @@ def _name(base: str, draft: str | None) -> str:
     if draft is None:
         return base
     kind, _, source = draft.partition(":")
-    return f"{base}-{kind}{Path(source).name}"
+    return f"{base}-{kind}{Path(source).name.replace(':', '')}"
 
 
 def _comes_without_model(draft: str) -> bool:
