@@ -10,11 +10,7 @@ python train.py ckpt_path=outputs/train/.../checkpoints/last.ckpt
 from __future__ import annotations
 
 import pickle
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +32,7 @@ from controller.tracking import is_wandb, tracked
 from decoding.collect import ensure_traces
 from decoding.errors import UserError
 from decoding.support.entry import build_all, entry_point
+from decoding.support.fits import interruptible
 from decoding.support.provenance import provenance, to_plain
 
 _AGAIN = "Give a checkpoint that train.py wrote with these settings, or leave ckpt_path out to start afresh."
@@ -66,7 +63,7 @@ def fit(
     callbacks = [*build_all(cfg.callbacks), GoOn()]
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
     started = time.perf_counter()
-    with interruptible(trainer):
+    with interruptible(lambda: what_is_kept(trainer)):
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
     seconds = time.perf_counter() - started
     load_best(trainer, module)
@@ -137,23 +134,6 @@ class GoOn(Callback):
             elif state and isinstance(callback, ModelCheckpoint) and state["dirpath"] != callback.dirpath:
                 kept = Path(state["best_model_path"]).is_file()  # else the best epoch is one from here on
                 state |= {"dirpath": callback.dirpath, "last_model_path": ""} if kept else {}
-
-
-@contextmanager
-def interruptible(trainer: Trainer) -> Iterator[None]:
-    """Let Ctrl-C out of a fit as KeyboardInterrupt, and say what is kept.
-
-    Lightning would exit with code 1, and ignore every further Ctrl-C.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as stop:
-        if not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        signal.signal(signal.SIGINT, handler)
-        print(what_is_kept(trainer), file=sys.stderr)
-        raise KeyboardInterrupt from None
 
 
 def what_is_kept(trainer: Trainer) -> str:

@@ -51,7 +51,7 @@ def options_of(group: str) -> list[str]:
 def commands_named_in(path: Path) -> list[str]:
     head = "".join(re.findall(r"^#.*\n", path.read_text(), re.MULTILINE))
     named = {"train": "train.py", "evaluate": "evaluate.py"}
-    named |= {name: f"decoding.{name}" for name in ("collect", "bench", "generate", "latency")}
+    named |= {name: f"decoding.{name}" for name in ("collect", "bench", "generate", "latency", "train_draft")}
     return [command for command, name in named.items() if name in head or "All commands" in head]
 
 

@@ -51,11 +51,11 @@ class _Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig, shape: HeadShape) -> None:
         super().__init__()
-        self.head_dim = int(config.head_dim)
+        self.head_dim, kv_heads = int(config.head_dim or 0), int(config.num_key_value_heads or 0)
         width, bias = 2 * config.hidden_size, bool(config.attention_bias)
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
         if shape.qk_norm:
             self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
@@ -113,7 +113,9 @@ class FeatureHead(nn.Module):
 
     @classmethod
     def for_target(cls, target: Any, draft_vocab_size: int, layers: tuple[int, ...] | None = None) -> Self:
-        """A new head of random weights in the shape of a target's own blocks, with its embedding."""
+        """A new head of random weights in the shape of a target's own blocks, with its
+        embedding.
+        """
         text = target.config.get_text_config()
         config = LlamaConfig(
             vocab_size=text.vocab_size,
@@ -135,6 +137,11 @@ class FeatureHead(nn.Module):
     def embedding(self) -> Tensor:
         """[V, H], its own or the target's."""
         return self.embed_tokens.weight if self._shared is None else self._shared[0]
+
+    @property
+    def groups(self) -> int:
+        """Heads of queries that share one of keys and values."""
+        return int(self.config.num_attention_heads) // int(self.config.num_key_value_heads or 1)
 
     @property
     def token_ids(self) -> Tensor:

@@ -127,7 +127,7 @@ class Norm:
     def __init__(self, norm: Any) -> None:
         self.weight, self.eps = norm.weight, norm.variance_epsilon
         self._width = len(self.weight)
-        self._folded = _packs(self.weight)
+        self._folded = self.weight.dtype == torch.float32 and _packs(self.weight)
         self._floor = torch.tensor((self._width * self.eps) ** 0.5) if self._folded else None
 
     def fold(self, weight: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Norm:
         return linear(self.fold(weight), bias)
 
     def whole(self, states: Tensor) -> Tensor:
-        """What the model's own norm gives, its weight included; [T, H] both ways."""
+        """Normalise as the model's own norm does, its weight included; [T, H] both ways."""
         return F.rms_norm(states, (self._width,), self.weight, self.eps)
 
     def __call__(self, states: Tensor) -> Tensor:
@@ -330,12 +330,24 @@ def joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | 
 
 def _packs(weight: Tensor) -> bool:
     """True if this weight is laid out anew for the CPU's matrix kernels."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _multiplies_bfloat16())
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """True if the processor multiplies bfloat16 matrices itself; elsewhere torch's own product is
+    kept.
+    """
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _stays_plain(weight: Tensor) -> bool:
+    """True for weights that are multiplied as they are, but transposed."""
+    return weight.dtype == torch.float32 and weight.numel() <= _most_plain()
 
 
 @functools.cache
@@ -356,10 +368,11 @@ def _packed(weight: Tensor) -> Tensor:
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """Make a projection, its weight laid out for this device; [T, in] -> [T, out]."""
     if not _packs(weight):
         return lambda x: F.linear(x, weight, bias)
     bias = bias.detach() if bias is not None else None
-    if weight.numel() <= _most_plain():
+    if _stays_plain(weight):
         columns = weight.detach().t().contiguous()  # [in, out]
         return partial(_added, columns, bias) if bias is not None else lambda x: x.mm(columns)
     packed, multiply = _packed(weight), torch.ops.mkldnn._linear_pointwise.default
@@ -371,12 +384,13 @@ def _added(columns: Tensor, bias: Tensor, x: Tensor) -> Tensor:
 
 
 def residual(weight: Tensor, bias: Tensor | None) -> Residual:
+    """Make a projection that is added to a residual, perhaps in its place; [T, out]."""
     if not _packs(weight):
         if bias is None:
             return lambda x, residual: residual.addmm_(x, weight.t())  # one kernel
         return lambda x, residual: F.linear(x, weight, bias).add_(residual)
     bias = bias.detach() if bias is not None else None
-    if weight.numel() <= _most_plain():
+    if _stays_plain(weight):
         columns = weight.detach().t().contiguous()
         if bias is None:
             return lambda x, residual: residual.addmm_(x, columns)

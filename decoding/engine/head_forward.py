@@ -1,8 +1,11 @@
-"""HeadForward: a forest pass of a `FeatureHead`, in few operations, as `FusedForward` runs models."""
+"""HeadForward: a forest pass of a `FeatureHead`, in few operations, as `FusedForward` runs
+models.
+"""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +29,8 @@ from decoding.engine.watch import Watch
 class HeadForward(FusedForward):
     """Runs a head; a pass needs `features` of its tokens.
 
-    Its output's `hidden` are what the logits are of, its `states` [T, 1, H] the features to hand on.
+    Its output's `hidden` are what the logits are of, its `states` [T, 1, H] the features to hand
+    on.
     """
 
     name = "head"
@@ -43,7 +47,7 @@ class HeadForward(FusedForward):
         self._before, self._hidden = Norm(block.input_layernorm), Norm(block.hidden_norm)
         norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         q_norm, k_norm = (norm.weight[order] if norm is not None else None for norm in norms)
-        self._turning = SimpleNamespace(q_norm=q_norm, k_norm=k_norm, norm=self._before)
+        self._turning: Any = SimpleNamespace(q_norm=q_norm, k_norm=k_norm, norm=self._before)
         turned = [rows_reordered(attention.q_proj, order), rows_reordered(attention.k_proj, order)]
         weight, bias = joined([*turned, (attention.v_proj.weight, attention.v_proj.bias)])
         left, right = weight.chunk(2, -1)  # of the embedding, of the feature
@@ -51,7 +55,9 @@ class HeadForward(FusedForward):
         self._qkv = linear(folded, bias)
         self._out = residual(attention.o_proj.weight, attention.o_proj.bias)
         self._mlp_norm = Norm(block.post_attention_layernorm)
-        gate_up, gate_up_bias = joined([(mlp.gate_proj.weight, mlp.gate_proj.bias), (mlp.up_proj.weight, mlp.up_proj.bias)])
+        gate_up, gate_up_bias = joined(
+            [(mlp.gate_proj.weight, mlp.gate_proj.bias), (mlp.up_proj.weight, mlp.up_proj.bias)]
+        )
         self._gate_up = self._mlp_norm.then(gate_up, gate_up_bias)
         self._down = residual(mlp.down_proj.weight, mlp.down_proj.bias)
         self._norm = Norm(head.norm)
@@ -61,7 +67,7 @@ class HeadForward(FusedForward):
         self._watch = Watch([head])
 
     def fuse(self, states: Tensor) -> Tensor:
-        """As `FeatureHead.fuse`."""
+        """Fuse hidden states, as `FeatureHead.fuse` does."""
         return self._fc(states.flatten(-2)) if self._fuse_norms is None else self._fuse_norms(states)
 
     def _pass(self, inputs: PassInputs, store: FusedStore) -> PassOutput:

@@ -1,4 +1,5 @@
-"""HeadScorer: a `FeatureHead` over the forests of a batch, beside the target's scorer whose states it
+"""HeadScorer: a `FeatureHead` over the forests of a batch, beside the target's scorer whose states
+it
 reads.
 """
 
@@ -44,7 +45,9 @@ class HeadScorer(ForestScorer):
         self._fuse = forward.fuse
 
     def open(self, row: int, prompt: Sequence[int], forest: TokenForest, shared: tuple[int, int] | None = None) -> None:
-        """Score a prompt, after the target has; its first token stands before no feature, and is left out."""
+        """Score a prompt, after the target has; its first token stands before no feature, and is
+        left out.
+        """
         self._guessed[row].clear()
         if shared is not None and len(prompt) > 1:
             shared = shared[0], shared[1] - 1
@@ -92,7 +95,9 @@ class HeadScorer(ForestScorer):
         return torch.cat([fused, guessed]).index_select(0, order)
 
     def _log_probs(self, logits: Tensor, order: list[tuple[int, int]], at: Sequence[int]) -> Tensor:
-        """Over the head's own vocabulary where the likeliest tokens are all that is asked for, else the target's."""
+        """Over the head's own vocabulary where the likeliest tokens are all that is asked for, else
+        the target's.
+        """
         if self.top is not None and self._process is None:
             return log_probabilities(logits, self.temperature)
         placed = logits.new_full((len(logits), self._width), -torch.inf).index_copy_(1, self._ids, logits)
@@ -103,7 +108,7 @@ class HeadScorer(ForestScorer):
         return (values, self._host_ids[tokens]) if log_probs.shape[1] == len(self._host_ids) else (values, tokens)
 
     def forget(self, row: int, dead: Sequence[int], live: Sequence[int]) -> None:
-        """As any scorer."""
+        """Let go of dead nodes, as every scorer does."""
         self._guessed[row].difference_update(dead)
         super().forget(row, dead, live)
 

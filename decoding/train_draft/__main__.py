@@ -1,4 +1,6 @@
-"""Train a draft: `python -m decoding.train_draft pair=... kind=eagle3`. See conf/train_draft.yaml."""
+"""Train a draft: `python -m decoding.train_draft pair=... kind=eagle3`. See
+conf/train_draft.yaml.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from decoding.pairs.drafts.eagle3 import save_head
 from decoding.pairs.pair import ModelPair
 from decoding.support.checks import choice
 from decoding.support.entry import build_all, entry_point
+from decoding.support.fits import interruptible
 from decoding.support.progress import RunProgress
 from decoding.support.provenance import provenance, to_plain
 from decoding.train_draft.eagle3 import HeadModule, TextData
@@ -36,7 +39,6 @@ def main(cfg: DictConfig) -> float:
         raise UserError(f"There is no checkpoint at {checkpoint}; leave ckpt_path out to start afresh.")
     seed_everything(cfg.seed, workers=True, verbose=False)
     pair: ModelPair = instantiate(cfg.pair)
-    folder = Path(cfg.output_dir)
     text = TextConfig(**OmegaConf.to_container(cfg.text, resolve=True))  # type: ignore[arg-type]
     with RunProgress() as progress:
         texts = documents(pair, text, Path(cfg.text_dir), progress)
@@ -51,11 +53,12 @@ def main(cfg: DictConfig) -> float:
     trainer: Trainer = instantiate(cfg.trainer, **options, callbacks=build_all(cfg.callbacks), logger=loggers or False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        with interruptible(lambda: what_is_kept(trainer, cfg)):
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best and Path(best).is_file():
         module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
-    metrics = [{k: float(v) for k, v in row.items()} for row in trainer.validate(module, data, verbose=False)][0]
+    metrics = {name: float(value) for name, value in trainer.validate(module, data, verbose=False)[0].items()}
     out = Path(cfg.out)
     save_head(head, out)
     recipe = {
@@ -74,8 +77,18 @@ def main(cfg: DictConfig) -> float:
     return metrics["val/accepted"]
 
 
+def what_is_kept(trainer: Trainer, cfg: DictConfig) -> str:
+    """The sentence on how to go on after an interrupted fit."""
+    last, text = getattr(trainer.checkpoint_callback, "last_model_path", ""), f"text_dir={cfg.text_dir}"
+    if not last or not Path(last).is_file():
+        return f"The text is kept, no epoch yet; the same command with {text} fits anew."
+    return f"The last epoch is kept; the same command with {text} ckpt_path={last} goes on from there."
+
+
 def new_head(pair: ModelPair, cfg: DictConfig, texts: list[Any]) -> FeatureHead:
-    """A head that proposes the tokens that occur most, and begins with the target's output for them."""
+    """A head that proposes the tokens that occur most, and begins with the target's output for
+    them.
+    """
     layers = cfg.head.layers
     head = FeatureHead.for_target(pair.target, cfg.head.draft_vocab_size, tuple(layers) if layers else None)
     counts = token_counts(iter(texts), pair.vocab_size)
@@ -83,11 +96,8 @@ def new_head(pair: ModelPair, cfg: DictConfig, texts: list[Any]) -> FeatureHead:
     head.t2d.zero_()
     head.use_tokens(ids)
     output = pair.target.get_output_embeddings().weight.detach()
-    norm = getattr(pair.target.model, "norm", None) if hasattr(pair.target, "model") else None
     with torch.no_grad():
         head.lm_head.weight.copy_(output.index_select(0, ids.to(output.device)))
-        if norm is not None and norm.weight.shape == head.norm.weight.shape:
-            head.norm.weight.copy_(norm.weight)
     return head.float().to(pair.device)
 
 

@@ -23,7 +23,7 @@ TOP = 10  # tokens that acceptance is measured over, on both sides
 
 
 def unrolled(head: FeatureHead, tokens: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
-    """What the head gives where it drafts k = 1..steps tokens in a row, from every place.
+    """Draft k = 1..steps tokens in a row, from every place.
 
     Features of the k-th are the head's own of the one before; only those of the first are the
     target's. A query sees the target's past up to its place, and its own steps since.
@@ -33,11 +33,11 @@ def unrolled(head: FeatureHead, tokens: Tensor, features: Tensor, steps: int) ->
         features: fused states of the target at these tokens, [B, T, H].
 
     Yields:
-        For each k, [B, T, H]: at place i, what predicts token i + k + 1 from the tokens up to i + k. Places
+        For each k, [B, T, H]: at place i, what predicts token i + k + 1 from the tokens up to i +
+        k. Places
         from T - k on are of no use.
     """
-    rows, length = tokens.shape
-    heads, kv_heads = head.config.num_attention_heads, head.config.num_key_value_heads
+    length, groups = tokens.shape[1], head.groups
     seen = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
     own = torch.eye(length, dtype=torch.bool, device=tokens.device)
     keys: list[Tensor] = []
@@ -52,7 +52,6 @@ def unrolled(head: FeatureHead, tokens: Tensor, features: Tensor, steps: int) ->
             q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *turned)
             keys.append(k)
             values.append(v.transpose(1, 2))
-            groups = heads // kv_heads
             all_keys, all_values = (torch.cat(part, 2).repeat_interleave(groups, 1) for part in (keys, values))
             mixed = F.scaled_dot_product_attention(q, all_keys, all_values, attn_mask=mask)
             return mixed.transpose(1, 2).flatten(2)
@@ -75,7 +74,8 @@ class HeadModule(LightningModule):
         steps: tokens drafted in a row.
         decay: weight of a step over the one before.
         lr, weight_decay: of AdamW; the rate rises for the first 3% and falls in a cosine.
-        max_seconds: the rate is zero, and the fit ends, after so long; None: after the trainer's epochs.
+        max_seconds: the rate is zero, and the fit ends, after so long; None: after the trainer's
+            epochs.
     """
 
     def __init__(
@@ -102,7 +102,9 @@ class HeadModule(LightningModule):
         return F.linear(seen.last.to(weight.dtype), weight).float()
 
     def losses(self, seen: Seen) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each step: (cross entropy, logits of the head, places that count), [B, T], [B, T, Vd], [B, T]."""
+        """For each step: (cross entropy, logits of the head, places that count), [B, T], [B, T,
+        Vd], [B, T].
+        """
         logits = self.target_logits(seen)
         chances = (logits - seen.mass[..., None]).exp()  # [B, T, Vd], less than one in sum
         features = self.head.fuse(seen.states.to(self.head.fc.weight.dtype))
@@ -178,7 +180,9 @@ class HeadModule(LightningModule):
             group["lr"] = self.lr * max(rate, 0.01)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A shared embedding is no weight of the head, so nothing of the target is in a checkpoint."""
+        """A shared embedding is no weight of the head, so nothing of the target is in a
+        checkpoint.
+        """
         checkpoint["head_shape"] = repr(self.head.shape)
 
 
@@ -199,8 +203,8 @@ class TextData(LightningDataModule):
         self._lengths = [len(text.tokens) for text in texts]
         if not self.train or not self.val:
             raise UserError(
-                f"There are {len(texts)} texts, of which {len(self.val)} are held out; raise text.tokens until there are "
-                "some of both."
+                f"There are {len(texts)} texts, of which {len(self.val)} are held out; raise text.tokens until "
+                "there are some of both."
             )
 
     def batches(self, numbers: Sequence[int], generator: torch.Generator | None) -> list[list[int]]:
@@ -225,7 +229,7 @@ class TextData(LightningDataModule):
         return found
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """In a new order every epoch, the same for equal seeds."""
+        """Batches in a new order every epoch, the same for equal seeds."""
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         generator = torch.Generator().manual_seed(self.seed * 1000 + epoch)
         return _loader(self.batches(self.train, generator))

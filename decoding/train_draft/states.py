@@ -1,4 +1,6 @@
-"""States: what a head learns from of each text, read from the target once and kept while there is room."""
+"""States: what a head learns from of each text, read from the target once and kept while there is
+room.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class TargetStates:
         target: a causal LM, frozen.
         layers: hidden states to give, numbered as transformers numbers them.
         texts: by number.
-        room: bytes of states that are kept on the target's device; the rest is computed again every time.
+        room: bytes of states that are kept on the target's device; the rest is computed again every
+            time.
     """
 
     def __init__(self, target: Any, layers: tuple[int, ...], texts: Sequence[Document], room: float = 4e9) -> None:

@@ -1,4 +1,5 @@
-"""Text for a draft to learn from: a file, answers to a file's prompts, or turns that the target makes up.
+"""Text for a draft to learn from: a file, answers to a file's prompts, or turns that the target
+makes up.
 
 A draft has to guess what its target would write, so the target writes what it learns from. With a
 chat template and nothing else it writes the users' turns too, and then its answers to them.
@@ -42,11 +43,13 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class TextConfig:
-    """What is written.
+    """Settings of the text.
 
     Args:
-        source: "chat": the target makes up users' turns in its chat template, and answers them; the path of a
-            .jsonl file with prompts ({"prompt": ...} a line), which it continues, in its chat template where it
+        source: "chat": the target makes up users' turns in its chat template, and answers them; the
+            path of a
+            .jsonl file with prompts ({"prompt": ...} a line), which it continues, in its chat
+            template where it
             has one; or that of a .txt file, which is taken as it is.
         tokens: how many, at least; of files, at most.
         batch: texts written at a time.
@@ -67,7 +70,8 @@ class TextConfig:
 def documents(
     pair: ModelPair, config: TextConfig, directory: Path, progress: RunProgress | None = None
 ) -> list[Document]:
-    """The texts of a config, written into a directory batch by batch; what is there already is not written again.
+    """The texts of a config, written into a directory batch by batch; what is there already is not
+    written again.
 
     Args:
         pair: its target writes; a tokenizer is needed.
@@ -75,7 +79,8 @@ def documents(
         progress: told of every batch's tokens.
 
     Raises:
-        UserError: no tokenizer, no chat template where one is needed, or a file that cannot be read.
+        UserError: no tokenizer, no chat template where one is needed, or a file that cannot be
+        read.
     """
     if pair.tokenizer is None:
         raise UserError("A draft is trained on text, and this pair has no tokenizer; load the target with one.")
@@ -131,11 +136,15 @@ def _prompts(pair: ModelPair, config: TextConfig) -> list[list[int]]:
         try:
             text = json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}, line {number}, is no object with a "prompt"; write {{"prompt": "..."}}.') from None
+            raise UserError(
+                f'{path}, line {number}, is no object with a "prompt"; write {{"prompt": "..."}}.'
+            ) from None
         prompts.append(_templated(pair.tokenizer, str(text)))
     prompts = [prompt for prompt in prompts if 0 < len(prompt) < config.longest]
     if not prompts:
-        raise UserError(f"{path} has no prompt of less than {config.longest} tokens; give others, or raise text.longest.")
+        raise UserError(
+            f"{path} has no prompt of less than {config.longest} tokens; give others, or raise text.longest."
+        )
     return prompts
 
 
@@ -238,7 +247,7 @@ def _check_same(directory: Path, settings: dict[str, Any]) -> None:
 
 
 def token_counts(texts: Iterator[Document], vocab_size: int) -> Tensor:
-    """How often each token occurs, [V] int64."""
+    """Count each token, [V] int64."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for document in texts:
         counts += torch.bincount(document.tokens.long(), minlength=vocab_size)

@@ -26,9 +26,10 @@ from decoding.forest.scorer import ForestScorer
 from decoding.pairs.architecture import text_config, weight_sample
 from decoding.pairs.drafts.base import Draft, NamedKind
 
+SHIPPED = Path(__file__).parent / "heads"  # heads that come with the package, by name
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _NEEDLESS = ("verifier_lm_head.", "verifier_norm.", "rotary_emb.", "lm_head.bias")
-_USAGE = "eagle3:<directory or hub id> (an EAGLE-3 head of this target)"
+_USAGE = "eagle3:<directory or hub id> (an EAGLE-3 head of this target; eagle3:smollm2 comes with the package)"
 
 
 class Eagle3Draft(Draft):
@@ -51,7 +52,9 @@ class Eagle3Draft(Draft):
         return self._name
 
     def fingerprint(self) -> bytes:
-        """Bytes of the head's sizes, of a sample of every weight, and of what it reads and proposes."""
+        """Bytes of the head's sizes, of a sample of every weight, and of what it reads and
+        proposes.
+        """
         ids = self.head.token_ids.cpu().numpy().tobytes()
         return weight_sample(self.head) + repr(self.head.shape).encode() + ids
 
@@ -68,14 +71,16 @@ class Eagle3Draft(Draft):
 
 
 def load_head(source: str | Path, target: Any) -> FeatureHead:
-    """A head from a directory or the hub, in either format, on the target's device and in its dtype.
+    """A head from a directory or the hub, in either format, on the target's device and in its
+    dtype.
 
     Args:
-        source: the directory, or a hub id.
+        source: the directory, a hub id, or the name of a head that comes with the package.
         target: the model that it drafts for; lends its embedding to a head without one.
 
     Raises:
-        UserError: not there, in a format that is not read (pickled weights are none), damaged, or a head of
+        UserError: not there, in a format that is not read (pickled weights are none), damaged, or a
+        head of
             another target.
     """
     fields, weights = _fields(source), _weights(source)
@@ -177,7 +182,7 @@ def _weights(source: str | Path) -> dict[str, Tensor]:
     try:
         for file in files:
             with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118: no mapping
+                for name in opened.keys():  # noqa: SIM118
                     weights[name] = opened.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise _unfit(source, f"could not be loaded: {first_line(error)}.") from error
@@ -192,6 +197,8 @@ def _renamed(name: str) -> str:
 def _file(source: str | Path, name: str) -> Path | None:
     """A file of a directory, or of a repository of the hub; None where there is none."""
     folder = Path(source).expanduser()
+    if not folder.is_dir() and (SHIPPED / folder.name).is_dir() and str(source) == folder.name:
+        folder = SHIPPED / folder.name
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     if str(source).startswith(("/", "./", "../", "~")):
@@ -223,8 +230,8 @@ def _check(
     text = text_config(target)
     if "fc.weight" not in weights or "lm_head.weight" not in weights:
         raise UserError(
-            f"{str(source)!r} is no EAGLE-3 head: no weight {'fc' if 'fc.weight' not in weights else 'lm_head'}. "
-            "Give a draft that is a model of its own without eagle3: in front."
+            f"{str(source)!r} is no EAGLE-3 head: it has no weights fc and lm_head. Give a draft that is a model of its "
+            "own without eagle3: in front."
         )
     if any(name.startswith("layers.1.") for name in weights) or int(block.num_hidden_layers) > 1:
         raise _unfit(source, f"has {block.num_hidden_layers} blocks; heads of one are loaded.")

@@ -1,0 +1,187 @@
+"""Training of a head: the unrolled steps are what decoding does, a head learns, a shifted twin does not, going on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from torch import Tensor
+
+from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError, beam_sample
+from decoding.engine.feature_head import FeatureHead
+from decoding.pairs.drafts.eagle3 import load_head
+from decoding.support.entry import CONF_DIR
+from decoding.train_draft import __main__ as door
+from decoding.train_draft.eagle3 import HeadModule, TextData, unrolled
+from decoding.train_draft.states import TargetStates
+from decoding.train_draft.text import Document
+from tests.decoding.pairs.test_eagle3 import head_of, reference, states_of, target_of
+from tests.decoding.stubs import seeded, small_llama
+from tests.decoding.train_draft.test_text import WORDS, tokenizer_of
+
+
+@torch.no_grad()
+def test_unrolled_steps_are_those_of_decoding() -> None:
+    """From every place, k drafted tokens in a row give what the paper's chain gives there, token by token."""
+    target = target_of()
+    head = head_of(target)
+    tokens = [5, 3, 8, 1, 4, 9, 2, 7]
+    states = states_of(target, tokens, head.shape.layers)
+    features = head.fuse(torch.stack(states))[None]
+    for step, given in enumerate(unrolled(head, torch.tensor([tokens]), features, 3)):
+        for place in range(len(tokens) - step - 1):
+            known: list[Tensor | None] = [*states[: place + 1], *[None] * step]
+            expected, _ = reference(head, known, tokens[: place + step + 2])
+            torch.testing.assert_close(head.logits(given[0, place]), expected, rtol=1e-4, atol=1e-4)
+
+
+def texts_of(target: Any, count: int = 120, length: int = 20) -> list[Document]:
+    """Texts that the target writes."""
+    random = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(count // 40):
+        tokens = torch.randint(0, target.config.vocab_size, (40, 1), generator=random)
+        with torch.no_grad():
+            for _ in range(length):
+                chances = target(input_ids=tokens).logits[:, -1].softmax(-1)
+                tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=random)], 1)
+        found += [Document(row.to(torch.int32), 1) for row in tokens]
+    return found
+
+
+def learned(shift: int, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Held-out acceptance at the first step after a short fit to what the target says `shift` tokens earlier."""
+    torch.manual_seed(0)
+    target = target_of()
+    with torch.no_grad():
+        target.get_output_embeddings().weight.mul_(4)
+    texts = texts_of(target)
+    head = FeatureHead.for_target(target, 23)
+    states = TargetStates(target.requires_grad_(False), head.shape.layers, texts)
+    module = HeadModule(head, states, steps=2, lr=5e-3)
+    data = TextData(texts, 2000)
+    told = HeadModule.target_logits
+    monkeypatch.setattr(HeadModule, "target_logits", lambda self, seen: told(self, seen).roll(shift, 1))
+    optimiser = module.configure_optimizers()
+    for _ in range(60):
+        for batch in data.batches(data.train, torch.Generator().manual_seed(0)):
+            total = sum((e[c].mean() for e, _, c in module.losses(states(batch))), torch.zeros(()))
+            optimiser.zero_grad()
+            total.backward()
+            optimiser.step()
+    monkeypatch.setattr(module, "log", lambda *args, **options: None)
+    found: dict[str, float] = {}
+    monkeypatch.setattr(module, "log_dict", found.update)
+    with torch.no_grad():
+        for batch in data.batches(data.val, None):
+            module.validation_step(torch.tensor(batch), 0)
+        module.on_validation_epoch_end()
+    return found["val/accepted_1"]
+
+
+def test_a_head_learns_and_one_that_is_told_of_another_token_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong = learned(0, monkeypatch), learned(1, monkeypatch)
+    assert right > wrong + 0.1, (right, wrong)
+
+
+def test_acceptance_of_a_head_that_says_what_the_target_says_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = target_of()
+    texts = texts_of(target, 80)
+    head = FeatureHead.for_target(target, 23)
+    states = TargetStates(target.requires_grad_(False), head.shape.layers, texts)
+    module = HeadModule(head, states, steps=2)
+    data = TextData(texts, 500)
+    losses = module.losses
+
+    def perfect(seen: Any) -> Any:
+        logits = module.target_logits(seen)
+        for step, (entropy, _, counts) in enumerate(losses(seen)):
+            yield entropy, F.pad(logits[:, 1 + step :], (0, 0, 0, 1 + step)), counts
+
+    monkeypatch.setattr(module, "losses", perfect)
+    monkeypatch.setattr(module, "log", lambda *args, **options: None)
+    found: dict[str, float] = {}
+    monkeypatch.setattr(module, "log_dict", found.update)
+    with torch.no_grad():
+        for batch in data.batches(data.val, None):
+            module.validation_step(torch.tensor(batch), 0)
+        module.on_validation_epoch_end()
+    for step in (1, 2):
+        assert found[f"val/accepted_{step}"] == pytest.approx(1, abs=1e-5)
+        assert found[f"val/top1_{step}"] == 1
+
+
+# -------------------------------------------------------------------------------------- command line
+
+
+def config(folder: Path, target: Path, *overrides: str) -> DictConfig:
+    quick = ["callbacks.progress_bar=null", "logger=none", "+trainer.enable_progress_bar=false"]
+    sizes = ["text.tokens=1500", "text.batch=32", "text.longest=24", "fit.batch_tokens=400", "fit.steps=2"]
+    named = ["pair=local", f"pair.target={target}", f"paths.output_dir={folder}", f"text_dir={target.parent / 'text'}"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("train_draft", [*named, *quick, *sizes, "head.draft_vocab_size=6", *overrides])
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("target") / "model"
+    model = small_llama(len(WORDS), layers=3)
+    model.generation_config.eos_token_id = 0
+    model.save_pretrained(folder)
+    tokenizer_of().save_pretrained(folder)
+    return folder
+
+
+def test_one_command_gives_a_draft_that_one_line_uses(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accepted = door.main(config(tmp_path, target, "trainer.max_epochs=2"))
+    assert 0 < accepted <= 1
+    assert f"pair.draft=eagle3:{tmp_path / 'head'}" in capsys.readouterr().out
+    recipe = json.loads((tmp_path / "head" / "recipe.json").read_text())
+    assert recipe["metrics"]["val/accepted"] == pytest.approx(accepted)
+    assert recipe["text"]["documents"] > 50
+    pair = ModelPair.load(str(target), f"eagle3:{tmp_path / 'head'}")
+    settings = DecodingConfig(target_width=2, draft_width=4, draft_depth=2, max_new_tokens=10)
+    drafted = DSBDDecoder(pair, settings).generate([[1, 3], [1, 4, 5]], seeded())
+    alone = beam_sample(pair.target, [[1, 3], [1, 4, 5]], settings, generator=seeded())
+    assert [r.sequences for r in drafted] == [r.sequences for r in alone]
+
+
+def test_going_on_equals_not_having_stopped(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    door.main(config(tmp_path / "whole", target, "trainer.max_epochs=3"))
+    ends, count = HeadModule.on_validation_epoch_end, []
+
+    def once(self: HeadModule) -> None:
+        ends(self)
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(HeadModule, "on_validation_epoch_end", once)
+    with pytest.raises(KeyboardInterrupt):
+        door.main(config(tmp_path / "part", target, "trainer.max_epochs=3"))
+    monkeypatch.undo()
+    last = tmp_path / "part" / "last.ckpt"
+    assert last.is_file() and not (tmp_path / "part" / "head").exists()
+    door.main(config(tmp_path / "again", target, "trainer.max_epochs=3", f"ckpt_path={last}"))
+    model = ModelPair.load(str(target)).target
+    whole, again = (load_head(tmp_path / name / "head", model).state_dict() for name in ("whole", "again"))
+    for name, value in whole.items():
+        torch.testing.assert_close(again[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("kind=medusa", "eagle3"), ("ckpt_path=nowhere.ckpt", "no checkpoint"), ("text.tokens=30", "held out")],
+)
+def test_mistakes_are_told(override: str, message: str, target: Path, tmp_path: Path) -> None:
+    changed = [] if "tokens" not in override else [f"text_dir={tmp_path / 'few'}", "text.batch=1"]
+    with pytest.raises(UserError, match=message):
+        door.main(config(tmp_path, target, override, *changed))
