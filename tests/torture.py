@@ -26,6 +26,7 @@ os.environ.update({"HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pyarrow.parquet as pq
+import torch
 
 KILLS, IN_A_ROW = 30, 3
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,7 @@ def forked(work: Callable[[], object], log: Path, kill_after: float | None = Non
             os.dup2(out, 2)
             sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
             sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+            torch.set_num_threads(1)  # threads that the parent may have do not come along
             work()
             status = 0
         except SystemExit as stop:

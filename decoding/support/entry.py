@@ -8,6 +8,7 @@ HYDRA_FULL_ERROR=1 shows tracebacks.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -35,6 +36,7 @@ from decoding.support.settings import check_settings, unknown_setting
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _BUGS = (LookupError, AttributeError, NameError, AssertionError, ArithmeticError)  # inside a callable that we built
 
 
@@ -105,12 +107,26 @@ def _one_sentence(config_name: str, tracebacks: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as error:
+        number = _number(error)
+        if tracebacks or number not in _DISK:
+            raise
+        where = f"{error.filename}" if error.filename else "A file"
+        reason = f"{where} cannot be written or read ({os.strerror(number)})."
+        print(f"error: {reason} Make room, or give another directory; the same command goes on.", file=sys.stderr)
+        raise SystemExit(2) from None
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if tracebacks or (isinstance(error, InstantiationException) and isinstance(error.__cause__, _BUGS)):
             raise
         _discard_empty_output()
         print(f"error: {hide(_sentence(error, config_name))}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _number(error: OSError) -> int:
+    """The number of an error of the system; pyarrow says it in words alone."""
+    said = re.search(r"\[errno (\d+)\]", str(error), re.IGNORECASE)
+    return error.errno or (int(said[1]) if said else 0)
 
 
 @contextmanager
