@@ -51,7 +51,9 @@ class HeadForward(FusedForward):
         self._qkv = linear(folded, bias)
         self._out = residual(attention.o_proj.weight, attention.o_proj.bias)
         self._mlp_norm = Norm(block.post_attention_layernorm)
-        gate_up, gate_up_bias = joined([(mlp.gate_proj.weight, mlp.gate_proj.bias), (mlp.up_proj.weight, mlp.up_proj.bias)])
+        gate_up, gate_up_bias = joined(
+            [(mlp.gate_proj.weight, mlp.gate_proj.bias), (mlp.up_proj.weight, mlp.up_proj.bias)]
+        )
         self._gate_up = self._mlp_norm.then(gate_up, gate_up_bias)
         self._down = residual(mlp.down_proj.weight, mlp.down_proj.bias)
         self._norm = Norm(head.norm)

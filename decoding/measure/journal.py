@@ -73,7 +73,9 @@ class Journal:
             self._read()
             print(f"Going on from {len(self._turns)} turns that are in {self.path}.", file=sys.stderr)
         elif found := next(directory.glob("unfinished-*.jsonl"), None):
-            print(f"{found} is of other settings, code or prompts: it stays, and this run begins anew.", file=sys.stderr)
+            print(
+                f"{found} is of other settings, code or prompts: it stays, and this run begins anew.", file=sys.stderr
+            )
 
     def recall(self, turn: Sequence[Any], prompts: Sequence[Prompt]) -> tuple[list[Measurement], Counters] | None:
         """What a turn gave in an earlier run, and the row's counters after it; None if it is still

@@ -70,7 +70,10 @@ def code_sha256(config: Any = ()) -> str:
     """SHA-256, in hex, of this project's code, and of the modules that a plain config names."""
     modules = [sys.modules[name] for name in sorted(_named_modules(config)) if name in sys.modules]
     files = {Path(module.__file__) for module in modules if getattr(module, "__file__", None)}
-    files |= {ROOT / "evaluate.py", *(path for room in ("decoding", "controller") for path in (ROOT / room).rglob("*.py"))}
+    files |= {
+        ROOT / "evaluate.py",
+        *(path for room in ("decoding", "controller") for path in (ROOT / room).rglob("*.py")),
+    }
     found = hashlib.sha256()
     for path in sorted(path for path in files if path.is_file()):
         found.update(f"{path.name} ".encode() + hashlib.sha256(path.read_bytes()).digest())

@@ -78,6 +78,16 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def damaged_shards(directory: Path, manifest: dict[str, Any]) -> list[str]:
+    """The files that a manifest names which are gone, or are not what was written."""
+
+    def is_whole(shard: dict[str, Any]) -> bool:
+        path = directory / shard["file"]
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
+
+    return [shard["file"] for shard in manifest["shards"] if not is_whole(shard)]
+
+
 def load_traces(directory: str | Path) -> tuple[Dataset, dict[str, Any]]:
     """Read all shards of a trace directory.
 
@@ -106,7 +116,7 @@ def load_traces(directory: str | Path) -> tuple[Dataset, dict[str, Any]]:
 
 
 def _read_shard(path: Path, entry: dict[str, Any], trace_key: str) -> pa.Table:
-    again = "Delete the directory to collect the traces again."
+    again = "Run python -m decoding.collect with the same settings: it collects again what is missing."
     if not path.exists():
         raise UserError(f"The trace shard {path} is named in the manifest but missing. {again}")
     content = path.read_bytes()

@@ -131,11 +131,15 @@ def _prompts(pair: ModelPair, config: TextConfig) -> list[list[int]]:
         try:
             text = json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}, line {number}, is no object with a "prompt"; write {{"prompt": "..."}}.') from None
+            raise UserError(
+                f'{path}, line {number}, is no object with a "prompt"; write {{"prompt": "..."}}.'
+            ) from None
         prompts.append(_templated(pair.tokenizer, str(text)))
     prompts = [prompt for prompt in prompts if 0 < len(prompt) < config.longest]
     if not prompts:
-        raise UserError(f"{path} has no prompt of less than {config.longest} tokens; give others, or raise text.longest.")
+        raise UserError(
+            f"{path} has no prompt of less than {config.longest} tokens; give others, or raise text.longest."
+        )
     return prompts
 
 

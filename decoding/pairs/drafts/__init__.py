@@ -23,7 +23,9 @@ from decoding.support.names import is_dotted, locate
 
 __all__ = ["ALLOWED", "Draft", "ModelDraft", "NodeScorer", "ScorerOptions", "draft_of", "is_named", "named_draft"]
 
-KINDS = {kind.prefix: kind for kind in (early_layers.KIND, ngram.KIND, eagle3.KIND)}  # drafts that come without a checkpoint
+KINDS = {
+    kind.prefix: kind for kind in (early_layers.KIND, ngram.KIND, eagle3.KIND)
+}  # drafts that come without a checkpoint
 _OWN = "mine.Bigram (a Draft of your own, by its dotted name)"
 ALLOWED = ", ".join([*(kind.usage for kind in KINDS.values()), _OWN])
 
