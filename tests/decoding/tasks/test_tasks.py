@@ -370,5 +370,5 @@ def test_a_mistyped_category_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "question.jsonl"
     path.write_text("".join(json.dumps({"category": name, "turns": ["a"]}) + "\n" for name in ("math", "writing")))
     task = SpecBenchTask(str(path), shares=None, categories=["math", "wrting"])
-    with pytest.raises(UserError, match="holds 'wrting', which no line .* choose among math, writing"):
+    with pytest.raises(UserError, match=r"holds 'wrting', which no line .* choose among math, writing"):
         task.prompts("test", 1, small_tokenizer())
