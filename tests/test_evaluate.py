@@ -385,9 +385,9 @@ def test_a_living_evaluation_keeps_its_turns(tmp_path: Path, monkeypatch: pytest
 
 
 def test_an_interrupted_evaluation_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    killed_after(5, monkeypatch)
-    monkeypatch.setattr("tests.test_evaluate.Killed", KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(globals(), "Killed", KeyboardInterrupt)
+        killed_after(5, patch)
         evaluate.main(config(tmp_path, *QUICK))
     sentence = "The run was interrupted: 2 of 3 prompts are in; the same command goes on from there."
     assert sentence in (tmp_path / "out" / "results.md").read_text()
