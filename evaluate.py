@@ -25,6 +25,7 @@ from decoding.cost_table import LatencyTable
 from decoding.machine.choose import cost_table
 from decoding.machine.seconds import measure_seconds
 from decoding.measure.compare import curve_of, undominated
+from decoding.measure.journal import Journal
 from decoding.measure.methods import METHODS, Method, find_method, policy_method
 from decoding.measure.oracles import modelled_seconds
 from decoding.measure.pages import tuning_lines
@@ -43,9 +44,9 @@ from decoding.measure.turns import (
 )
 from decoding.report import show, write_report
 from decoding.support.entry import entry_point
-from decoding.support.provenance import run_provenance, to_plain
+from decoding.support.provenance import code_sha256, library_versions, machine, run_provenance, to_plain
 from decoding.support.settings import check_counts, check_seconds
-from decoding.tasks.base import Task
+from decoding.tasks.base import Prompt, Task
 
 LEARNED = {"learned": "modelled", "learned_also": "also"}  # methods by the table of cost that they plan with
 _LEAST = {"batch_size": 1, "bootstrap": 1, "prompts.limit": 1, "prompts.warmup": 0}
@@ -63,7 +64,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: all rows failed, or what was asked for cannot be.
         KeyboardInterrupt: after what all rows had measured before it, if anything, has been scored
-            and written.
+            and written. The same command goes on from there.
     """
     tables: Tables = {}  # filled once the pair is there
     rows, candidates = read_rows(cfg, METHODS | learned_methods(cfg, tables))
@@ -73,9 +74,10 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         pair: ModelPair = instantiate(cfg.pair)
         prompts, warmup = read_prompts(cfg.prompts, task, pair)
         tables |= cost_tables(cfg, pair, any(row.method.name in LEARNED for row in rows))
-        kept, tuned = tune(cfg, candidates, pair, task, tables) if candidates and tables else ([], None)
+        journal = Journal(Path(cfg.output_dir), depends_on(cfg, pair, prompts))
+        kept, tuned = tune(cfg, candidates, pair, task, tables, journal) if candidates and tables else ([], None)
         records = make_records([*rows, *kept], pair, cfg.batch_size)
-        interrupted = decode_all(records, prompts, warmup, cfg.seed, max_seconds=cfg.max_seconds)
+        interrupted = decode_all(records, prompts, warmup, cfg.seed, max_seconds=cfg.max_seconds, journal=journal)
         count = keep_whole(records, len(prompts))
         if interrupted and not count:
             raise KeyboardInterrupt
@@ -87,7 +89,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
             "schema_version": SCHEMA_VERSION,
             "provenance": run_provenance(cfg, pair, task, count) | provenance_of(cfg, tables),
             "complete": not interrupted,
-            "stopped": None if interrupted else stopped_sentence(count, len(prompts), cfg.max_seconds),
+            "stopped": stopped_sentence(count, len(prompts), cfg.max_seconds, interrupted),
             "unscored": unscored,
             "prompts": [prompt.to_dict() for prompt in prompts[:count]],
             "tuned": tuned,
@@ -95,6 +97,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         }
         files = write_report(Path(cfg.output_dir), results)
         log_evaluation(logger, results, files)
+    if not interrupted:
+        journal.close()
     show({"": results}, files)
     if not results["complete"]:
         raise KeyboardInterrupt
@@ -111,6 +115,22 @@ def summary_of(cfg: DictConfig, records: Sequence[Record], tables: Tables) -> di
             name: compare_records(records, cfg.bootstrap, cfg.seed, table, ours) for name, (table, ours) in by.items()
         },
         "failed": {record.row.name: record.error for record in records if record.error is not None},
+    }
+
+
+def depends_on(cfg: DictConfig, pair: ModelPair, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Whatever measurements depend on: where they differ, a run does not go on from another."""
+    config = to_plain(cfg)
+    for name in ("output_dir", "paths", "logger", "bootstrap"):
+        config.pop(name, None)
+    return {
+        "config": config,
+        "pair": pair.fingerprint,
+        "controller": provenance_of(cfg, {})["controller_sha256"],
+        "prompts": [(prompt.id, prompt.tokens) for prompt in prompts],
+        "code": code_sha256(config),
+        "versions": library_versions(),
+        "machine": machine(),
     }
 
 
@@ -225,7 +245,7 @@ def cost_tables(cfg: DictConfig, pair: ModelPair, uses_learned: bool) -> Tables:
 
 
 def tune(
-    cfg: DictConfig, rows: Sequence[Row], pair: ModelPair, task: Task, tables: Tables
+    cfg: DictConfig, rows: Sequence[Row], pair: ModelPair, task: Task, tables: Tables, journal: Journal
 ) -> tuple[list[Row], dict[str, Any]]:
     """Hand-set settings worth measuring: undominated on other prompts, on any device.
 
@@ -239,7 +259,7 @@ def tune(
     about = cfg.tune
     prompts = task.prompts(about.split, about.prompts, pair.tokenizer)
     records = make_records(rows, pair, about.batch_size)
-    if decode_all(records, prompts, (), cfg.seed):
+    if decode_all(records, prompts, (), cfg.seed, journal=journal, stage="tune"):
         raise KeyboardInterrupt
     for record in records:
         if record.error is not None:

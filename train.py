@@ -9,17 +9,20 @@ python train.py ckpt_path=outputs/train/.../checkpoints/last.ckpt
 
 from __future__ import annotations
 
-import pickle
+import csv
+import json
 import time
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter as CSVWriter
 from omegaconf import DictConfig
 
 from controller.calibration import calibrate, fit_rules
@@ -58,9 +61,14 @@ def fit(
     data = TraceDataModule(traces, cfg.controller.get("batch_size", 64), cfg.max_train_rows, features)
     sizes = {"names": features.names, "candidate_names": features.candidate_names, "target_width": data.target_width}
     module: ControllerModule = instantiate(cfg.controller, **sizes)
-    check_checkpoint(checkpoint, module, cfg)
+    settings = settings_of(cfg, data)
+    check_checkpoint(checkpoint, module, cfg, settings)
+    before = logged_before(cfg.ckpt_path, checkpoint)
     loggers = build_loggers(cfg, wandb_logger)
-    callbacks = [*build_all(cfg.callbacks), GoOn()]
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            logger.experiment.metrics += before
+    callbacks = [*build_all(cfg.callbacks), GoOn(settings)]
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
     started = time.perf_counter()
     with interruptible(lambda: what_is_kept(trainer)):
@@ -91,15 +99,37 @@ def read_checkpoint(path: str | None) -> dict[str, Any] | None:
     if not Path(path).is_file():
         raise UserError(f"There is no checkpoint at {path}. {_AGAIN}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        checkpoint = load_whole(path)
+    except Exception as error:  # whatever a damaged file leads to
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}). {_AGAIN}") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "epoch", "optimizer_states", "loops"} <= set(checkpoint):
         raise UserError(f"{path} is not a training checkpoint of this project. {_AGAIN}")
     return checkpoint
 
 
-def check_checkpoint(checkpoint: dict[str, Any] | None, module: ControllerModule, cfg: DictConfig) -> None:
+def load_whole(path: str | Path) -> Any:
+    """What `torch.save` wrote, its checksums compared: torch itself does not look at them.
+
+    Raises:
+        BadZipFile, or whatever else damaged content leads to.
+    """
+    with ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise BadZipFile(damaged)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def settings_of(cfg: DictConfig, data: TraceDataModule) -> dict[str, Any]:
+    """What a fit cannot change while it goes on; kept in its checkpoints."""
+    plain = to_plain(cfg)
+    names = ("controller", "features", "seed", "max_train_rows")
+    settings = {name: plain[name] for name in names} | {"traces": {"trace_key": data.manifest.get("trace_key")}}
+    return json.loads(json.dumps(settings))
+
+
+def check_checkpoint(
+    checkpoint: dict[str, Any] | None, module: ControllerModule, cfg: DictConfig, settings: dict[str, Any]
+) -> None:
     """Refuse, before anything is written, a checkpoint that this fit cannot go on from."""
     if checkpoint is None:
         return
@@ -112,6 +142,12 @@ def check_checkpoint(checkpoint: dict[str, Any] | None, module: ControllerModule
             f"{cfg.ckpt_path} holds another network: {name} has shape {theirs.get(name, 'none')} there, "
             f"{ours.get(name, 'none')} here ({len(differs)} such entries). {_AGAIN}"
         )
+    changed = changes(checkpoint.get("settings", {}), settings)
+    if changed:
+        raise UserError(
+            f"{cfg.ckpt_path} was trained with {'; '.join(changed)}, which a fit cannot change while it goes on. Give "
+            "the same settings, or leave ckpt_path out to start afresh."
+        )
     progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
     epochs, limit = progress["processed"], cfg.trainer.get("max_epochs")  # "epoch" differs after the end of a fit
     if limit is not None and 0 <= limit <= epochs:
@@ -121,10 +157,25 @@ def check_checkpoint(checkpoint: dict[str, Any] | None, module: ControllerModule
         )
 
 
+def changes(before: Any, now: Any, name: str = "") -> list[str]:
+    """The settings that differ, as 'controller.lr=0.01 (now 0.001)'."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        prefix = f"{name}." if name else ""
+        keys = sorted(before.keys() | now.keys())
+        return [change for key in keys for change in changes(before.get(key), now.get(key), f"{prefix}{key}")]
+    return [] if before == now else [f"{name}={before} (now {now})"]
+
+
 class GoOn(Callback):
     """Lets this fit's patience hold on resuming, and the best epoch stay the best though it lies in
-    another folder.
+    another folder; keeps the settings in every checkpoint.
     """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["settings"] = self.settings
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -138,10 +189,24 @@ class GoOn(Callback):
 
 def what_is_kept(trainer: Trainer) -> str:
     """The sentence on how to go on after an interrupted fit."""
-    last = getattr(trainer.checkpoint_callback, "last_model_path", "")
+    kept = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    last = next((callback.best_model_path for callback in kept if callback.monitor is None), "")
     if not last or not Path(last).is_file():
         return "No epoch of this fit is kept; the same command starts it again, with the traces that are there."
-    return f"The best epoch so far is kept; the same command with ckpt_path={last} goes on from there."
+    return f"The best and the last epoch are kept; the same command with ckpt_path={last} goes on from there."
+
+
+def logged_before(path: str | None, checkpoint: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The rows of metrics.csv up to a checkpoint, where it lies in the folder of the run that wrote
+    both.
+    """
+    found = Path(path or "").parent.parent / "csv" / CSVWriter.NAME_METRICS_FILE
+    if checkpoint is None or not found.is_file():
+        return []
+    with found.open(newline="") as file:
+        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    fitted = [row for row in rows if not any(name.startswith("calibrated/") for name in row)]
+    return [row for row in fitted if int(row["step"]) < checkpoint["global_step"]]
 
 
 def build_loggers(cfg: DictConfig, wandb_logger: WandbLogger | None) -> list[Logger]:
@@ -159,7 +224,7 @@ def load_best(trainer: Trainer, module: ControllerModule) -> None:
     """
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best and Path(best).is_file():
-        module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+        module.load_state_dict(load_whole(best)["state_dict"])
     module.cpu().eval()
 
 

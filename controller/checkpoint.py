@@ -46,7 +46,9 @@ def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, 
         fresh, old = Path(scratch) / "new", Path(scratch) / "old"
         fresh.mkdir()
         save_file(net.state_dict(), fresh / WEIGHTS)
-        (fresh / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        written = json.loads(json.dumps(config))  # as it will be read
+        written["sha256"] = _digest(written, (fresh / WEIGHTS).read_bytes())
+        (fresh / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         if directory.exists():
             os.replace(directory, old)
         os.replace(fresh, directory)
@@ -99,7 +101,16 @@ def load_controller(path: str | Path, revision: str | None = None) -> tuple[Widt
         raise UserError(
             f"{directory / WEIGHTS} is damaged or of another network ({reason}); train it again."
         ) from error
+    given = config.get("sha256")  # older controllers have none
+    if given is not None and given != _digest(config, (directory / WEIGHTS).read_bytes()):
+        raise UserError(f"{directory} was changed since it was written, or is damaged; train the controller again.")
     return net.eval().requires_grad_(False), provenance
+
+
+def _digest(config: dict[str, Any], weights: bytes) -> str:
+    """SHA-256, in hex, of a controller's config, but for this entry, and of its weights."""
+    told = json.dumps({name: value for name, value in config.items() if name != "sha256"}, sort_keys=True)
+    return hashlib.sha256(told.encode() + hashlib.sha256(weights).digest()).hexdigest()
 
 
 def weights_sha256(path: str | Path, revision: str | None = None) -> str:

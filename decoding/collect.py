@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from decoding.support.provenance import git_sha, library_versions
 from decoding.tasks.base import Prompt, Task
 from decoding.traces.recorder import TraceRecorder
 from decoding.traces.schema import SCHEMA_VERSION, Column, ContextFeatures, own_columns
-from decoding.traces.store import read_manifest, write_manifest, write_shard
+from decoding.traces.store import damaged_shards, read_manifest, write_manifest, write_shard
 
 SHARD_PROMPTS = 25
 
@@ -118,7 +118,7 @@ def ensure_traces(cfg: DictConfig, pair: ModelPair | None = None) -> Path:
     manifest = read_manifest(directory)
     if manifest is not None and manifest["trace_key"] != key:
         raise UserError(f"{directory} holds traces of another collection; move it away or change collect.traces_dir.")
-    if manifest is None or not manifest["complete"]:
+    if manifest is None or not manifest["complete"] or damaged_shards(directory, manifest):
         manifest = manifest or _new_manifest(about, key, collection.pair)
         _collect(collection, directory, manifest)
     return directory
@@ -166,6 +166,7 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
     prompts = _prompts(cfg, collection.task, pair)
     with in_use(directory), RunProgress() as progress, _kept(directory, manifest):
         manifest.update(read_manifest(directory) or {})  # another run may have gone on meanwhile
+        _forget(manifest, damaged_shards(directory, manifest), directory)
         todo = [p for p in prompts if p[1].id not in set(manifest["done"])]
         task = progress.add_task("logging traces of prompts", total=len(prompts), completed=len(prompts) - len(todo))
         for first in range(0, len(todo), SHARD_PROMPTS):
@@ -182,7 +183,8 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
                 rows += [row for recorder in recorders for row in recorder.take_rows()]
                 progress.advance(task, len(group))
             about = {"trace_key": manifest["trace_key"], "feature_names": manifest["features"]["names"]}
-            name = f"traces-{len(manifest['shards']):05d}.parquet"
+            taken = {shard["file"] for shard in manifest["shards"]}
+            name = next(name for i in range(len(taken) + 1) if (name := f"traces-{i:05d}.parquet") not in taken)
             shard = write_shard(directory, name, rows, about, collection.columns)
             _add_shard(directory, manifest, shard, [prompt.id for _, prompt in chunk])
     manifest["complete"] = True
@@ -204,11 +206,33 @@ def _kept(directory: Path, manifest: dict[str, Any]) -> Iterator[None]:
 
 def _add_shard(directory: Path, manifest: dict[str, Any], shard: dict[str, Any], done: list[str]) -> None:
     """Name a shard that is written, and the prompts that it holds, in the manifest."""
-    manifest["shards"].append(shard)
+    shards = [*manifest["shards"], shard | {"prompts": done}]
+    manifest["shards"] = sorted(shards, key=lambda shard: shard["file"])
     manifest["done"] += done
     manifest["rows"] += shard["rows"]
     manifest["prompts"] += len(done)
     write_manifest(directory, manifest)
+
+
+def _forget(manifest: dict[str, Any], damaged: Sequence[str], directory: Path) -> None:
+    """Take shards that are damaged or gone out of a manifest, with their prompts: those are
+    collected again.
+
+    A manifest that does not say which prompts a shard holds is begun anew.
+    """
+    if not damaged:
+        return
+    kept = [shard for shard in manifest["shards"] if shard["file"] not in damaged]
+    if any("prompts" not in shard for shard in kept):
+        kept = []
+    done = [prompt for shard in kept for prompt in shard["prompts"]]
+    rows = sum(shard["rows"] for shard in kept)
+    print(
+        f"{', '.join(damaged)} in {directory} is damaged or gone: the traces of {len(manifest['done']) - len(done)} "
+        "prompts are collected again.",
+        file=sys.stderr,
+    )
+    manifest.update(shards=kept, done=done, rows=rows, prompts=len(done), complete=False)
 
 
 def _prompts(cfg: DictConfig, task: Task, pair: ModelPair) -> list[tuple[str, Prompt]]:

@@ -85,6 +85,9 @@ def write_pages(directory: Path, runs: Runs, form: str = "png") -> dict[str, Pat
             figures[f"{stem.replace(os.sep, '_')}.{form}"] = (title, partial(plot_calibration, curves))
     page = results_page(runs, {name: title for name, (title, _) in figures.items()})
     files = {TABLE: write_whole(directory / TABLE, page.encode())}
+    for stem in {FRONTIER, FRONTIER_ALSO, CALIBRATION} - {Path(name).stem for name in figures}:
+        for other in FORMATS:  # of an earlier run in this folder
+            (directory / f"{stem}.{other}").unlink(missing_ok=True)
     return files | {name: write_whole(directory / name, drawn(figure(), form)) for name, (_, figure) in figures.items()}
 
 

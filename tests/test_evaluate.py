@@ -19,6 +19,7 @@ from decoding import UserError
 from decoding.measure import turns
 from decoding.measure.methods import METHODS
 from decoding.measure.turns import Record, log_probability
+from decoding.support.in_use import in_use
 from tests.controller.synthetic import ABOUT, random_net
 from tests.small_pair import small_pair
 
@@ -227,8 +228,12 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
 
 def test_rows_that_a_plot_cannot_show_leave_it_out(tmp_path: Path) -> None:
     settings = ["policies=[hf_sample]", "references=[]", "latency=h200_8b_1b", "prompts.limit=2"]
+    out = tmp_path / "out"
+    out.mkdir()
+    for stale in ("frontier.png", "calibration.png", "calibration.svg"):  # of an earlier run in this folder
+        (out / stale).touch()
     evaluate.main(config(tmp_path, *settings))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "results.md"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "results.md"}
 
 
 class Recorded(dict[str, Any]):
@@ -285,3 +290,106 @@ def test_a_crash_closes_the_run(tmp_path: Path, run: Wandb, monkeypatch: pytest.
         evaluate.main(config(tmp_path, "logger=wandb", "prompts.limit=1"))
     assert run.exit_code == 1
     assert not list(tmp_path.glob("out/*.json"))
+
+
+class Killed(BaseException):
+    """SIGKILL, as far as a test can survive it: nothing is scored or written after it."""
+
+
+def killed_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the process die in the turn after so many; returns the rows of the turns that are taken."""
+    taken: list[str] = []
+    take_turn = turns._take_turn
+
+    def dies(record: Record, prompts: Any, seed: int, meter: Any) -> Any:
+        if len(taken) == count:
+            raise Killed
+        found = take_turn(record, prompts, seed, meter)
+        taken.append(record.row.name)
+        return found
+
+    monkeypatch.setattr(turns, "_take_turn", dies)
+    return taken
+
+
+QUICK = ("prompts.limit=3", "prompts.warmup=0", "policies=[fixed]", "references=[beam_sample]")
+
+
+def told(results: dict[str, Any]) -> list[Any]:
+    """The texts and counts of results, without what the clock said."""
+    rows = [
+        (row["name"], row["counts"], [(p["prompt_id"], p["tokens"]) for p in row["prompts"]]) for row in results["rows"]
+    ]
+    return json.loads(json.dumps(rows))
+
+
+def test_a_killed_evaluation_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rerun takes the turns that are left and no other; what it read of the others is what they gave."""
+    whole = evaluate.main(config(tmp_path, *QUICK))
+    out = tmp_path / "out"
+    (out / "results.json").unlink()
+    with monkeypatch.context() as patch:
+        assert len(killed_after(5, patch)) == 0
+        with pytest.raises(Killed):
+            evaluate.main(config(tmp_path, *QUICK))
+    assert not (out / "results.json").exists()
+    assert (out / "progress.md").read_text().startswith("2 of 3 prompts are in.")
+    (kept,) = out.glob("unfinished-*.jsonl")
+    lines = kept.read_bytes().splitlines(keepends=True)
+    first = json.loads(lines[0][17:])["measured"][0]
+    kept.write_bytes(b"".join(lines[:3]) + lines[3].replace(b"true", b"null") + lines[4][:50])  # flipped; cut short
+    taken = killed_after(99, monkeypatch)
+    again = evaluate.main(config(tmp_path, *QUICK))
+    assert len(taken) == 3 and told(again) == told(whole) and again["complete"]
+    assert again["rows"][0]["prompts"][0]["stats"]["seconds"] == first["stats"]["seconds"]
+    assert "Going on from 3 turns" in capsys.readouterr().err
+    assert {p.name for p in out.iterdir()} == {"results.json", "results.md", "frontier.png"}
+    taken.clear()
+    evaluate.main(config(tmp_path, *QUICK))
+    assert len(taken) == 6, "a finished run is measured anew"
+
+
+def test_other_settings_do_not_go_on_from_a_killed_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They begin anew, and leave what is there to the settings that it is of; so does other code."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(4, patch)
+        evaluate.main(config(tmp_path, *QUICK))
+    taken = killed_after(99, monkeypatch)
+    for change in ("seed=5", "decoding.max_new_tokens=5"):
+        taken.clear()
+        evaluate.main(config(tmp_path, *QUICK, change))
+        assert len(taken) == 6 and "is of other settings, code or prompts" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        taken.clear()
+        patch.setattr(evaluate, "code_sha256", lambda config: "another commit")
+        evaluate.main(config(tmp_path, *QUICK))
+        assert len(taken) == 6
+    taken.clear()
+    elsewhere = config(tmp_path, *QUICK, f"paths.output_dir={tmp_path / 'out-2'}")  # the next folder of a run
+    assert evaluate.main(elsewhere)["complete"] and len(taken) == 2
+    assert not list(tmp_path.glob("*/unfinished-*"))
+
+
+def test_a_living_evaluation_keeps_its_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(4, patch)
+        evaluate.main(config(tmp_path, *QUICK))
+    taken = killed_after(99, monkeypatch)
+    with in_use(tmp_path / "out"):
+        evaluate.main(config(tmp_path, *QUICK, f"paths.output_dir={tmp_path / 'out-2'}"))
+    assert len(taken) == 6 and list((tmp_path / "out").glob("unfinished-*"))
+
+
+def test_an_interrupted_evaluation_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(globals(), "Killed", KeyboardInterrupt)
+        killed_after(5, patch)
+        evaluate.main(config(tmp_path, *QUICK))
+    sentence = "The run was interrupted: 2 of 3 prompts are in; the same command goes on from there."
+    assert sentence in (tmp_path / "out" / "results.md").read_text()
+    taken = killed_after(99, monkeypatch)
+    assert evaluate.main(config(tmp_path, *QUICK))["stopped"] is None and len(taken) == 1

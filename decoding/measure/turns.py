@@ -21,10 +21,10 @@ from decoding.engine.placement import device_of
 from decoding.engine.runner import runner_of
 from decoding.errors import UserError
 from decoding.machine.meter import EnergyMeter
+from decoding.measure.journal import Journal, Measurement
 from decoding.measure.methods import Generate
 from decoding.measure.rows import Row
 from decoding.pairs.pair import ModelPair
-from decoding.results import DecodeStats
 from decoding.support.clock import now
 from decoding.support.progress import RunProgress
 from decoding.tasks.base import Prompt, Task, stable_hash
@@ -34,25 +34,6 @@ OUT_OF_MEMORY = (
     "prompts."
 )
 _COUNTERS = ("captures", "replays", "eager")
-
-
-@dataclass
-class Measurement:
-    """One prompt decoded by one row."""
-
-    prompt_id: str
-    wall_seconds: float
-    joules: float | None
-    stats: DecodeStats
-    tokens: list[int]  # best hypothesis
-    finished: bool
-    log_prob: float = math.nan  # of `tokens` under the target at temperature 1, summed; NaN until it is scored
-    metrics: dict[str, float] = field(default_factory=dict)
-    text: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The measurement as results.json holds it, JSON-able."""
-        return vars(self) | {"stats": self.stats.to_dict()}
 
 
 @dataclass
@@ -111,6 +92,8 @@ def decode_all(
     repeats: int = 1,
     repeated: Callable[[], object] = lambda: None,
     max_seconds: float | None = None,
+    journal: Journal | None = None,
+    stage: str = "measure",
 ) -> bool:
     """Warm up and take all turns, with a bar; whether Ctrl-C cut it short.
 
@@ -118,6 +101,8 @@ def decode_all(
         warmup: prompts that are decoded first and not measured.
         repeated: called after each repeat.
         max_seconds: after which no row takes a further turn; None: all turns are taken.
+        journal: of the turns that were taken, by this run or an earlier one.
+        stage: name of these turns in the journal.
     """
     transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
     with RunProgress() as progress:
@@ -128,7 +113,7 @@ def decode_all(
 
         try:
             warm_up(records, warmup, seed, advance)
-            for _ in take_turns(records, prompts, seed, repeats, advance, max_seconds):
+            for _ in take_turns(records, prompts, seed, repeats, advance, max_seconds, journal, stage):
                 repeated()
         except KeyboardInterrupt:
             progress.stop()
@@ -161,6 +146,8 @@ def take_turns(
     repeats: int = 1,
     advance: Callable[[int], None] = lambda prompts: None,
     max_seconds: float | None = None,
+    journal: Journal | None = None,
+    stage: str = "measure",
 ) -> Iterator[int]:
     """Every row decodes all prompts, a batch of the largest row in a turn: machine drift hits all
     rows alike.
@@ -173,6 +160,7 @@ def take_turns(
             says why.
         advance: called with the number of prompts after each turn.
         max_seconds: after which no group of prompts is begun.
+        journal, stage: as for `decode_all`.
 
     Yields:
         Each repeat that is done.
@@ -180,6 +168,7 @@ def take_turns(
     until = math.inf if max_seconds is None else time.monotonic() + max_seconds
     meter = EnergyMeter(records[0].pair.device)  # all have one target
     size = max(record.batch_size for record in records)
+    names = _told_apart([record.row.name for record in records])
     turn = 0
     for repeat in range(repeats):
         for record in records:
@@ -189,13 +178,23 @@ def take_turns(
             if time.monotonic() > until:
                 return
             for j in range(len(records)):
-                record = records[(turn + j) % len(records)]
-                if record.error is None:
-                    record.repeats[-1] += _take_turn(record, group, seed + repeat, meter)
+                place = (turn + j) % len(records)
+                record, key = records[place], (stage, names[place], repeat)
+                known = journal.recall(key, group) if journal is not None else None
+                if record.error is None and known is not None:
+                    measured, record.counters = known
+                    record.repeats[-1] += measured
+                elif record.error is None:
+                    measured = _take_turn(record, group, seed + repeat, meter)
+                    record.repeats[-1] += measured
                     if record.error is not None:
                         record.repeats.pop()  # it was not finished
+                    elif journal is not None:
+                        journal.add(key, group, measured, record.counters)
                 advance(len(group))
             turn += 1
+            if journal is not None:
+                journal.tell(min(turn * size, len(prompts)), len(prompts))
         yield repeat
 
 
@@ -259,8 +258,10 @@ def keep_whole(records: Sequence[Record], count: int) -> int:
     return kept
 
 
-def stopped_sentence(kept: int, prompts: int, max_seconds: float | None) -> str | None:
-    """The sentence on a run that `max_seconds` ended; None where it did not."""
+def stopped_sentence(kept: int, prompts: int, max_seconds: float | None, interrupted: bool = False) -> str | None:
+    """The sentence on a run that `max_seconds` or someone ended; None where nothing did."""
+    if interrupted:
+        return f"The run was interrupted: {kept} of {prompts} prompts are in; the same command goes on from there."
     if max_seconds is None or kept == prompts:
         return None
     return f"max_seconds ({max_seconds:g}) ended the run: all rows decoded the first {kept} of {prompts} prompts."
@@ -288,6 +289,11 @@ def _add_counters(
         sums = total.setdefault(role, Counter())
         sums.update(after[role])
         sums.subtract(before[role])
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Names, with a number behind one that was there before."""
+    return [name if name not in names[:i] else f"{name} #{names[:i].count(name)}" for i, name in enumerate(names)]
 
 
 def _groups(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:

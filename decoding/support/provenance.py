@@ -4,6 +4,7 @@ every output.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from decoding.support.names import is_dotted
 from decoding.support.secret import hide_argument, without_secrets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +64,28 @@ def git_sha() -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def code_sha256(config: Any = ()) -> str:
+    """SHA-256, in hex, of this project's code, and of the modules that a plain config names."""
+    modules = [sys.modules[name] for name in sorted(_named_modules(config)) if name in sys.modules]
+    files = {Path(module.__file__) for module in modules if getattr(module, "__file__", None)}
+    files |= {
+        ROOT / "evaluate.py",
+        *(path for room in ("decoding", "controller") for path in (ROOT / room).rglob("*.py")),
+    }
+    found = hashlib.sha256()
+    for path in sorted(path for path in files if path.is_file()):
+        found.update(f"{path.name} ".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()
+
+
+def _named_modules(node: Any) -> set[str]:
+    """The modules that strings such as 'mine.HalfWidth' name, at any depth."""
+    if isinstance(node, str):
+        return {node.rpartition(".")[0]} if is_dotted(node) else set()
+    values = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return {name for value in values for name in _named_modules(value)}
 
 
 def library_versions() -> dict[str, str]:

@@ -227,7 +227,8 @@ class JsonlTask(FileTask):
 
     Args:
         prompt_field: the field that holds the prompt's text.
-        reference_field: the field that holds the expected continuation; None where there is none.
+        reference_field: the field that holds the expected continuation; None: `reference`, in the
+            lines that have one.
         messages_field: the field that holds a conversation instead, a list of {role, content} whose
             last is the user's; None where there is none.
     """
@@ -239,6 +240,7 @@ class JsonlTask(FileTask):
     name = "jsonl"
 
     def examples(self) -> Iterator[Example]:
+        lines: dict[str, int] = {}  # of each id
         for number, entry in read_jsonl(self.path):
             messages: tuple[Message, ...] = ()
             if self.messages_field is not None:
@@ -248,10 +250,18 @@ class JsonlTask(FileTask):
                 text = text_field(entry, self.prompt_field, self.path, number)
             if not text:
                 raise UserError(f"{self.path}, line {number}: {self.prompt_field!r} is empty; a prompt needs a token.")
+            reference = self.reference_field or "reference"
             references: tuple[str, ...] = ()
-            if self.reference_field is not None:
-                references = (text_field(entry, self.reference_field, self.path, number),)
-            yield Example(f"{Path(self.path).name}:{number}", text, references, messages=messages)
+            if self.reference_field is not None or entry.get(reference) is not None:
+                references = (text_field(entry, reference, self.path, number),)
+            name = own_id(entry, self.path, number) or f"{Path(self.path).name}:{number}"
+            if name in lines:
+                raise UserError(
+                    f"{self.path}, line {number}: the id {name!r} is that of line {lines[name]}, too; give each prompt "
+                    "its own."
+                )
+            lines[name] = number
+            yield Example(name, text, references, messages=messages)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "file": Path(self.path).name}  # the prompts' ids begin with it
@@ -275,9 +285,11 @@ def read_bytes(path: str | Path) -> bytes:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, object) of a .jsonl or .jsonl.gz file; blank lines are skipped."""
     try:
-        lines = read_bytes(path).decode("utf-8").split("\n")
+        lines = read_bytes(path).decode("utf-8-sig").split("\n")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{path} is empty; give a file with a JSON object a line.")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -307,6 +319,14 @@ def text_field(entry: Mapping[str, Any], name: str, path: str | Path, number: in
     if not isinstance(entry[name], str):
         raise UserError(f"{path}, line {number}: {name!r} is a {type(entry[name]).__name__}; it must be text.")
     return entry[name]
+
+
+def own_id(entry: Mapping[str, Any], path: str | Path, number: int) -> str | None:
+    """The id that a user gave a row, as text; None where there is none."""
+    given = entry.get("id")
+    if given is not None and (isinstance(given, bool) or not isinstance(given, str | int) or given == ""):
+        raise UserError(f"{path}, line {number}: 'id' is {given!r}; give a text or a whole number, or leave it out.")
+    return None if given is None else str(given)
 
 
 def read_messages(entry: Mapping[str, Any], name: str, path: str | Path, number: int) -> list[Message]:

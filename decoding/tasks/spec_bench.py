@@ -22,7 +22,14 @@ class SpecBenchTask(FileTask):
     name = "spec_bench"
 
     def examples(self) -> Iterator[Example]:
-        for number, entry in read_jsonl(self.path):
+        entries = list(read_jsonl(self.path))
+        found = {str(entry.get("category")) for _, entry in entries}
+        if absent := sorted(set(self.categories or ()) - found):
+            raise UserError(
+                f"data.categories holds {', '.join(map(repr, absent))}, which no line of {self.path} has; choose among "
+                f"{', '.join(sorted(found))}."
+            )
+        for number, entry in entries:
             turns, references = entry.get("turns"), entry.get("reference") or []
             if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
                 raise UserError(f"{self.path}, line {number}: 'turns' must be a list of texts, one for each turn.")

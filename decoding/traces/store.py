@@ -19,6 +19,7 @@ from decoding.traces.schema import SCHEMA_VERSION, TRACE_FEATURES, Column
 
 MANIFEST = "manifest.json"
 _AGAIN = "Delete the directory to collect the traces again."
+_ANEW = "Run python -m decoding.collect with the same settings: it collects again what is missing."
 
 
 def write_shard(
@@ -79,6 +80,16 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def damaged_shards(directory: Path, manifest: dict[str, Any]) -> list[str]:
+    """The files that a manifest names which are gone, or are not what was written."""
+
+    def is_whole(shard: dict[str, Any]) -> bool:
+        path = directory / shard["file"]
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
+
+    return [shard["file"] for shard in manifest["shards"] if not is_whole(shard)]
+
+
 def load_traces(directory: str | Path) -> tuple[Dataset, dict[str, Any]]:
     """Read all shards of a trace directory.
 
@@ -110,19 +121,19 @@ def load_traces(directory: str | Path) -> tuple[Dataset, dict[str, Any]]:
 
 def _read_shard(path: Path, entry: dict[str, Any], trace_key: str) -> pa.Table:
     if not path.exists():
-        raise UserError(f"The trace shard {path} is named in the manifest but missing. {_AGAIN}")
+        raise UserError(f"The trace shard {path} is named in the manifest but missing. {_ANEW}")
     content = path.read_bytes()
     try:
         table = pq.read_table(pa.BufferReader(content))
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"The trace shard {path} cannot be read; it may be truncated ({error}). {_AGAIN}") from error
+        raise UserError(f"The trace shard {path} cannot be read; it may be truncated ({error}). {_ANEW}") from error
     about = json.loads((table.schema.metadata or {}).get(b"dsbd", b"{}"))
     if about.get("trace_key") != trace_key:
-        raise UserError(f"The trace shard {path} belongs to another collection than its manifest. {_AGAIN}")
+        raise UserError(f"The trace shard {path} belongs to another collection than its manifest. {_ANEW}")
     if table.num_rows != entry["rows"]:
         raise UserError(
-            f"The trace shard {path} holds {table.num_rows} rows; its manifest says {entry['rows']}. {_AGAIN}"
+            f"The trace shard {path} holds {table.num_rows} rows; its manifest says {entry['rows']}. {_ANEW}"
         )
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-        raise UserError(f"The trace shard {path} was changed since it was written. {_AGAIN}")
+        raise UserError(f"The trace shard {path} was changed since it was written. {_ANEW}")
     return table

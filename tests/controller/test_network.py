@@ -138,3 +138,16 @@ def test_the_host_takes_steps_of_any_size() -> None:
     found = HostNet(net).expects([0.0] * len(BEFORE), 4)
     expected = net.expects(torch.zeros(1, len(BEFORE)), torch.tensor([4]))[0].sigmoid()
     assert found == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_one_flipped_bit_of_a_controller_is_noticed(tmp_path: Path, name: str) -> None:
+    """In the last weight, and in a digit of what was fitted: both would load and decide otherwise."""
+    about = {"features": ABOUT, "pair": {}, "decoding": {}, "metrics": {"val/loss": 0.5}}
+    file = save_controller(random_net(), tmp_path / "controller", about) / name
+    load_controller(file.parent)
+    content = bytearray(file.read_bytes())
+    content[content.index(b'"val/loss": 0.5') + 14 if name == "config.json" else len(content) - 4] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="was changed since it was written, or is damaged"):
+        load_controller(file.parent)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import logging
+import re
 import signal
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +97,8 @@ def test_resumes(tmp_path: Path) -> None:
 
 
 def state_of(checkpoint: dict[str, Any], callback: str) -> dict[str, Any]:
-    (state,) = [state for key, state in checkpoint["callbacks"].items() if key.startswith(callback)]
+    found = [(key, state) for key, state in checkpoint["callbacks"].items() if key.startswith(callback)]
+    (state,) = [state for key, state in found if "'monitor': None" not in key]
     return dict(state)
 
 
@@ -105,7 +109,7 @@ def test_resuming_keeps_the_best_epoch_and_takes_the_new_patience(tmp_path: Path
     best = state_of(last, "ModelCheckpoint")["best_model_path"]
     unbeaten = torch.tensor(-1.0)
     for key, state in last["callbacks"].items():
-        if key.startswith("ModelCheckpoint"):
+        if key.startswith("ModelCheckpoint") and "'monitor': None" not in key:
             state |= {"best_k_models": {best: unbeaten}, "best_model_score": unbeaten, "kth_value": unbeaten}
     torch.save(last, path)
     resume = (f"ckpt_path={path}", "callbacks.early_stopping.patience=30")
@@ -139,7 +143,7 @@ class Interrupts(Callback):
 @pytest.mark.parametrize(
     ("epoch", "sentence"),
     [
-        (1, "The best epoch so far is kept; the same command with ckpt_path={last} goes on from there."),
+        (1, "The best and the last epoch are kept; the same command with ckpt_path={last} goes on from there."),
         (0, "No epoch of this fit is kept; the same command starts it again"),
     ],
 )
@@ -175,6 +179,42 @@ def test_an_interrupted_fit_says_how_to_go_on(
     if epoch:
         train.main(config(tmp_path / "again", f"ckpt_path={last}"))
         assert load_controller(tmp_path / "again" / "controller")
+
+
+class GetsWorse(Callback):
+    """Every epoch after the first is worse than the one before."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch:
+            for parameter in pl_module.parameters():
+                parameter.data += 2
+
+
+def test_last_is_the_last_epoch_and_its_metrics_go_on(tmp_path: Path) -> None:
+    """A changed setting is refused, not passed over; one flipped byte of the checkpoint is noticed."""
+    worse = f"+callbacks.worse={{_target_: {GetsWorse.__module__}.GetsWorse}}"
+    train.main(config(tmp_path, worse, "logger=csv"))
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["epoch"] == 1
+    assert torch.load(last.with_name("best.ckpt"), weights_only=True)["epoch"] == 0
+    for change, words in (
+        ("controller.lr=5e-3", "controller.lr=0.01 (now 0.005)"),
+        ("seed=4", "seed=0 (now 4)"),
+        ("controller.batch_size=32", "controller.batch_size=64 (now 32)"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            train.main(config(tmp_path / "other", f"ckpt_path={last}", "trainer.max_epochs=3", change))
+    train.main(config(tmp_path, f"ckpt_path={last}", "trainer.max_epochs=3", "logger=csv"))
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        epochs = [row["epoch"] for row in csv.DictReader(file) if row["val/loss"]]
+    assert epochs == ["0", "1", "2"]
+    content = bytearray(last.read_bytes())
+    with zipfile.ZipFile(last) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    content[largest.header_offset + 500] ^= 1
+    last.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        train.main(config(tmp_path / "other", f"ckpt_path={last}", "trainer.max_epochs=4"))
 
 
 def test_foreign_checkpoints_are_refused(tmp_path: Path) -> None:

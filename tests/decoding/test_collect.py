@@ -129,6 +129,50 @@ def test_an_interrupted_collection_goes_on_with_the_same_rows(tmp_path: Path, mo
     assert whole.to_list() == parts.to_list()
 
 
+@pytest.mark.parametrize("harm", ["gone", "flipped", "cut"])
+def test_a_damaged_shard_alone_is_collected_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
+    monkeypatch.setattr("decoding.collect.SHARD_PROMPTS", 2)
+    cfg = collect_config(tmp_path)
+    directory = ensure_traces(cfg)
+    whole = load_traces(directory)[0].to_list()
+    shard = directory / "traces-00001.parquet"
+    content = shard.read_bytes()
+    middle = len(content) // 2
+    if harm == "gone":
+        shard.unlink()
+    else:
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        shard.write_bytes(flipped if harm == "flipped" else content[:middle])
+    others = {path: path.stat().st_mtime_ns for path in directory.glob("*.parquet") if path != shard}
+    calls, original = [], DSBDDecoder.generate
+
+    def counted(self: DSBDDecoder, prompts: Any, *args: Any, **options: Any) -> Any:
+        calls.extend(prompts)
+        return original(self, prompts, *args, **options)
+
+    monkeypatch.setattr(DSBDDecoder, "generate", counted)
+    rows, manifest = load_traces(ensure_traces(cfg))
+    assert len(calls) == 2 and rows.to_list() == whole and manifest["rows"] == len(whole) and manifest["prompts"] == 6
+    assert {path: path.stat().st_mtime_ns for path in others} == others
+
+
+def test_two_collections_of_the_same_traces_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is held up after its first shard: the other is refused, and the first ends with whole traces."""
+    monkeypatch.setattr("decoding.collect.SHARD_PROMPTS", 2)
+    cfg, refused, original = collect_config(tmp_path), [], DSBDDecoder.generate
+
+    def held_up(self: DSBDDecoder, *args: Any, **options: Any) -> Any:
+        if not refused and list(tmp_path.rglob("*.parquet")):
+            with pytest.raises(UserError, match="is in use by process") as error:
+                ensure_traces(cfg)
+            refused.append(error)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(DSBDDecoder, "generate", held_up)
+    rows, manifest = load_traces(ensure_traces(cfg))
+    assert refused and manifest["prompts"] == 6 and len(rows) == manifest["rows"]
+
+
 def test_rows_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     """And a second run finds what another batch size has collected."""
     first = ensure_traces(collect_config(tmp_path / "alone", batch_size=1))

@@ -335,3 +335,40 @@ def test_spider_prompt_shows_the_schema(tmp_path: Path) -> None:
     (tmp_path / "tables.json").write_text(json.dumps([schema, {**schema, "db_id": "other"}]))
     assert task.describe() != before  # the schemas are part of the prompts
     assert spider.normalise("SELECT  count( * )  FROM t;") == spider.normalise("select count(*) from t")
+
+
+def test_a_prompts_file_as_the_readme_describes_it(tmp_path: Path) -> None:
+    """A mark at its start, references by their usual name, ids of the user's own."""
+    path = tmp_path / "own.jsonl"
+    rows = [{"prompt": "a", "reference": "b", "id": "first"}, {"prompt": "c", "id": 7}, {"prompt": "d"}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
+    found = JsonlTask(str(path), shares=None).prompts("test", None, small_tokenizer())
+    assert [(prompt.id, prompt.reference) for prompt in found] == [("first", "b"), ("7", None), ("own.jsonl:3", None)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (
+            ['{"prompt": "a", "id": "x"}', '{"prompt": "b"}', '{"prompt": "c", "id": "x"}'],
+            "line 3: the id 'x' is that of line 1",
+        ),
+        (['{"prompt": "a", "id": [1]}'], r"line 1: 'id' is \[1\]"),
+        (['{"prompt": "a", "reference": 3}'], "line 1: 'reference' is a int"),
+        (["", " "], "is empty; give a file"),
+        ([], "is empty; give a file"),
+    ],
+)
+def test_mistakes_in_a_prompts_file_name_the_line(tmp_path: Path, lines: list[str], sentence: str) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=sentence):
+        JsonlTask(str(path), shares=None).prompts("test", None, small_tokenizer())
+
+
+def test_a_mistyped_category_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "question.jsonl"
+    path.write_text("".join(json.dumps({"category": name, "turns": ["a"]}) + "\n" for name in ("math", "writing")))
+    task = SpecBenchTask(str(path), shares=None, categories=["math", "wrting"])
+    with pytest.raises(UserError, match=r"holds 'wrting', which no line .* choose among math, writing"):
+        task.prompts("test", 1, small_tokenizer())
