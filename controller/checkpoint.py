@@ -13,18 +13,20 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from controller.network import ARGUMENTS, CALIBRATED, COLUMNS, WidthNet
-from decoding.errors import UserError
+from decoding.errors import UserError, reading
+from decoding.support.checks import whole
 
 FORMAT = "dsbd-controller"  # what config.json says it is
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_LARGEST = 4096  # of each size of a network
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, Any]) -> Path:
-    """Write a controller: model.safetensors, config.json, a model card. Never half of it.
+    """Write a controller: model.safetensors, config.json. Never half of it.
 
     Everything is written to a directory beside the final one, which is then renamed over it.
 
@@ -42,7 +44,9 @@ def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, 
     config = {**net.arguments, "format": FORMAT, "provenance": {**provenance, "calibration": fitted}}
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
         fresh, old = Path(scratch) / "new", Path(scratch) / "old"
-        net.save_pretrained(fresh, config=config)
+        fresh.mkdir()
+        save_file(net.state_dict(), fresh / WEIGHTS)
+        (fresh / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if directory.exists():
             os.replace(directory, old)
         os.replace(fresh, directory)
@@ -77,7 +81,14 @@ def load_controller(path: str | Path, revision: str | None = None) -> tuple[Widt
         )
     if lacking := [name for name in ARGUMENTS if name not in config]:
         raise _of_another_version(path, f"{CONFIG} says nothing of {', '.join(lacking)}")
-    net = WidthNet(**{name: config[name] for name in (*ARGUMENTS, *COLUMNS) if name in config})
+    if any(not isinstance(provenance.get(part, {}), dict) for part in ("features", "pair", "decoding")):
+        raise _of_another_version(path, f"the provenance in {CONFIG} is of another form")
+    for name in ARGUMENTS:
+        whole(
+            f"{name} in {directory / CONFIG}", config[name], least=1, most=_LARGEST, hint="train the controller again"
+        )
+    with reading(directory / CONFIG, "Train the controller again."):
+        net = WidthNet(**{name: config[name] for name in (*ARGUMENTS, *COLUMNS) if name in config})
     try:
         weights = load_file(directory / WEIGHTS)
         if strange := sorted(set(weights) ^ set(net.state_dict())):

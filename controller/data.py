@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from controller.features import ContextFeatures, check_columns, check_features
-from decoding.errors import UserError
+from decoding.errors import UserError, reading
 from decoding.traces import load_traces
 
 SPLITS = ("train", "val", "test")
@@ -67,6 +67,11 @@ class TraceDataModule(LightningDataModule):
             )
         rows, self.manifest = load_traces(Path(directory))
         self.batch_size = batch_size
+        with reading(f"What was collected in {directory}", "Collect the traces again."):
+            self._fill(rows, str(directory), max_train_rows, features)
+
+    def _fill(self, rows: Any, directory: str, max_train_rows: int | None, features: ContextFeatures | None) -> None:
+        """Sort the rows of a `datasets.Dataset` by split, checked."""
         features, logged = features or ContextFeatures(), self.manifest["features"]
         check_columns(features)
         found = [*logged.get("names", []), *logged.get("candidate_names", [])]
@@ -75,10 +80,10 @@ class TraceDataModule(LightningDataModule):
             raise UserError(f"The traces in {directory} are of other features; collect them again.")
         table: pa.Table = rows.with_format("arrow")[:]
         prompts, split = table["prompt_id"].to_pylist(), table["split"].to_pylist()
-        _check_splits(prompts, split, str(directory))
+        _check_splits(prompts, split, directory)
         self.target_width = int(self.manifest["decoding"]["target_width"])
         sizes = len(features.names), len(features.candidate_names)
-        columns, first = _columns(table, self.target_width, sizes, str(directory))
+        columns, first = _columns(table, self.target_width, sizes, directory)
         prompts, splits = [prompts[i] for i in first], np.asarray([split[i] for i in first])
         if max_train_rows is not None:
             splits[_beyond(prompts, splits == "train", max_train_rows)] = "unused"
@@ -121,7 +126,9 @@ def _check_splits(prompts: list[str], split: list[str], directory: str) -> None:
     home: dict[str, str] = {}
     for prompt, name in zip(prompts, split, strict=True):
         if name not in SPLITS:
-            raise UserError(f"The traces in {directory} have a split {name!r}; allowed are {', '.join(SPLITS)}.")
+            raise UserError(
+                f"The traces in {directory} have a split {name!r}; allowed are {', '.join(SPLITS)}. Collect them again."
+            )
         if home.setdefault(prompt, name) != name:
             raise UserError(
                 f"Prompt {prompt!r} is in the splits {home[prompt]!r} and {name!r} of {directory}: validation would "

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from controller.features import CANDIDATE, LAYER, OF_CANDIDATE, OF_LAYER, places
@@ -43,7 +42,7 @@ DERIVED = (
 BEFORE = ("first", "layer", "roots", "root_entropy", "last_passed", "last_layers", "left_out", "missing", "unknown")
 
 
-class WidthNet(nn.Module, PyTorchModelHubMixin, library_name="dsbd", tags=["speculative-decoding", "beam-sampling"]):
+class WidthNet(nn.Module):
     """A small MLP for candidates and two rules for layers; about 3,000 parameters.
 
     Args:

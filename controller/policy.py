@@ -15,11 +15,12 @@ from controller.checkpoint import load_controller
 from controller.experience import Experience
 from controller.features import ContextFeatures, check_features, features_of, root_features
 from controller.host import HostNet, leftovers
+from controller.hub import upload
 from controller.network import SOFT, WidthNet
 from controller.plan import LEAST_CHANCE, Plan
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, LatencyTable, UnitCosts, costs_digest
-from decoding.errors import UserError
+from decoding.errors import UserError, reading
 from decoding.policies.base import (
     DRAFT_DEPTH,
     DRAFT_WIDTH,
@@ -118,13 +119,26 @@ class LearnedWidth(WidthPolicy):
                 "it out, or lower decoding.target_width."
             )
         net, provenance = load_controller(path, revision)
-        if options.get("features") is None:
-            here = Path(path).expanduser().is_dir()
-            options["features"] = features_of(provenance.get("features", {}), may_import=here)
-        policy = cls(net, provenance, **options)
-        if pair is not None:
-            policy.check_pair(pair)
+        with reading(f"The provenance of the controller {path}", "Train it again."):
+            if options.get("features") is None:
+                here = Path(path).expanduser().is_dir()
+                options["features"] = features_of(provenance.get("features", {}), may_import=here)
+            policy = cls(net, provenance, **options)
+            if pair is not None:
+                policy.check_pair(pair)
         return policy
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the controller to the Hugging Face hub, from where `load` takes it; returns the commit's URL.
+
+        Args:
+            repo_id: "owner/name".
+            options: `results`, `private`, `token`, `revision`, see `controller.hub.upload`.
+
+        Raises:
+            UserError: the hub cannot be reached, or refuses.
+        """
+        return upload(self.net, self.provenance, repo_id, **options)
 
     def use_latency(self, latency: Costs | dict[str, Any] | str | Path | None) -> LearnedWidth:
         """Plan with these seconds from now on; what was learned of others is forgotten. Returns the policy."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,8 @@ _COUNTS = (
     *("target_width", "draft_width", "draft_depth", "min_width"),
     *("max_new_tokens", "min_new_tokens", "num_return_sequences", "oversample"),
 )
+_MOST = 2**31 - 1  # of all counts
+_STEEPEST = 30  # length penalty: _MOST to its power is a number that floats hold
 _FROM_ZERO = ("draft_depth", "min_new_tokens")
 # How many of Q's entries are worth a race for so many drafts: Q misses what P has if it is cut as narrowly, and a tail
 # that is never selected takes drafts from what is. (widest draft width, entries); beyond the last 80.
@@ -116,19 +118,27 @@ class DecodingConfig:
 
     def _check_count(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"{name} is {value!r}; give a whole number of at least {least}.")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+            most = "" if not isinstance(value, int) or value < least else f" and at most {_MOST}"
+            raise UserError(f"{name} is {value!r}; give a whole number of at least {least}{most}.")
 
     def _check_numbers(self) -> None:
-        if not _is_number(self.temperature) or not 0 < self.temperature < float("inf"):
+        if not _is_number(self.temperature) or self.temperature <= 0:
             raise UserError(
                 f"temperature is {self.temperature!r}; give a number above 0 (1 leaves the model as it is; "
                 "for the most likely tokens use a small one such as 0.1)."
             )
         if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
             raise UserError(f"top_p is {self.top_p!r}; give a number in (0, 1], or null for no cut.")
-        if not _is_number(self.length_penalty) or not math.isfinite(self.length_penalty):
-            raise UserError(f"length_penalty is {self.length_penalty!r}; give a number (1 is the default).")
+        if not _is_number(self.length_penalty) or abs(self.length_penalty) > _STEEPEST:
+            raise UserError(
+                f"length_penalty is {self.length_penalty!r}; give a number from -{_STEEPEST} to {_STEEPEST} (1 is the "
+                "default)."
+            )
+
+        for name in ("temperature", "top_p", "length_penalty"):
+            if getattr(self, name) is not None:  # whole ones too; what is beyond floats was refused
+                object.__setattr__(self, name, float(getattr(self, name)))
 
     def _check_end_tokens(self) -> None:
         ids = self.eos_token_id
@@ -228,4 +238,5 @@ class DecodingConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """True if a value is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -124,6 +124,7 @@ def dsbd_generate(
     """
     check_architecture(model.config, "target")  # before what it was given is looked at
     _check_fields(generation_config, model_kwargs, logits_processor)
+    _check_inputs_of(model)
     given = _of_the_call(generation_config)
     draft = _draft(model, assistant_model if assistant_model is not None else given.get("assistant_model"))
     streamer = given.get("streamer")
@@ -257,6 +258,16 @@ def _check_fields(config: GenerationConfig, model_kwargs: Mapping[str, Any], pro
     if cache is not None and cache.get_seq_length() > 0:
         raise UserError(
             "past_key_values holds tokens already; dsbd_generate keeps its own cache: pass the whole prompt."
+        )
+
+
+def _check_inputs_of(model: PreTrainedModel) -> None:
+    """Refuse a model that makes its own inputs of each step: this decoder makes them itself."""
+    own = next((kind for kind in type(model).__mro__ if "prepare_inputs_for_generation" in vars(kind)), None)
+    if own is not None and not own.__module__.startswith("transformers."):
+        raise UserError(
+            f"{own.__name__} has a prepare_inputs_for_generation of its own, which dsbd_generate does not call: tokens "
+            "and positions would be other ones. Call generate without custom_generate."
         )
 
 

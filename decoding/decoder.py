@@ -7,15 +7,18 @@ target.
 from __future__ import annotations
 
 import hashlib
+import operator
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from decoding.config import DecodingConfig
-from decoding.errors import UserError
+from decoding.errors import UserError, is_out_of_memory
 from decoding.loop.batch import Batch
 from decoding.loop.processing import Rules
 from decoding.pairs.pair import ModelPair, check_prompt
@@ -63,6 +66,7 @@ class DSBDDecoder:
         recorder: Recorder | Sequence[Recorder] | None = None,
         batch_size: int | None = None,
         rules: Rules | Sequence[Rules | None] | None = None,
+        halve: bool = True,
     ) -> list[DecodeResult]:
         """Continue each prompt.
 
@@ -78,6 +82,8 @@ class DSBDDecoder:
             batch_size: prompts decoded at a time, the next when one is done; None: all.
             rules: logits processors, stopping criteria and a listener; one for each prompt, unless
                 there is only one.
+            halve: where the device's memory does not suffice, go on with half as many prompts at a
+                time, and warn of it; False: raise.
 
         Returns:
             One DecodeResult per prompt, with config.num_return_sequences hypotheses where there are
@@ -98,19 +104,59 @@ class DSBDDecoder:
         given = _one_each(rules, len(token_lists), "rules")
         streams = _streams(generator, token_lists)
         size = min(batch_size or len(token_lists), len(token_lists))
+        halve = halve and all(one is None or one.listener is None for one in given)  # it would be told twice
+        halve = halve and all(one is None or type(one).restart is not Recorder.restart for one in recorders)
+        states = [stream.get_state() for stream in streams]
         results: list[DecodeResult | None] = [None] * len(token_lists)
+        while (todo := [i for i, result in enumerate(results) if result is None]) and not self._decode(
+            todo, size, results, (token_lists, streams, recorders, given), halve
+        ):
+            warnings.warn(
+                f"The device ran out of memory with {size} prompts at a time; going on with {size // 2}.", stacklevel=2
+            )
+            size //= 2
+            for i in (i for i in todo if results[i] is None):
+                streams[i].set_state(states[i])
+                if recorders[i] is not None:
+                    recorders[i].restart()
+        return [result for result in results if result is not None]
+
+    def _decode(
+        self,
+        todo: Sequence[int],
+        size: int,
+        results: list[DecodeResult | None],
+        given: tuple[Sequence[Any], ...],
+        halve: bool,
+    ) -> bool:
+        """Decode prompts, `size` at a time; false if memory did not suffice and fewer may fit.
+
+        Args:
+            todo: which ones.
+            results: filled in as they are done.
+            given: token lists, streams, recorders and rules of all.
+        """
+        tokens, streams, recorders, rules = ([each[i] for i in todo] for each in given)
+        found: list[DecodeResult | None] = [None] * len(todo)
         try:
-            batch = Batch(self.pair, self.config, self.policy, token_lists, streams, recorders, size, results, given)
+            batch = Batch(self.pair, self.config, self.policy, tokens, streams, recorders, size, found, rules)
             try:
                 batch.decode()
-            except (UserError, torch.OutOfMemoryError):
-                batch.free()
+            except Exception as error:
+                if isinstance(error, UserError) or is_out_of_memory(error):
+                    batch.free()
                 raise
             finally:
                 batch.close()
-        except torch.OutOfMemoryError as error:
-            raise OutOfDeviceMemory(self.config, size, results) from error.with_traceback(None)  # frees its tensors
-        return [result for result in results if result is not None]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            _fill_in(results, todo, found)
+            if size == 1 or not halve:
+                raise OutOfDeviceMemory(self.config, size, results) from error.with_traceback(None)  # frees its tensors
+            return False
+        _fill_in(results, todo, found)
+        return True
 
 
 class OutOfDeviceMemory(UserError):
@@ -144,20 +190,37 @@ def beam_sample(
     return DSBDDecoder(pair, config.with_changes(draft_depth=0)).generate(prompts, generator, batch_size=batch_size)
 
 
+def _fill_in(results: list[DecodeResult | None], places: Sequence[int], found: Sequence[DecodeResult | None]) -> None:
+    for i, result in zip(places, found, strict=True):
+        results[i] = result
+
+
 def as_token_lists(prompts: Prompts) -> list[list[int]]:
     """Prompts in any accepted form -> one list of token ids each."""
-    if isinstance(prompts, Tensor):
-        if prompts.ndim != 2:
-            raise UserError(
-                f"prompts is a tensor of {prompts.ndim} dimension(s); give a 2-D tensor [prompts, tokens], or a list "
-                "of token lists."
-            )
-        return [[int(t) for t in tokens] for tokens in prompts]
-    if isinstance(prompts, str) or any(isinstance(p, str) for p in prompts):
+    if isinstance(prompts, Tensor) and prompts.ndim != 2:
+        raise UserError(
+            f"prompts is a tensor of {prompts.ndim} dimension(s); give a 2-D tensor [prompts, tokens], or a list "
+            "of token lists."
+        )
+    if isinstance(prompts, str):
         raise UserError("prompts holds text; give token ids, for instance tokenizer(text)['input_ids'].")
-    if any(isinstance(p, int) for p in prompts):
+    if not isinstance(prompts, Iterable):
+        raise UserError(f"prompts is {prompts!r}; give a list of lists of token ids.")
+    return [_token_list(i, prompt) for i, prompt in enumerate(prompts)]
+
+
+def _token_list(index: int, prompt: Any) -> list[int]:
+    """One prompt's token ids as Python's own numbers."""
+    if isinstance(prompt, str):
+        raise UserError("prompts holds text; give token ids, for instance tokenizer(text)['input_ids'].")
+    if isinstance(prompt, Integral):
         raise UserError("prompts is one list of token ids; give a list of such lists: [prompt].")
-    return [[int(t) for t in tokens] for tokens in prompts]
+    try:
+        return [operator.index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)]
+    except TypeError:
+        raise UserError(
+            f"Prompt {index} is {str(prompt)[:80]}; give a list of token ids, which are whole numbers."
+        ) from None
 
 
 def _streams(

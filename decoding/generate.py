@@ -145,7 +145,7 @@ def _decoded(content: bytes, name: str, whole: bool = False) -> str:
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        raise UserError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
     text = text if whole else text.replace("\r\n", "\n").removesuffix("\n")
     if not text:
         raise UserError(f"{name} is empty; give at least one character.")

@@ -120,6 +120,12 @@ class Recorder:
     def layer(self, event: LayerEvent) -> None:
         """A layer was committed."""
 
+    def restart(self) -> None:
+        """The prompt is decoded anew, since memory did not suffice: forget what was heard of it.
+
+        Prompts are begun anew only where all recorders override this.
+        """
+
     def end(self, best_path: list[int]) -> None:
         """The prompt is done; `best_path` are the nodes of the best hypothesis, by depth from 1."""
 

@@ -1,34 +1,10 @@
-"""How many drafts of a layer the paper's rule accepts, in closed form (2409.16560, with replacement; design 5.6).
-
-Plain numpy that numba can compile as it is: policies that decide between passes of a GPU do so (`compiled.py`), the
-others need not wait for numba.
-"""
+"""How many drafts of a layer the paper's rule accepts, in closed form (2409.16560, with replacement; design 5.6)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from decoding.support.arrays import FloatArray, IntArray
-
-VOCABULARY_LIMIT = 1 << 32  # node * limit + token is one sortable key
-
-
-def matched(
-    target: tuple[IntArray, IntArray, FloatArray],
-    draft: tuple[IntArray, IntArray, FloatArray],
-) -> FloatArray:
-    """Q at the entries of P, 0 where it has none; what Q has elsewhere plays no part in `accept_probabilities`.
-
-    Args:
-        target, draft: parents, tokens and probabilities of P, [S_p] each, and of Q, [S_q] each.
-
-    Returns:
-        [S_p].
-    """
-    wanted, keys = target[0] * VOCABULARY_LIMIT + target[1], draft[0] * VOCABULARY_LIMIT + draft[1]
-    order = np.argsort(keys)
-    found = order[np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)]
-    return np.where(keys[found] == wanted, draft[2][found], 0.0)
+from decoding.support.arrays import FloatArray
 
 
 def accept_probabilities(p: FloatArray, q: FloatArray, width: int, as_shipped: bool = False) -> FloatArray:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from decoding.dice.closed_form import VOCABULARY_LIMIT
 from decoding.dice.sampling import Dice, Distribution, draw
 from decoding.support.arrays import FloatArray, IntArray
+
+VOCABULARY_LIMIT = 1 << 32  # node * limit + token is one sortable key
 
 
 def joint_keys(joint: Distribution) -> IntArray:

@@ -17,7 +17,7 @@ from decoding.engine.layer_states import LayerStates
 from decoding.engine.placement import device_of, dtype_of
 from decoding.engine.runner import runner_of
 from decoding.engine.vocabulary import VocabularyMap
-from decoding.errors import UserError, first_line
+from decoding.errors import UserError, first_line, is_out_of_memory
 from decoding.forest.cache import ForestCache, Placement
 from decoding.forest.node_scorer import Process
 from decoding.forest.tree import TokenForest
@@ -261,6 +261,8 @@ class ForestScorer:
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             kind = getattr(self.model.config, "model_type", type(self.model).__name__)
             raise PassFailed(f"A pass of the model ({kind}) failed: {first_line(error)}") from error
 

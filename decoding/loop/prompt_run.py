@@ -295,7 +295,7 @@ class PromptRun(ABC):
             weights = np.array([beam.weight for beam in self.beams])
             # M may depend on P and Q, not on the layer's noise; where there is no choice of M, no copy is made.
             chosen = self.config.min_width < self.config.target_width
-            seen = replace(layer.context, noise=None) if chosen else layer.context
+            seen = replace(layer.context, noise=None, candidates=None) if chosen else layer.context
             context = TargetContext(seen, target, len(layer.picks), tuple(records), weights)
             records.append(self._commit_drafted(context, target, layer))
             if self.done or not records[-1].passed:

@@ -14,6 +14,7 @@ import numpy as np
 from decoding.config import DecodingConfig
 from decoding.dice.dense import DenseJoint
 from decoding.dice.sampling import FloatArray, IntArray, Joint, nan_message, nothing_left_message
+from decoding.dice.verdict import judge
 from decoding.errors import UserError
 from decoding.forest.node_scorer import NodeScorer
 from decoding.loop.prompt_run import Beam, DraftedLayer, Hypothesis, PromptRun, Proposal
@@ -72,15 +73,14 @@ class SearchRun(PromptRun):
             ranking, hits = self._ranked(target)
             drafted = set(layer.nodes)
             live = [beam.node for beam, hit in zip(ranking, hits, strict=True) if not hit]
-            accepted = next((i for i, node in enumerate(live) if node not in drafted), len(live))
-            passed = accepted >= min(width, len(live))
+            verdict = judge(range(len(live)), [node in drafted for node in live], len(live), width)
             kept = width
-            if passed and config.surplus == "keep":
-                kept = max(width, min(accepted, config.target_width))
-            elif not passed and config.refill == "full":
+            if verdict.passed and config.surplus == "keep":
+                kept = max(width, min(verdict.accepted, config.target_width))
+            elif not verdict.passed and config.refill == "full":
                 kept = config.target_width
             children = self._step(ranking, hits, kept)
-        record = LayerRecord(context.draft.layer, context.draft_width, width, accepted, passed)
+        record = LayerRecord(context.draft.layer, context.draft_width, width, verdict.accepted, verdict.passed)
         self._log(LayerEvent(context, record, None, children))
         return record
 

@@ -158,7 +158,9 @@ def _read(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise UserError(f"The process of ct2_beam_search ended with {process.wait()}; its own message is above.")
+        raise UserError(
+            f"The process of ct2_beam_search ended with {process.wait()}; its own message is above. Leave the row out."
+        )
     answer: dict[str, Any] = json.loads(line)
     if "error" in answer:
         raise UserError(f"CTranslate2 refused: {answer['error']}")

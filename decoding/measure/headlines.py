@@ -202,8 +202,17 @@ def _soak_lines(found: Node | None) -> list[str]:
     kv, prompts = found["kv_megabytes"], found["prompts"]
     return [
         f"Memory ({found['row']}): peak resident {first:.0f} MB after {prompts[0]:,} prompts, {last:.0f} MB after "
-        f"{prompts[-1]:,}; KV buffers {kv[0]:.1f} and {kv[-1]:.1f} MB."
+        f"{prompts[-1]:,}; KV buffers {kv[0]:.1f} and {kv[-1]:.1f} MB.{_tenths(found)}"
     ]
+
+
+def _tenths(soak: Node) -> str:
+    """The sentence on speed at the start and at the end; none of results that are older."""
+    prompts, seconds = soak["prompts"], soak.get("seconds")
+    if not seconds or len(prompts) < 2:
+        return ""
+    first, last = prompts[0] / seconds[0], (prompts[-1] - prompts[-2]) / seconds[-1]
+    return f" {first:.1f} prompts a second in the first part of {len(prompts)}, {last:.1f} in the last."
 
 
 def _was_measured(part: Node | None) -> bool:

@@ -120,7 +120,9 @@ def policy_method(
     options = {"knobs": policy.knobs, "family": policy.family, **options}
 
     def build(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
-        return DSBDDecoder(pair, config, make(**arguments_of(options["knobs"], settings))).generate
+        return partial(
+            DSBDDecoder(pair, config, make(**arguments_of(options["knobs"], settings))).generate, halve=False
+        )
 
     return Method(name or policy.name, build, **options)
 
@@ -195,11 +197,11 @@ def _instantiated(node: Mapping[str, Any], where: str, **arguments: Any) -> Widt
 
 
 def _engine_alone(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
-    return DSBDDecoder(pair, config.with_changes(draft_depth=0)).generate
+    return partial(DSBDDecoder(pair, config.with_changes(draft_depth=0)).generate, halve=False)
 
 
 def _widest(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
-    return DSBDDecoder(pair, config, FixedWidth()).generate
+    return partial(DSBDDecoder(pair, config, FixedWidth()).generate, halve=False)
 
 
 def _oracle_survivor(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:

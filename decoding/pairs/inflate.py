@@ -55,12 +55,13 @@ class Shape:
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) is no multiple of num_key_value_heads "
-                f"({self.num_key_value_heads}); every key-value head serves equally many query heads."
+                f"({self.num_key_value_heads}); give one: every key-value head serves equally many query "
+                "heads."
             )
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size ({self.hidden_size}) is no multiple of num_attention_heads ({self.num_attention_heads}); "
-                "transformers' Llama asks for one, whatever head_dim is."
+                "give one: transformers' Llama needs it, whatever head_dim is."
             )
         if self.head_dim % 2:
             raise UserError(

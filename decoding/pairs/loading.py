@@ -162,7 +162,7 @@ def _name(base: str, draft: str | None) -> str:
     if draft is None:
         return base
     kind, _, source = draft.partition(":")
-    return f"{base}-{kind}{Path(source).name}"
+    return f"{base}-{kind}{Path(source).name.replace(':', '')}"
 
 
 def _comes_without_model(draft: str) -> bool:
@@ -180,7 +180,7 @@ def _from_hub(loader: Any, source: str, role: str, **options: Any) -> Any:
     there = Path(source).is_file() if file else Path(source).is_dir()
     if source.startswith(("/", "./", "../", "~")) and not there:
         what = "file" if file else "directory"
-        raise UserError(f"The {role} model {source!r} could not be loaded: there is no such {what}.")
+        raise UserError(f"The {role} model {source!r} could not be loaded: there is no such {what}. Look at the path.")
     if Path(source, "adapter_config.json").exists() and not Path(source, "config.json").exists():
         raise UserError(
             f"The {role} model {source!r} is an adapter without its model; merge it into the model that it adapts "

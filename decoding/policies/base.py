@@ -137,7 +137,7 @@ class DraftContext:
     drafted: bool = True
     widths: tuple[int, ...] = ()  # draft widths of the layers above
     draft_hidden: FloatArray | None = None  # [H_q] the draft's last hidden state, mean over the parents
-    # Under shared noise, for w and the layers below; a TargetContext has no noise (design 5.5).
+    # Under shared noise, for w and the layers below; where M may be chosen, a TargetContext has no noise or candidates.
     known: NDArray[np.bool_] | None = None  # [B] parents whose entries of Q are the target's own
     parents: tuple[int, ...] = ()  # [B] nodes
     places: tuple[int, ...] = ()  # [B] as in `Parents`

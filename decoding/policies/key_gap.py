@@ -58,10 +58,10 @@ class KeyGapWidth(WidthPolicy):
         self._doubt = 0.0  # that all layers drafted so far pass
 
     def check(self, config: DecodingConfig) -> None:
-        if config.verification != "shared_noise":
+        if config.verification != "shared_noise" or config.mode != "beam_sample":
             raise UserError(
-                f"KeyGapWidth goes by shared noise, and verification is {config.verification!r}: set "
-                "verification='shared_noise'."
+                f"KeyGapWidth goes by shared noise; mode is {config.mode!r} and verification {config.verification!r}. "
+                "Set mode='beam_sample' and verification='shared_noise', or take another policy."
             )
 
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:

@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from decoding.errors import UserError
 from decoding.support.in_use import LOCK, fresh_folder, in_use
 from decoding.support.names import is_dotted
+from decoding.support.secret import hidden_in_logs, hide, hide_in_file
 from decoding.support.settings import check_settings, unknown_setting
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -60,6 +61,7 @@ def entry_point(
         def job(cfg: DictConfig) -> Any:
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"(lightning|torch)\.")  # not ours to mend
             with _one_sentence(config_name, tracebacks):  # inside the job: Hydra reports failed jobs itself
+                _hide_keys()
                 check_settings(cfg, _compose(config_name, _chosen_groups()), open_nodes)
                 hydra.utils.instantiate(cfg.get("decoding"))  # widths that cannot work, before a pair is loaded
                 with in_use(Path(cfg.output_dir)) if "output_dir" in cfg else nullcontext():
@@ -72,7 +74,12 @@ def entry_point(
         def main(cfg: DictConfig | None = None) -> Any:
             if cfg is not None:
                 return task(cfg)
-            with _one_sentence(config_name, tracebacks), _terminated_as_interrupted(), _hydra_raises():
+            with (
+                _one_sentence(config_name, tracebacks),
+                _terminated_as_interrupted(),
+                _hydra_raises(),
+                hidden_in_logs(),
+            ):
                 arguments = [_renamed(argument, renames or {}) for argument in sys.argv[1:]]
                 sys.argv[1:] = opened(arguments, _groups(config_name), open_nodes)
                 return launch()
@@ -102,7 +109,7 @@ def _one_sentence(config_name: str, tracebacks: bool) -> Iterator[None]:
         if tracebacks or (isinstance(error, InstantiationException) and isinstance(error.__cause__, _BUGS)):
             raise
         _discard_empty_output()
-        print(f"error: {_sentence(error, config_name)}", file=sys.stderr)
+        print(f"error: {hide(_sentence(error, config_name))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -177,6 +184,18 @@ def _groups(config_name: str) -> set[str]:
     """Groups in the defaults list of a primary config."""
     primary = cast(DictConfig, OmegaConf.load(CONF_DIR / f"{config_name}.yaml"))
     return {str(key) for entry in primary.get("defaults", []) if isinstance(entry, DictConfig) for key in entry}
+
+
+def _hide_keys() -> None:
+    """Take keys out of the settings that Hydra has written into the folders of a job and of its
+    sweep.
+    """
+    about = HydraConfig.get()
+    folders = [Path(about.runtime.output_dir, about.output_subdir)] if about.output_subdir else []
+    found = [path for folder in folders for path in folder.glob("*.yaml")]
+    for path in [*found, Path(about.sweep.dir, "multirun.yaml")]:
+        if path.is_file():
+            hide_in_file(path)
 
 
 def _discard_empty_output() -> None:

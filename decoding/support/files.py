@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from decoding.errors import UserError
+
 
 def cache_root() -> Path:
     """The directory that DSBD_CACHE names; without it dsbd/ in XDG_CACHE_HOME, or in ~/.cache."""
@@ -30,6 +32,17 @@ def write_whole(path: Path, content: bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """The path of a file that a manifest or a row of data names, in the folder that it lies in.
+
+    Raises:
+        UserError: the name leads out of the folder.
+    """
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+        raise UserError(f"{name!r} is no name of a file in {folder}; take data whose files lie beside one another.")
+    return folder / name
 
 
 def json_bytes(results: Any) -> bytes:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from decoding.support.secret import hide_argument, without_secrets
+
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "lightning", "hydra-core", "numpy", "safetensors")
-_SECRET = re.compile(r"(^|[._+])(token|\w+_token|secret|password|passwd|\w*api_?key|credentials?)$", re.IGNORECASE)
 
 
 def provenance() -> dict[str, Any]:
@@ -27,7 +28,7 @@ def provenance() -> dict[str, Any]:
     (UTC, ISO 8601).
     """
     return {
-        "argv": [Path(sys.argv[0]).name, *map(hide_secret, sys.argv[1:])],
+        "argv": [Path(sys.argv[0]).name, *map(hide_argument, sys.argv[1:])],
         "git_sha": git_sha(),
         "versions": library_versions(),
         "python": platform.python_version(),
@@ -90,23 +91,8 @@ def machine() -> dict[str, Any]:
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
     """A config as plain dicts and lists, interpolations resolved, values of secret keys hidden."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    return _without_secrets(plain)
-
-
-def hide_secret(argument: str) -> str:
-    """'pair.token=abc' -> 'pair.token=***'; anything else as it is."""
-    key, equals, _ = argument.partition("=")
-    return f"{key}=***" if equals and _SECRET.search(key) else argument
-
-
-def _without_secrets(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {
-            key: "***" if isinstance(value, str) and _SECRET.search(str(key)) else _without_secrets(value)
-            for key, value in node.items()
-        }
-    return [_without_secrets(value) for value in node] if isinstance(node, list) else node
+    plain: dict[str, Any] = without_secrets(OmegaConf.to_container(cfg, resolve=True))
+    return plain
 
 
 def _cpu_model() -> str:

@@ -87,6 +87,11 @@ class Example:
     request: str | None = None
     messages: tuple[Message, ...] = ()
 
+    def __post_init__(self) -> None:
+        for value in (self.id, self.text, self.request or "", *self.references):
+            if not isinstance(value, str):
+                raise TypeError(f"{value!r} is no text")
+
 
 class Shot(NamedTuple):
     """A worked example that may stand before every prompt of a task; `text` ends where `answer`
@@ -152,6 +157,8 @@ class FileTask:
             if self.shares is not None and self._split_of(example.text) != split:
                 continue
             text, tokens = self._tokenise(example, tokenizer)
+            if not tokens:
+                raise UserError(f"{self.path}: the prompt {example.id!r} has no token; remove it from the file.")
             if self.max_prompt_tokens is None or len(tokens) <= self.max_prompt_tokens:
                 first = example.references[0] if example.references else None
                 found.append(Prompt(example.id, tokens, first, text, example.references))
@@ -270,14 +277,16 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         lines = read_bytes(path).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).") from None
+            raise UserError(
+                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); mend it."
+            ) from None
         if not isinstance(entry, dict):
             raise UserError(f"{path}, line {number}: a {type(entry).__name__}; each line must be a JSON object.")
         yield number, entry
@@ -288,7 +297,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(read_bytes(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
+        raise UserError(f"{path} is not JSON ({error}); give a whole file.") from None
 
 
 def text_field(entry: Mapping[str, Any], name: str, path: str | Path, number: int) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from decoding.errors import UserError
+from decoding.errors import reading
+from decoding.support.files import inside
 from decoding.tasks.base import Example, FileTask, Prompt, Shot, content_hash, read_json
 from decoding.tasks.query import QueryError, read_query, run_answer, run_query, same_rows
 
@@ -39,7 +40,7 @@ class SpiderTask(FileTask):
     )
 
     def examples(self) -> Iterator[Example]:
-        try:
+        with reading(f"{self.path} or its tables.json", "Give Spider's own files."):
             schemas = {schema["db_id"]: _tables(schema) for schema in read_json(self._tables_path())}
             for number, entry in enumerate(read_json(self.path)):
                 schema, question = schemas[entry["db_id"]], entry["question"]
@@ -47,8 +48,6 @@ class SpiderTask(FileTask):
                 yield Example(
                     f"spider:{entry['db_id']}:{number}", f"{schema}\n-- {question}\n", (entry["query"],), request
                 )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{self.path} and its tables.json are not in Spider's format ({error!r}).") from None
 
     def describe(self) -> dict[str, Any]:
         about = super().describe()
@@ -62,7 +61,7 @@ class SpiderTask(FileTask):
         """The SQLite file that a prompt asks about, which need not be there."""
         name = prompt.id.split(":")[1]
         folder = Path(self.databases) if self.databases else Path(self.path).with_name("database")
-        return folder / name / f"{name}.sqlite"
+        return inside(folder, name) / f"{name}.sqlite"
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
         """`query_match`: the query as text, up to case, spaces and quotes; `execution_match`: it

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from decoding.errors import UserError
+from decoding.errors import reading
 from decoding.tasks.base import Example, FileTask, Prompt, Shot, read_json
 from decoding.tasks.metrics import first_line
 
@@ -29,15 +29,13 @@ class SquadTask(FileTask):
     )
 
     def examples(self) -> Iterator[Example]:
-        try:
+        with reading(self.path, "Give a file in the format of SQuAD v1.1."):
             for article in read_json(self.path)["data"]:
                 for paragraph in article["paragraphs"]:
                     for qa in paragraph["qas"]:
                         text = f"{paragraph['context']}\nQuestion: {qa['question']}\nAnswer:"
                         request = f"{paragraph['context']}\n\nQuestion: {qa['question']}"
                         yield Example(qa["id"], text, tuple(answer["text"] for answer in qa["answers"]), request)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is not in the format of SQuAD v1.1 ({error!r}).") from None
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
         """`exact_match` and `f1`, the best over the references."""

@@ -69,6 +69,10 @@ class TraceRecorder(Recorder):
         self._selected: list[dict[int, int]] = []  # by depth: the place of each path that the target selected
         self._paths: _Paths | None = None
 
+    def restart(self) -> None:
+        """The prompt begins anew."""
+        self.start(self._prompt_id, self._split)
+
     def drafted(
         self,
         forest: TokenForest,

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features
 
-from decoding.errors import UserError
-from decoding.support.files import write_whole
+from decoding.errors import UserError, reading
+from decoding.support.files import inside, write_whole
 from decoding.traces.schema import SCHEMA_VERSION, TRACE_FEATURES, Column
 
 MANIFEST = "manifest.json"
+_AGAIN = "Delete the directory to collect the traces again."
 
 
 def write_shard(
@@ -99,28 +100,29 @@ def load_traces(directory: str | Path) -> tuple[Dataset, dict[str, Any]]:
             f"The traces in {directory} are incomplete ({manifest.get('rows', 0)} rows so far). Run python -m "
             "decoding.collect with the same settings: it goes on where it stopped."
         )
-    tables = [_read_shard(directory / entry["file"], entry, manifest["trace_key"]) for entry in manifest["shards"]]
-    if not tables:
-        raise UserError(f"The traces in {directory} hold no rows. Raise collect.train_prompts and collect again.")
-    return Dataset(pa.concat_tables(tables)), manifest
+    with reading(directory / MANIFEST, _AGAIN):
+        key = manifest["trace_key"]
+        tables = [_read_shard(inside(directory, entry["file"]), entry, key) for entry in manifest["shards"]]
+        if not tables:
+            raise UserError(f"The traces in {directory} hold no rows. Raise collect.train_prompts and collect again.")
+        return Dataset(pa.concat_tables(tables)), manifest
 
 
 def _read_shard(path: Path, entry: dict[str, Any], trace_key: str) -> pa.Table:
-    again = "Delete the directory to collect the traces again."
     if not path.exists():
-        raise UserError(f"The trace shard {path} is named in the manifest but missing. {again}")
+        raise UserError(f"The trace shard {path} is named in the manifest but missing. {_AGAIN}")
     content = path.read_bytes()
     try:
         table = pq.read_table(pa.BufferReader(content))
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"The trace shard {path} cannot be read; it may be truncated ({error}). {again}") from error
+        raise UserError(f"The trace shard {path} cannot be read; it may be truncated ({error}). {_AGAIN}") from error
     about = json.loads((table.schema.metadata or {}).get(b"dsbd", b"{}"))
     if about.get("trace_key") != trace_key:
-        raise UserError(f"The trace shard {path} belongs to another collection than its manifest. {again}")
+        raise UserError(f"The trace shard {path} belongs to another collection than its manifest. {_AGAIN}")
     if table.num_rows != entry["rows"]:
         raise UserError(
-            f"The trace shard {path} holds {table.num_rows} rows; its manifest says {entry['rows']}. {again}"
+            f"The trace shard {path} holds {table.num_rows} rows; its manifest says {entry['rows']}. {_AGAIN}"
         )
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-        raise UserError(f"The trace shard {path} was changed since it was written. {again}")
+        raise UserError(f"The trace shard {path} was changed since it was written. {_AGAIN}")
     return table

@@ -23,17 +23,19 @@ from decoding.support.entry import build_all, entry_point
 from decoding.support.fits import interruptible
 from decoding.support.progress import RunProgress
 from decoding.support.provenance import provenance, to_plain
-from decoding.train_draft.eagle3 import HeadModule, TextData
+from decoding.train_draft.eagle3 import HeadModule
+from decoding.train_draft.fit import DraftModule, TextData
+from decoding.train_draft.model import ModelModule, small_model
 from decoding.train_draft.states import TargetStates
-from decoding.train_draft.text import TextConfig, documents, token_counts
+from decoding.train_draft.text import Document, TextConfig, documents, token_counts
 
-KINDS = ("eagle3",)
+HEADINGS = {"eagle3": "head", "model": "model"}  # kinds, and where the config has their settings
 
 
 @entry_point(config_name="train_draft")
 def main(cfg: DictConfig) -> float:
     """Write text, fit a head to it, save the best; returns its acceptance on held-out text."""
-    choice("kind", cfg.kind, KINDS)
+    choice("kind", cfg.kind, tuple(HEADINGS))
     checkpoint = cfg.ckpt_path
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise UserError(f"There is no checkpoint at {checkpoint}; leave ckpt_path out to start afresh.")
@@ -43,10 +45,7 @@ def main(cfg: DictConfig) -> float:
     with RunProgress() as progress:
         texts = documents(pair, text, Path(cfg.text_dir), progress)
     data = TextData(texts, cfg.fit.batch_tokens, cfg.seed)
-    head = new_head(pair, cfg, [texts[i] for i in data.train])
-    states = TargetStates(pair.target.requires_grad_(False), head.shape.layers, texts, cfg.fit.room_gb * 1e9)
-    fit = {name: cfg.fit[name] for name in ("steps", "decay", "lr", "weight_decay", "max_seconds")}
-    module = HeadModule(head, states, **fit)
+    module = new_module(pair, cfg, texts, data)
     loggers = [instantiate(node) for node in cfg.logger.values() if node]
     on_gpu = pair.device.type == "cuda"
     options = {"accelerator": "gpu" if on_gpu else "cpu", "precision": "bf16-mixed" if on_gpu else "32-true"}
@@ -60,20 +59,20 @@ def main(cfg: DictConfig) -> float:
         module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
     metrics = {name: float(value) for name, value in trainer.validate(module, data, verbose=False)[0].items()}
     out = Path(cfg.out)
-    save_head(head, out)
+    named = save(module, pair, out)
     recipe = {
         **provenance(),
         "target": pair.describe()["models"]["target"] | {"name": pair.name},
         "kind": cfg.kind,
         "text": to_plain(cfg.text) | {"written": sum(len(t.tokens) for t in texts), "documents": len(texts)},
-        "head": to_plain(cfg.head),
+        cfg.kind: to_plain(cfg[HEADINGS[cfg.kind]]),
         "fit": to_plain(cfg.fit) | {"batches": trainer.global_step, "epochs": trainer.current_epoch},
         "metrics": metrics,
     }
     (out / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     for name, value in sorted(metrics.items()):
         print(f"{name:24s} {value:.4f}")
-    print(f"draft saved in {out}; use it with pair.draft=eagle3:{out}")
+    print(f"draft saved in {out}; use it with pair.draft={named}")
     return metrics["val/accepted"]
 
 
@@ -83,6 +82,28 @@ def what_is_kept(trainer: Trainer, cfg: DictConfig) -> str:
     if not last or not Path(last).is_file():
         return f"The text is kept, no epoch yet; the same command with {text} fits anew."
     return f"The last epoch is kept; the same command with {text} ckpt_path={last} goes on from there."
+
+
+def new_module(pair: ModelPair, cfg: DictConfig, texts: list[Document], data: TextData) -> DraftModule:
+    """A new draft of the kind that is asked for, and what fits it."""
+    options = {name: cfg.fit[name] for name in ("decay", "lr", "weight_decay", "max_seconds")}
+    target, room = pair.target.requires_grad_(False), cfg.fit.room_gb * 1e9
+    if cfg.kind == "model":
+        model: Any = small_model(target, cfg.model.hidden_size, cfg.model.layers)
+        return ModelModule(model.to(pair.device), TargetStates(target, (), texts, room), **options)
+    head = new_head(pair, cfg, [texts[i] for i in data.train])
+    return HeadModule(head, TargetStates(target, head.shape.layers, texts, room), cfg.fit.steps, **options)
+
+
+def save(module: DraftModule, pair: ModelPair, out: Path) -> str:
+    """Write a draft; returns how `pair.draft` names it."""
+    if isinstance(module, ModelModule):
+        module.model.save_pretrained(out)
+        pair.tokenizer.save_pretrained(out)
+        return str(out)
+    assert isinstance(module, HeadModule)
+    save_head(module.head, out)
+    return f"eagle3:{out}"
 
 
 def new_head(pair: ModelPair, cfg: DictConfig, texts: list[Any]) -> FeatureHead:

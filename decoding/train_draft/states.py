@@ -67,7 +67,8 @@ class TargetStates:
         output = self.target(
             input_ids=tokens, output_hidden_states=True, use_cache=False, logits_to_keep=1, return_dict=True
         )
-        states = torch.stack([output.hidden_states[layer] for layer in self._layers], 2)
+        chosen = [output.hidden_states[layer] for layer in self._layers]
+        states = torch.stack(chosen, 2) if chosen else output.hidden_states[-1][:, :, None, :0]
         last = output.hidden_states[-1]
         mass = self._mass(last)
         for row, number in enumerate(numbers):

@@ -369,6 +369,22 @@ def test_a_users_own_padding_and_prefix_processors_are_told_their_row() -> None:
 # Texts: stop strings and streamers.
 
 
+def test_inputs_that_a_model_makes_itself_are_refused() -> None:
+    """They would be passed over, without a word; what transformers' own classes prepare is what is done here."""
+
+    class Shifted(LlamaForCausalLM):
+        def prepare_inputs_for_generation(self, *args: Any, **options: Any) -> Any:
+            return super().prepare_inputs_for_generation(*args, **options)
+
+    class Plain(LlamaForCausalLM):
+        pass
+
+    config, prompt = sharp_llama(7).config, torch.tensor([[1, 2, 3]])
+    with pytest.raises(UserError, match="Shifted has a prepare_inputs_for_generation of its own"):
+        Shifted(config).generate(prompt, max_new_tokens=2, custom_generate=dsbd_generate)
+    Plain(config).generate(prompt, max_new_tokens=2, custom_generate=dsbd_generate)
+
+
 @pytest.mark.parametrize("width", [1, 3])
 def test_stop_strings(width: int) -> None:
     pair = small_pair()

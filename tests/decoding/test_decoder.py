@@ -268,6 +268,10 @@ def test_prompts_may_come_as_lists_and_tensors() -> None:
         ("hello", "prompts holds text"),
         ([1, 2], "prompts is one list of token ids"),
         (torch.tensor([1, 2]), "prompts is a tensor of 1 dimension"),
+        (None, "prompts is None; give a list of lists"),
+        ([[1], None], "Prompt 1 is None; give a list of token ids"),
+        ([[1, 0.5]], "Prompt 0 is .*0.5.*; give a list of token ids"),
+        (torch.ones(1, 2), "Prompt 0 is tensor.*; give a list of token ids"),
     ],
     ids=str,
 )

@@ -109,7 +109,7 @@ def load_head(source: str | Path, target: Any) -> FeatureHead:
     else:
         ids = torch.arange(draft_vocab_size) + weights["d2t"].long()
         if int(ids.min()) < 0 or int(ids.max()) >= block.vocab_size or len(ids.unique()) < len(ids):
-            raise UserError(f"The head {str(source)!r} is damaged: its d2t does not name tokens of the target.")
+            raise _unfit(source, "is damaged: its d2t does not name tokens of the target.")
         head.t2d.zero_()
         head.use_tokens(ids)
     own = head.state_dict()
@@ -117,7 +117,7 @@ def load_head(source: str | Path, target: Any) -> FeatureHead:
     wanted = {name: tuple(value.shape) for name, value in own.items() if name not in ("d2t", "t2d")}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if wanted != found:
-        raise UserError(f"The head {str(source)!r} does not fit: {_difference(wanted, found)}")
+        raise _unfit(source, f"does not fit: {_difference(wanted, found)}")
     head.load_state_dict(weights, strict=False)
     return head.to(device=device_of(target), dtype=dtype_of(target))
 
@@ -156,12 +156,12 @@ def _fields(source: str | Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"The head {str(source)!r} could not be loaded: config.json: {first_line(error)}") from error
+        raise _unfit(source, f"could not be loaded: config.json: {first_line(error)}.") from error
     if not isinstance(fields, dict):
-        raise UserError(f"The head {str(source)!r} could not be loaded: config.json holds no settings.")
+        raise _unfit(source, "could not be loaded: config.json holds no settings.")
     kind = fields.get("speculators_model_type")
     if kind not in (None, "eagle3"):
-        raise UserError(f"The head {str(source)!r} is of the kind {kind!r}; of speculators, eagle3 is what is loaded.")
+        raise _unfit(source, f"is of the kind {kind!r}; of speculators, eagle3 is what is loaded.")
     return fields
 
 
@@ -185,7 +185,7 @@ def _weights(source: str | Path) -> dict[str, Tensor]:
                 for name in opened.keys():  # noqa: SIM118
                     weights[name] = opened.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"The head {str(source)!r} could not be loaded: {first_line(error)}") from error
+        raise _unfit(source, f"could not be loaded: {first_line(error)}.") from error
     return {_renamed(name): w for name, w in weights.items() if not name.startswith(_NEEDLESS)}
 
 
@@ -202,7 +202,7 @@ def _file(source: str | Path, name: str) -> Path | None:
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     if str(source).startswith(("/", "./", "../", "~")):
-        raise UserError(f"The head {str(source)!r} could not be loaded: there is no such directory.")
+        raise _unfit(source, "could not be loaded: there is no such directory.")
     try:
         found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
@@ -219,7 +219,7 @@ def _layers(source: str | Path, fields: Mapping[str, Any], blocks: int) -> tuple
     named = fields.get("eagle_aux_hidden_state_layer_ids") or nested.get("eagle_aux_hidden_state_layer_ids")
     layers = tuple(int(layer) for layer in named) if named else default_layers(blocks)
     if not all(0 <= layer <= blocks for layer in layers):
-        raise UserError(f"The head {str(source)!r} reads layers {list(layers)}; its target has {blocks}.")
+        raise _unfit(source, f"reads layers {list(layers)}; its target has {blocks}.")
     return layers
 
 
@@ -234,21 +234,22 @@ def _check(
             "own is given without eagle3: in front."
         )
     if any(name.startswith("layers.1.") for name in weights) or int(block.num_hidden_layers) > 1:
-        raise UserError(f"The head {str(source)!r} has {block.num_hidden_layers} blocks; heads of one are loaded.")
+        raise _unfit(source, f"has {block.num_hidden_layers} blocks; heads of one are loaded.")
     if block.vocab_size != text.vocab_size:
-        raise UserError(
-            f"The head {str(source)!r} is of a target with {block.vocab_size} tokens; this one has {text.vocab_size}."
-        )
+        raise _unfit(source, f"is of a target with {block.vocab_size} tokens; this one has {text.vocab_size}.")
     given = fields.get("target_hidden_size") or text.hidden_size
     if given != text.hidden_size:
-        raise UserError(
-            f"The head {str(source)!r} reads states of {given} numbers; the target's have {text.hidden_size}."
-        )
+        raise _unfit(source, f"reads states of {given} numbers; the target's have {text.hidden_size}.")
     if "embed_tokens.weight" not in weights and block.hidden_size != text.hidden_size:
-        raise UserError(
-            f"The head {str(source)!r} is {block.hidden_size} wide and has no embedding of its own; the target's is "
-            f"{text.hidden_size} wide."
+        raise _unfit(
+            source,
+            f"is {block.hidden_size} wide and has no embedding of its own; the target's is {text.hidden_size} wide.",
         )
+
+
+def _unfit(source: str | Path, what: str) -> UserError:
+    """The sentence on a head that cannot be taken."""
+    return UserError(f"The head {str(source)!r} {what} Give a whole EAGLE-3 head that was trained for this target.")
 
 
 def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:

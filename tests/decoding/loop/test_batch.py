@@ -43,6 +43,7 @@ from decoding.forest.cache import ForestCache
 from decoding.forest.scorer import ForestScorer
 from decoding.loop.batch import shared_prefix
 from decoding.policies.base import TargetContext
+from decoding.results import Recorder
 from decoding.traces.recorder import TraceRecorder
 from tests.decoding.stubs import Beams, Reference, SimpleFeatures, chi_square_p, llama_pair, seeded
 
@@ -513,7 +514,7 @@ def test_out_of_memory_names_the_batch_size_and_keeps_what_is_done(
         with pytest.raises(
             OutOfDeviceMemory, match=rf"Lower {lower}, target_width \(3\) or draft_width \(5\)"
         ) as caught:
-            decoder.generate(PROMPTS, seeded(), batch_size=batch_size)
+            decoder.generate(PROMPTS, seeded(), batch_size=batch_size, halve=False)
     finished = caught.value.finished
     assert 0 < len(finished) < len(PROMPTS)
     assert f"{len(finished)} of 6 prompts were done" in str(caught.value)
@@ -530,8 +531,53 @@ def test_no_memory_for_the_buffers_is_told_in_the_same_words(monkeypatch: pytest
 
     monkeypatch.setattr(Runner, "borrow", full)
     with pytest.raises(OutOfDeviceMemory, match=r"0 of 6 prompts were done. Lower batch_size \(6\)") as caught:
-        decoder.generate(PROMPTS, seeded())
+        decoder.generate(PROMPTS, seeded(), halve=False)
     assert caught.value.finished == {}
+    with pytest.raises(OutOfDeviceMemory, match=r"Lower max_new_tokens \(12\)"), pytest.warns(UserWarning) as said:
+        decoder.generate(PROMPTS, seeded())
+    assert ["going on with 3" in str(said[0].message), "going on with 1" in str(said[1].message)] == [True, True]
+
+
+class Heard(Recorder):
+    """Keeps the layers of one prompt."""
+
+    def __init__(self) -> None:
+        self.layers: list[Any] = []
+
+    def layer(self, event: Any) -> None:
+        self.layers.append([node for node, _ in event.kept])
+
+    def restart(self) -> None:
+        self.layers.clear()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")]
+)
+def test_half_the_batch_goes_on_where_memory_ran_out(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens and events as with enough memory; a recorder that cannot begin anew is not told twice."""
+    pair = llama_pair()
+    decoder, expected, heard = DSBDDecoder(pair, CONFIG), [Heard() for _ in PROMPTS], [Heard() for _ in PROMPTS]
+    alone = decoder.generate(PROMPTS, seeded(), expected)
+    runner = runner_of(pair.target, "auto")
+
+    class Full(Counting):
+        """No room for several prompts, once some passes are done."""
+
+        def __call__(self, inputs: PassInputs, store: Any) -> Any:
+            if self.passes > 3 and store.rows > 1:
+                raise error
+            return super().__call__(inputs, store)
+
+    monkeypatch.setattr(runner, "forward", Full(runner.forward))
+    with pytest.warns(UserWarning, match="ran out of memory with") as said:
+        found = decoder.generate(PROMPTS, seeded(), heard)
+    assert_same(found, alone)
+    assert [one.layers for one in heard] == [one.layers for one in expected]
+    assert [str(one.message).partition("; ")[2] for one in said] == ["going on with 3.", "going on with 1."]
+    monkeypatch.setattr(runner, "forward", Full(runner.forward.forward))
+    with pytest.raises(OutOfDeviceMemory, match="Lower batch_size"):
+        decoder.generate(PROMPTS, seeded(), [Recorder() for _ in PROMPTS])
 
 
 @pytest.mark.parametrize("batch_size", [0, True, -1, 2.5, "2"], ids=repr)

@@ -311,6 +311,21 @@ def test_the_first_m_of_a_layer_are_exact_draws_where_more_are_kept() -> None:
     assert chi_square_p(sum((r.drawn for r in recorders), Counter()), expected) > PASS
 
 
+def test_first_slots_of_a_width_chosen_by_the_noise_are_caught() -> None:
+    """`keep` and `full` as above; layers where M = 2 of R = 2 was asked for by a coin, or by who won the race."""
+    config, pair = settings(2, 3, 1, 2), random_pair(3, seed=2, closeness=0.3)
+    joint = Reference(pair.target, PROMPT, config).joint([()])
+    expected = {(a[0], b[0]): joint[a] * joint[b] / (1 - joint[a]) for a in joint for b in joint if a != b}
+    for peeks in (False, True):
+        recorders = [FirstSlots() for _ in range(400)]
+        DSBDDecoder(pair, config, Coin(peeks)).generate([PROMPT] * 400, seed(), recorders)
+        drawn = sum((r.drawn for r in recorders), Counter())
+        pairs = Counter({first: count for first, count in drawn.items() if len(first) == 2})
+        assert pairs.total() > 50
+        p = chi_square_p(pairs, expected)
+        assert p < CAUGHT if peeks else p > PASS
+
+
 # What is known, what stays, and what is told.
 
 
@@ -362,7 +377,9 @@ def test_no_node_is_scored_twice_and_only_descendants_of_beams_stay(monkeypatch:
 
 
 class Watcher(WidthPolicy):
-    """Keeps what it is shown."""
+    """Keeps what it is shown, the drafts' keys included."""
+
+    needs_candidates = True
 
     def __init__(self) -> None:
         self.drafts: list[DraftContext] = []
@@ -383,7 +400,8 @@ class Watcher(WidthPolicy):
 def test_contexts_show_noise_for_w_and_never_for_m() -> None:
     watcher = Watcher()
     DSBDDecoder(pair_with("noisy"), settings(2, 5, 3, 12, top_k=12), watcher).generate([[1, 2]], seed())
-    assert all(context.draft.noise is None for context in watcher.targets)
+    assert all(context.draft.noise is None and context.draft.candidates is None for context in watcher.targets)
+    assert all(context.candidates is not None for context in watcher.drafts)
     for context in watcher.drafts:
         assert context.noise is not None and not context.noise.flags.writeable
         assert len(context.noise) == len(context.joint)

@@ -25,6 +25,7 @@ def test_memory_is_looked_at_ten_times_and_buffers_do_not_grow() -> None:
     assert len(found["prompts"]) == 10
     assert found["prompts"][-1] == 47
     assert found["resident_megabytes"] == sorted(found["resident_megabytes"])
+    assert len(found["seconds"]) == 10 and all(seconds > 0 for seconds in found["seconds"])
     assert found["device_megabytes"] == [None] * 10
     buffers = sum(runner_of(model, "auto").kv_bytes for model in (pair.target, pair.draft)) / 1e6
     assert found["kv_megabytes"][0] > 0

@@ -190,6 +190,22 @@ def test_a_chain_is_scored_as_the_paper_has_it(variant: str) -> None:
 
 
 @torch.inference_mode()
+def test_in_16_bits_a_head_says_nearly_the_same() -> None:
+    """The products run in another layout there, where the processor has them."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        target = target_of().to(dtype)
+        theirs, ours = scorers(target, head_of(target).eval().to(dtype))
+        forest = TokenForest()
+        theirs.open(0, [5, 3, 8, 1], forest)
+        ours.open(0, [5, 3, 8, 1], forest)
+        nodes = chain(forest, [4, 9, 2])
+        ours.score({0: nodes[-1:]})
+        rows.append(torch.stack([row_of(ours, node).exp() for node in (0, *nodes)]))
+    assert (rows[0] - rows[1]).abs().max() < 0.05  # 8 bits of a mantissa, through a few sums of some dozen numbers
+
+
+@torch.inference_mode()
 def test_only_the_known_tokens_are_proposed_by_the_targets_ids() -> None:
     target = target_of()
     theirs, ours = scorers(target, head_of(target).eval(), top=4)

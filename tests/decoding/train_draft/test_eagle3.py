@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
@@ -18,7 +17,8 @@ from decoding.engine.feature_head import FeatureHead
 from decoding.pairs.drafts.eagle3 import load_head
 from decoding.support.entry import CONF_DIR
 from decoding.train_draft import __main__ as door
-from decoding.train_draft.eagle3 import HeadModule, TextData, unrolled
+from decoding.train_draft.eagle3 import HeadModule, unrolled
+from decoding.train_draft.fit import TextData, shifted
 from decoding.train_draft.states import TargetStates
 from decoding.train_draft.text import Document
 from tests.decoding.pairs.test_eagle3 import head_of, reference, states_of, target_of
@@ -66,12 +66,12 @@ def learned(shift: int, monkeypatch: pytest.MonkeyPatch) -> float:
     states = TargetStates(target.requires_grad_(False), head.shape.layers, texts)
     module = HeadModule(head, states, steps=2, lr=5e-3)
     data = TextData(texts, 2000)
-    told = HeadModule.target_logits
-    monkeypatch.setattr(HeadModule, "target_logits", lambda self, seen: told(self, seen).roll(shift, 1))
+    told = HeadModule.target_chances
+    monkeypatch.setattr(HeadModule, "target_chances", lambda self, seen: told(self, seen).roll(shift, 1))
     optimiser = module.configure_optimizers()
     for _ in range(60):
         for batch in data.batches(data.train, torch.Generator().manual_seed(0)):
-            total = sum((e[c].mean() for e, _, c in module.losses(states(batch))), torch.zeros(()))
+            total = sum((e[c].mean() for e, _, c, _ in module.losses(states(batch))), torch.zeros(()))
             optimiser.zero_grad()
             total.backward()
             optimiser.step()
@@ -100,9 +100,9 @@ def test_acceptance_of_a_head_that_says_what_the_target_says_is_one(monkeypatch:
     losses = module.losses
 
     def perfect(seen: Any) -> Any:
-        logits = module.target_logits(seen)
-        for step, (entropy, _, counts) in enumerate(losses(seen)):
-            yield entropy, F.pad(logits[:, 1 + step :], (0, 0, 0, 1 + step)), counts
+        logits = module.target_chances(seen).log()
+        for entropy, _, counts, ahead in losses(seen):
+            yield entropy, shifted(logits, ahead), counts, ahead
 
     monkeypatch.setattr(module, "losses", perfect)
     monkeypatch.setattr(module, "log", lambda *args, **options: None)
@@ -148,6 +148,20 @@ def test_one_command_gives_a_draft_that_one_line_uses(
     assert recipe["metrics"]["val/accepted"] == pytest.approx(accepted)
     assert recipe["text"]["documents"] > 50
     pair = ModelPair.load(str(target), f"eagle3:{tmp_path / 'head'}")
+    settings = DecodingConfig(target_width=2, draft_width=4, draft_depth=2, max_new_tokens=10)
+    drafted = DSBDDecoder(pair, settings).generate([[1, 3], [1, 4, 5]], seeded())
+    alone = beam_sample(pair.target, [[1, 3], [1, 4, 5]], settings, generator=seeded())
+    assert [r.sequences for r in drafted] == [r.sequences for r in alone]
+
+
+def test_a_small_model_is_a_draft_too(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["kind=model", "model.hidden_size=64", "model.layers=1", "fit.lr=1e-2"]
+    accepted = [
+        door.main(config(tmp_path / str(epochs), target, *sizes, f"trainer.max_epochs={epochs}")) for epochs in (1, 6)
+    ]
+    assert accepted[1] > accepted[0] > 0, "it learns"
+    assert f"pair.draft={tmp_path / '6' / 'head'}" in capsys.readouterr().out
+    pair = ModelPair.load(str(target), str(tmp_path / "6" / "head"))
     settings = DecodingConfig(target_width=2, draft_width=4, draft_depth=2, max_new_tokens=10)
     drafted = DSBDDecoder(pair, settings).generate([[1, 3], [1, 4, 5]], seeded())
     alone = beam_sample(pair.target, [[1, 3], [1, 4, 5]], settings, generator=seeded())
