@@ -22,7 +22,7 @@ from decoding.pairs.drafts.base import Draft
 from decoding.pairs.drafts.ngram import NgramDraft, NgramScorer
 
 # Of the n-grams in Q where the longest suffix that came before has 1, 2, 3 or more tokens.
-WEIGHTS = (0.3, 0.8, 0.9)
+WEIGHTS = (0.3, 0.5, 0.5)
 
 
 class MixedDraft(Draft):
