@@ -230,8 +230,8 @@ def _check(
     text = text_config(target)
     if "fc.weight" not in weights or "lm_head.weight" not in weights:
         raise UserError(
-            f"{str(source)!r} is no EAGLE-3 head: it has no weights fc and lm_head. Give a draft that is a model of its "
-            "own without eagle3: in front."
+            f"{str(source)!r} is no EAGLE-3 head: it has no weights fc and lm_head. Give a draft that is a model of "
+            "its own without eagle3: in front."
         )
     if any(name.startswith("layers.1.") for name in weights) or int(block.num_hidden_layers) > 1:
         raise _unfit(source, f"has {block.num_hidden_layers} blocks; heads of one are loaded.")
