@@ -107,6 +107,12 @@ def _one_sentence(config_name: str, tracebacks: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if tracebacks or (isinstance(error, InstantiationException) and isinstance(error.__cause__, _BUGS)):
+            raise
+        _discard_empty_output()
+        print(f"error: {hide(_sentence(error, config_name))}", file=sys.stderr)
+        raise SystemExit(2) from None
     except OSError as error:
         number = _number(error)
         if tracebacks or number not in _DISK:
@@ -114,12 +120,6 @@ def _one_sentence(config_name: str, tracebacks: bool) -> Iterator[None]:
         where = f"{error.filename}" if error.filename else "A file"
         reason = f"{where} cannot be written or read ({os.strerror(number)})."
         print(f"error: {reason} Make room, or give another directory; the same command goes on.", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if tracebacks or (isinstance(error, InstantiationException) and isinstance(error.__cause__, _BUGS)):
-            raise
-        _discard_empty_output()
-        print(f"error: {hide(_sentence(error, config_name))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
