@@ -69,7 +69,7 @@ def git_sha() -> str | None:
 def code_sha256(config: Any = ()) -> str:
     """SHA-256, in hex, of this project's code, and of the modules that a plain config names."""
     modules = [sys.modules[name] for name in sorted(_named_modules(config)) if name in sys.modules]
-    files = {Path(module.__file__) for module in modules if getattr(module, "__file__", None)}
+    files = {Path(file) for module in modules if (file := getattr(module, "__file__", None))}
     files |= {
         ROOT / "evaluate.py",
         *(path for room in ("decoding", "controller") for path in (ROOT / room).rglob("*.py")),
