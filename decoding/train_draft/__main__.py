@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from decoding.engine.feature_head import FeatureHead
@@ -78,7 +79,9 @@ def main(cfg: DictConfig) -> float:
 
 def what_is_kept(trainer: Trainer, cfg: DictConfig) -> str:
     """The sentence on how to go on after an interrupted fit."""
-    last, text = getattr(trainer.checkpoint_callback, "last_model_path", ""), f"text_dir={cfg.text_dir}"
+    kept = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    last = next((callback.best_model_path for callback in kept if callback.monitor is None), "")
+    text = f"text_dir={cfg.text_dir}"
     if not last or not Path(last).is_file():
         return f"The text is kept, no epoch yet; the same command with {text} fits anew."
     return f"The last epoch is kept; the same command with {text} ckpt_path={last} goes on from there."
