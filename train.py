@@ -108,7 +108,7 @@ def read_checkpoint(path: str | None) -> dict[str, Any] | None:
 
 
 def load_whole(path: str | Path) -> Any:
-    """What `torch.save` wrote, its checksums compared: torch itself does not look at them.
+    """Load what `torch.save` wrote, its checksums compared: torch itself does not look at them.
 
     Raises:
         BadZipFile, or whatever else damaged content leads to.
@@ -120,7 +120,7 @@ def load_whole(path: str | Path) -> Any:
 
 
 def settings_of(cfg: DictConfig, data: TraceDataModule) -> dict[str, Any]:
-    """What a fit cannot change while it goes on; kept in its checkpoints."""
+    """Settings that a fit cannot change while it goes on; kept in its checkpoints."""
     plain = to_plain(cfg)
     names = ("controller", "features", "seed", "max_train_rows")
     settings = {name: plain[name] for name in names} | {"traces": {"trace_key": data.manifest.get("trace_key")}}

@@ -105,7 +105,7 @@ class DSBDDecoder:
         streams = _streams(generator, token_lists)
         size = min(batch_size or len(token_lists), len(token_lists))
         halve = halve and all(one is None or one.listener is None for one in given)  # it would be told twice
-        halve = halve and all(one is None or type(one).restart is not Recorder.restart for one in recorders)
+        halve = halve and all(one is None or _restarts(one) for one in recorders)
         states = [stream.get_state() for stream in streams]
         results: list[DecodeResult | None] = [None] * len(token_lists)
         while (todo := [i for i, result in enumerate(results) if result is None]) and not self._decode(
@@ -260,3 +260,9 @@ def _one_each(given: Each | Sequence[Each | None] | None, count: int, what: str)
     if len(listed) != count:
         raise UserError(f"{len(listed)} {what} for {count} prompts; give one for each prompt.")
     return listed
+
+
+def _restarts(recorder: Recorder) -> bool:
+    """True if a recorder can begin a prompt again."""
+    own = getattr(type(recorder), "restart", None)
+    return own is not None and own is not Recorder.restart

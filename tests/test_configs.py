@@ -199,7 +199,7 @@ def test_policies_are_built(option: str, kind: type) -> None:
 
 def test_training_parts_are_built(tmp_path: Path) -> None:
     cfg = composed("train", output_dir=str(tmp_path))
-    assert len(build_all(cfg.callbacks)) == len(cfg.callbacks) == 3
+    assert len(build_all(cfg.callbacks)) == len(cfg.callbacks) == 4
     (logger,) = build_all(cfg.logger)
     trainer = instantiate(cfg.trainer, logger=logger, callbacks=build_all(cfg.callbacks))
     assert trainer.max_epochs == cfg.trainer.max_epochs

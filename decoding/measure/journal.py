@@ -78,8 +78,8 @@ class Journal:
             )
 
     def recall(self, turn: Sequence[Any], prompts: Sequence[Prompt]) -> tuple[list[Measurement], Counters] | None:
-        """What a turn gave in an earlier run, and the row's counters after it; None if it is still
-        to take.
+        """Recall what a turn gave in an earlier run, and the row's counters after it; None if it is
+        still to take.
         """
         return self._turns.get(_name(turn, prompts))
 

@@ -25,6 +25,7 @@ from typing import Any, cast
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -209,7 +210,9 @@ def _hide_keys() -> None:
     about = HydraConfig.get()
     folders = [Path(about.runtime.output_dir, about.output_subdir)] if about.output_subdir else []
     found = [path for folder in folders for path in folder.glob("*.yaml")]
-    for path in [*found, Path(about.sweep.dir, "multirun.yaml")]:
+    if about.mode == RunMode.MULTIRUN:  # else its folder would be made by being named
+        found.append(Path(about.sweep.dir, "multirun.yaml"))
+    for path in found:
         if path.is_file():
             hide_in_file(path)
 

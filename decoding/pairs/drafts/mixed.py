@@ -71,11 +71,7 @@ class MixedScorer:
 
     def __init__(self, other: NodeScorer, lookups: NgramScorer) -> None:
         self.other, self.lookups, self.top = other, lookups, other.top
-
-    @property
-    def model_seconds(self) -> float:
-        """Spent in passes and in lookups."""
-        return self.other.model_seconds + self.lookups.model_seconds
+        self.model_seconds = 0.0  # in passes and in lookups
 
     def open(self, row: int, prompt: Sequence[int], forest: TokenForest, shared: tuple[int, int] | None = None) -> None:
         """A prompt takes a row of both."""
@@ -92,7 +88,9 @@ class MixedScorer:
         other draft.
         """
         self.lookups.score(wanted)
-        return self.other.score(wanted)
+        count = self.other.score(wanted)
+        self.model_seconds = self.other.model_seconds + self.lookups.model_seconds
+        return count
 
     def proposes(self, row: int, nodes: Sequence[int]) -> bool:
         """True if either has a next token to propose after any of some scored nodes."""

@@ -200,7 +200,7 @@ def test_a_policy_of_ones_own_is_a_row_like_any_other() -> None:
         "mass M=4 w=6 γ=2 share=0.5",
     ]
     built: Any = rows[0].build(small_pair())
-    assert built.__self__.policy.describe() == {"name": "half", "fraction": 0.25, "rounded": "up"}
+    assert built.func.__self__.policy.describe() == {"name": "half", "fraction": 0.25, "rounded": "up"}
     assert rows[0].method.family == "hand-set"
     with pytest.raises(UserError, match=r"grid holds fractions; its axes are widths.*fraction"):
         make_rows([HALF], CONFIG, {"fractions": [0.5]})
@@ -218,7 +218,7 @@ def test_a_yaml_in_conf_policy_names_a_row(tmp_path: Any, monkeypatch: pytest.Mo
     pair = small_pair()
     (plain, changed) = read_rows([{"method": "quarter"}, {"method": "quarter", "fraction": 0.75}], CONFIG)
     built: list[Any] = [row.build(pair) for row in (plain, changed)]
-    described = [generate.__self__.policy.describe() for generate in built]
+    described = [generate.func.__self__.policy.describe() for generate in built]
     assert [(about["fraction"], about["rounded"]) for about in described] == [(0.25, "down"), (0.75, "down")]
     with pytest.raises(UserError, match=r"asking\.yaml has no fraction; give it in the row"):
         find_method("asking", METHODS)(pair, CONFIG)

@@ -178,7 +178,7 @@ def test_every_axis_reaches_the_policy() -> None:
     for row in make_rows(["mass", "gap", "entropy"], CONFIG, grid, references=()):
         assert "stop=0.9" in row.name and "last=2" in row.name
         call: Any = row.build(pair)
-        built[row.method.name] = call.__self__.policy.describe()
+        built[row.method.name] = call.func.__self__.policy.describe()
     common = {"final_width": 2, "stop_entropy": 0.9}
     assert built == {
         "mass": {"name": "mass", **common, "share": 0.5},
