@@ -83,4 +83,5 @@ class HeadModule(DraftModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say of what shape the head is; a shared embedding is no weight of it."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["head_shape"] = repr(self.head.shape)

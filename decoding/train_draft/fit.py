@@ -8,6 +8,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class DraftModule(LightningModule):
         super().__init__()
         self._states = (states,)  # no part of the module: it has the target in it
         self.decay, self.lr, self.weight_decay = decay, lr, weight_decay
-        self.max_seconds, self._began = max_seconds, 0.0
+        self.max_seconds, self._began, self._spent = max_seconds, 0.0, 0.0
         self._sums: Tensor | None = None
 
     @property
@@ -127,8 +128,16 @@ class DraftModule(LightningModule):
         return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95))
 
     def on_fit_start(self) -> None:
-        """The clock of max_seconds starts."""
-        self._began = time.monotonic()
+        """The clock of max_seconds starts, or goes on."""
+        self._began = time.monotonic() - self._spent
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note how long the fit has run, so that one that goes on has the rest of max_seconds."""
+        checkpoint["seconds"] = time.monotonic() - self._began
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read it again; a checkpoint without it begins the clock anew."""
+        self._spent = float(checkpoint.get("seconds", 0.0))
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set the rate by what is done, of the steps or of the time."""

@@ -25,10 +25,12 @@ class ModelModule(DraftModule):
         options: as for `DraftModule`.
     """
 
+    _ids: Tensor
+
     def __init__(self, model: LlamaForCausalLM, states: TargetStates, **options: Any) -> None:
         super().__init__(states, **options)
         self.model = model
-        self._ids = torch.arange(model.config.vocab_size)
+        self.register_buffer("_ids", torch.arange(model.config.vocab_size), persistent=False)  # moves along
 
     @property
     def token_ids(self) -> Tensor:

@@ -53,14 +53,15 @@ class TargetStates:
             tokens[row, : len(text.tokens)] = text.tokens.long()
         lengths = torch.tensor([len(text.tokens) for text in texts], device=device)
         starts = torch.tensor([text.start for text in texts], device=device)
-        if not all(number in self._kept for number in numbers):
+        new = [number for number in numbers if number not in self._kept]
+        if new:
             self._keep(numbers, tokens.to(device))
         found = [self._kept[number] for number in numbers]
         parts = [torch.nn.utils.rnn.pad_sequence([row[i] for row in found], batch_first=True) for i in range(3)]
         seen = Seen(tokens.to(device), lengths, starts, parts[0], parts[1], parts[2])
-        if self._room < 0:
-            for number in numbers:
-                del self._kept[number]
+        if self._room < 0:  # what was kept before stays
+            for number in new:
+                self._room += _bytes(self._kept.pop(number))
         return seen
 
     def _keep(self, numbers: Sequence[int], tokens: Tensor) -> None:
@@ -72,12 +73,18 @@ class TargetStates:
         last = output.hidden_states[-1]
         mass = self._mass(last)
         for row, number in enumerate(numbers):
+            if number in self._kept:
+                continue
             length = len(self._texts[number].tokens)
             kept = states[row, :length].clone(), last[row, :length].clone(), mass[row, :length].clone()
             self._kept[number] = kept
-            self._room -= sum(part.nbytes for part in kept)
+            self._room -= _bytes(kept)
 
     def _mass(self, last: Tensor) -> Tensor:
         head = self.target.get_output_embeddings()
         rows = last.flatten(0, 1).split(_ROWS)
         return torch.cat([head(part).float().logsumexp(-1) for part in rows]).view(last.shape[:2])
+
+
+def _bytes(parts: Sequence[Tensor]) -> int:
+    return sum(part.nbytes for part in parts)
