@@ -171,7 +171,6 @@ def test_configs_of_controllers(kept: Path, place: Path, data: st.DataObject) ->
         use_controller(folder)
 
 
-@pytest.mark.xfail(reason="torch's unpickler raises IndexError and the like, which train.py does not foresee yet")
 @examples(20)
 @given(damage())
 def test_damaged_checkpoints(kept: Path, place: Path, damaged: Any) -> None:
