@@ -29,6 +29,7 @@ from decoding.policies.base import (
     IterationRecord,
     Parents,
     RootContext,
+    TargetContext,
     WidthPolicy,
 )
 from decoding.support.arrays import FloatVector, IntArray
@@ -46,6 +47,9 @@ class _Layer(NamedTuple):
     reach: float  # the chance that all layers above pass
     left_out: float
     missing: float
+    features: list[float]
+    held: list[float]  # the chances that the drafts hold the first j = 1.. of the selection
+    sent: NDArray[np.bool_] | None = None  # [w] drafts that go to the target; None: it is still to be decided
 
 
 class LearnedWidth(WidthPolicy):
@@ -250,8 +254,9 @@ class LearnedWidth(WidthPolicy):
         drafted[picks] = True
         left = leftovers(chances, drafted, config.target_width)
         reach = self._reach
-        self._layers.append(_Layer(chances[picks], found.scored[picks], reach, *left))
-        self._passing = self._host.passes(features.tolist(), *left)[config.target_width - 1]
+        of_layer = features.tolist()
+        held = self._host.passes(of_layer, *left)[: config.target_width]
+        self._layers.append(_Layer(chances[picks], found.scored[picks], reach, *left, of_layer, held))
         self._log_chances = log_chances[picks]
         return picks
 
@@ -262,7 +267,20 @@ class LearnedWidth(WidthPolicy):
         count = self.plan.count(values[fresh][order], self._nodes, self._rate)
         sent = np.ones(len(values), dtype=np.bool_)
         sent[np.flatnonzero(fresh)[order[count:]]] = False
-        return np.split(sent, np.cumsum([len(layer.chances) for layer in self._layers])[:-1])
+        masks = np.split(sent, np.cumsum([len(layer.chances) for layer in self._layers])[:-1])
+        self._layers = [layer._replace(sent=mask) for layer, mask in zip(self._layers, masks, strict=True)]
+        return masks
+
+    def expected_count(self, context: TargetContext) -> float | None:
+        layer = self._layers[context.draft.layer - 1]
+        assert layer.sent is not None
+        kept_back = layer.chances[~layer.sent]
+        held = layer.held
+        if len(kept_back):
+            left_out = layer.left_out + leftovers(kept_back, np.zeros(len(kept_back), np.bool_), 0)[0]
+            missing = layer.missing + float(kept_back.sum())
+            held = self._host.passes(layer.features, left_out, missing)[: len(held)]
+        return sum(held)
 
     def observe(self, record: IterationRecord) -> None:
         """Learn from an iteration."""
@@ -282,7 +300,7 @@ class LearnedWidth(WidthPolicy):
     @property
     def _reach(self) -> float:
         """The chance that all layers drafted so far pass."""
-        return self._layers[-1].reach * self._passing if self._layers else 1.0
+        return self._layers[-1].reach * self._layers[-1].held[-1] if self._layers else 1.0
 
     def _compile(self) -> None:
         """Ask everything once, so that no prompt waits for numba: 20 seconds on a new machine, then a blink."""

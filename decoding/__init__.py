@@ -10,11 +10,11 @@ from decoding.errors import UserError
 from decoding.pairs.pair import ModelPair
 from decoding.policies.bandit import BanditWidth
 from decoding.policies.base import WidthPolicy
-from decoding.policies.exploration import ExploringWidth, RandomWidth
+from decoding.policies.exploration import ExploringWidth, RandomWidth, UniformWidth
 from decoding.policies.fixed import FixedWidth
 from decoding.policies.hand_set import EntropyWidth, GapWidth, MassWidth
 from decoding.policies.key_gap import KeyGapWidth
-from decoding.policies.threshold import ThresholdWidth
+from decoding.policies.threshold import ExpectedWidth, ThresholdWidth
 from decoding.results import DecodeResult, DecodeStats
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "DecodeStats",
     "DecodingConfig",
     "EntropyWidth",
+    "ExpectedWidth",
     "ExploringWidth",
     "FixedWidth",
     "GapWidth",
@@ -32,6 +33,7 @@ __all__ = [
     "ModelPair",
     "RandomWidth",
     "ThresholdWidth",
+    "UniformWidth",
     "UserError",
     "WidthPolicy",
     "beam_sample",

@@ -52,6 +52,11 @@ class DecodeStats:
         return [layer.accepted for layer in self.layers]
 
     @property
+    def expected(self) -> list[float | None]:
+        """E[K] of every committed layer as the policy had it; None where it does not say."""
+        return [layer.expected for layer in self.layers]
+
+    @property
     def passed(self) -> list[bool]:
         """For every committed layer, true if it passed; a layer drawn from the target does."""
         return [layer.passed for layer in self.layers]
@@ -80,7 +85,7 @@ class DecodeStats:
         """The statistics as results.json holds them: records as lists, a tenth of their size as
         objects.
         """
-        lists = ("target_widths", "draft_widths", "accepted", "passed", "roots", "forests")
+        lists = ("target_widths", "draft_widths", "accepted", "expected", "passed", "roots", "forests")
         counts = {name: value for name, value in vars(self).items() if name != "records"}
         return counts | {name: getattr(self, name) for name in lists}
 

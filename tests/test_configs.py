@@ -18,11 +18,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from decoding import (
     DecodingConfig,
     EntropyWidth,
+    ExpectedWidth,
     FixedWidth,
     GapWidth,
     MassWidth,
     RandomWidth,
     ThresholdWidth,
+    UniformWidth,
     UserError,
 )
 from decoding.support.entry import CONF_DIR, build_all, opened
@@ -187,6 +189,8 @@ def test_decoding_lists_every_field() -> None:
     [
         ("fixed", FixedWidth),
         ("threshold", ThresholdWidth),
+        ("expected", ExpectedWidth),
+        ("uniform", UniformWidth),
         ("random", RandomWidth),
         ("mass", MassWidth),
         ("gap", GapWidth),

@@ -20,6 +20,7 @@ from decoding import (
     DecodingConfig,
     DSBDDecoder,
     EntropyWidth,
+    ExpectedWidth,
     FixedWidth,
     GapWidth,
     KeyGapWidth,
@@ -27,6 +28,7 @@ from decoding import (
     ModelPair,
     RandomWidth,
     ThresholdWidth,
+    UniformWidth,
     UserError,
     beam_sample,
     dsbd_generate,
@@ -79,7 +81,11 @@ def settings_of_a_config(draw: st.DrawFn, odd: bool = False) -> dict[str, Any]:
 def policies(draw: st.DrawFn) -> Any:
     """A policy's class and its settings, which often do not fit."""
     small, share = st.one_of(st.none(), st.integers(-1, 9)), st.floats(-0.5, 1.5)
-    kind: Any = draw(st.sampled_from([FixedWidth, FixedWidth, RandomWidth, KeyGapWidth, BanditWidth, *BY_SHARE]))
+    kind: Any = draw(
+        st.sampled_from(
+            [FixedWidth, FixedWidth, RandomWidth, UniformWidth, ExpectedWidth, KeyGapWidth, BanditWidth, *BY_SHARE]
+        )
+    )
     if kind is FixedWidth:
         return partial(kind, draw(small), draw(small), draw(small))
     return partial(kind, draw(share)) if kind in BY_SHARE else kind

@@ -297,7 +297,10 @@ class PromptRun(ABC):
             chosen = self.config.min_width < self.config.target_width
             seen = replace(layer.context, noise=None, candidates=None) if chosen else layer.context
             context = TargetContext(seen, target, len(layer.picks), tuple(records), weights)
-            records.append(self._commit_drafted(context, target, layer))
+            record = self._commit_drafted(context, target, layer)
+            with self.clock.phase("policy"):
+                expected = self.policy.expected_count(context)
+            records.append(record if expected is None else replace(record, expected=expected))
             if self.done or not records[-1].passed:
                 return records
         widths = tuple(len(layer.picks) for layer in layers)

@@ -28,11 +28,11 @@ from decoding.measure.transformers_generate import Streams, hf_generate
 from decoding.pairs.pair import ModelPair
 from decoding.policies.bandit import BanditWidth
 from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, SURPLUS, TARGET_WIDTH, Knob, WidthPolicy
-from decoding.policies.exploration import RandomWidth
+from decoding.policies.exploration import RandomWidth, UniformWidth
 from decoding.policies.fixed import FixedWidth
 from decoding.policies.hand_set import EntropyWidth, GapWidth, MassWidth
 from decoding.policies.key_gap import KeyGapWidth
-from decoding.policies.threshold import ThresholdWidth
+from decoding.policies.threshold import ExpectedWidth, ThresholdWidth
 from decoding.results import DecodeResult
 from decoding.support.entry import CONF_DIR
 from decoding.support.names import is_dotted, locate
@@ -235,7 +235,18 @@ _PAPER: dict[str, Any] = {
 }
 POLICIES: dict[str, type[WidthPolicy]] = {
     policy.name: policy
-    for policy in (FixedWidth, ThresholdWidth, MassWidth, GapWidth, EntropyWidth, KeyGapWidth, BanditWidth, RandomWidth)
+    for policy in (
+        FixedWidth,
+        ThresholdWidth,
+        ExpectedWidth,
+        MassWidth,
+        GapWidth,
+        EntropyWidth,
+        KeyGapWidth,
+        BanditWidth,
+        RandomWidth,
+        UniformWidth,
+    )
 }
 METHODS: dict[str, Method] = {
     method.name: method
@@ -248,6 +259,15 @@ METHODS: dict[str, Method] = {
             "multi_draft", _widest, _DRAFT, {"target_width": 1}
         ),  # SpecInfer, 2305.09781: several drafts, one sample
         *map(policy_method, POLICIES.values()),
+        # Beam sampling by the target alone, its width drawn anew for each token.
+        policy_method(
+            UniformWidth,
+            "random_beam_sample",
+            knobs=(),
+            fixed={"draft_depth": 0} | _SAMPLE | _ALL_BEAMS,
+            arguments=("seed", "widths"),
+            drafts=False,
+        ),
         policy_method(ThresholdWidth, "threshold_as_shipped", partial(ThresholdWidth, as_shipped=True), **_PAPER),
         # The paper's rule as its authors ran it, widths by the right probabilities.
         policy_method(

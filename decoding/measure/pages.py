@@ -43,6 +43,8 @@ COLUMNS = (
 )
 _MORE_COLUMNS = (
     Column("accepted", "accepted_share", ".2f"),
+    Column("E[K]", "expected_count", ".2f"),
+    Column("K", "accepted_count", ".2f"),
     Column("KV slots", "kv_slots_end", ".0f"),
     Column("KV / length", "kv_slots_per_token", ".2f"),
     Column("J/token", "joules_per_token", ".2f"),
@@ -52,7 +54,8 @@ Same prompts and seeds for all rows, interleaved; brackets are 95% bootstrap int
 with beam sampling of the same target width on this engine and with transformers' `generate`. log-prob: mean
 log-probability per token of the best returned text under the target at temperature 1, higher is better. cut: share of
 the best texts that max_new_tokens cut off. block eff.: tokens committed per iteration. M, w, depth: target and draft
-width, layers drafted an iteration. modelled, also: tokens/s by the cost tables of
+width, layers drafted an iteration. K: drafts of a layer that were accepted, mean; E[K]: as the policy expected.
+modelled, also: tokens/s by the cost tables of
 `latency` and `latency@also`, with the policy's own measured time. KV slots: of the
 target's cache at the end. Seconds are per prompt."""
 

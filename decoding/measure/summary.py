@@ -21,6 +21,7 @@ from decoding.measure.compare import OURS, comparisons, curve_of
 from decoding.measure.oracles import hindsight_seconds, modelled_seconds
 from decoding.measure.rows import REFERENCES
 from decoding.measure.turns import Measurement, Record
+from decoding.policies.base import LayerRecord
 from decoding.results import PHASES, DecodeStats
 from decoding.support.arrays import FloatArray
 
@@ -52,6 +53,17 @@ def _seconds(phase: str) -> Ratio:
     return lambda m: (m.stats.seconds.get(phase, 0.0), 1)
 
 
+def _drafted(m: Measurement) -> list[LayerRecord]:
+    """Layers that something was drafted for; of a policy that says E[K], those that it says it of."""
+    layers = [layer for layer in m.stats.layers if layer.draft_width]
+    return [layer for layer in layers if layer.expected is not None] or layers
+
+
+def _mean(values: Iterable[float | None]) -> Share:
+    known = [value for value in values if value is not None]
+    return sum(known), len(known)
+
+
 def _milliseconds(phase: str) -> Ratio:
     """A phase's share of an iteration; transformers' methods have no phases."""
     return lambda m: (1000 * m.stats.seconds.get(phase, 0.0), m.stats.iterations) if m.stats.records else _NOTHING
@@ -80,6 +92,8 @@ RATIOS: dict[str, Ratio] = {
     "depth": lambda m: (sum(map(len, m.stats.forests)), len(m.stats.forests)),
     "draft_width": lambda m: (sum(m.stats.draft_widths), sum(w > 0 for w in m.stats.draft_widths)),
     "accepted_share": lambda m: (sum(m.stats.accepted), sum(m.stats.draft_widths)),
+    "expected_count": lambda m: _mean(layer.expected for layer in _drafted(m)),
+    "accepted_count": lambda m: _mean(layer.accepted for layer in _drafted(m)),
     "target_calls": lambda m: (m.stats.target_calls, 1),
     "kv_slots_peak": lambda m: (m.stats.kv_slots_peak, 1),
     "kv_slots_end": lambda m: (m.stats.kv_slots_end, 1),

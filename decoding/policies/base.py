@@ -72,6 +72,7 @@ class LayerRecord:
     target_width: int  # M
     accepted: int  # drafts accepted, surplus included
     passed: bool
+    expected: float | None = None  # mean of `accepted` as the policy had it
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,13 @@ class WidthPolicy:
     def target_width(self, context: TargetContext) -> int:
         """M: beams that must be accepted; clipped to config.min_width..config.target_width."""
         return context.draft.root.config.target_width
+
+    def expected_count(self, context: TargetContext) -> float | None:
+        """E[K]: the mean number of a drafted layer's drafts that it expects to be accepted; None: it does not say.
+
+        Asked after `target_width` of the same layer, with the same context: for reports alone, nothing depends on it.
+        """
+        return None
 
     def observe(self, record: IterationRecord) -> None:
         """An iteration ended."""

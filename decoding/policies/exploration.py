@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,58 @@ class RandomWidth(WidthPolicy):
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "seed": self.seed, "full_share": self.full_share}
+
+
+@dataclass
+class UniformWidth(WidthPolicy):
+    """Each iteration's M drawn uniformly from a set of widths; with nothing drafted, beam sampling
+    of a random width.
+
+    The draw is a function of the seeds and of the iteration's number, so that it knows nothing of
+    what was drafted, and drafts change nothing in it.
+
+    Args:
+        seed: of the draws; a prompt's fork mixes in the prompt's seed.
+        widths: the set; None: all from the config's min_width to its target_width.
+    """
+
+    name = "uniform"
+    family = "control"
+
+    seed: int = 0
+    widths: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        whole("seed", self.seed, least=0)
+        if self.widths is not None:
+            self.widths = tuple(whole("Each of widths", width, least=1) for width in self.widths)
+            if not self.widths:
+                raise UserError("widths is empty; give at least one, such as [1, 2, 4], or null for all.")
+        self._seeds = [self.seed]
+
+    def check(self, config: DecodingConfig) -> None:
+        least, most = config.min_width, config.target_width
+        if outside := [width for width in self.widths or () if not least <= width <= most]:
+            raise UserError(
+                f"UniformWidth(widths={list(self.widths or ())}) holds {outside[0]}, outside {least}..{most}, the "
+                "range that the decoding config allows. Leave it out, or change decoding.min_width or "
+                "decoding.target_width."
+            )
+
+    def fork(self, seed: int) -> UniformWidth:
+        forked = copy.copy(self)
+        forked._seeds = [self.seed, seed]
+        return forked
+
+    def target_width(self, context: TargetContext) -> int:
+        config = context.draft.root.config
+        widths = self.widths or range(config.min_width, config.target_width + 1)
+        draw = np.random.default_rng([*self._seeds, context.draft.root.iteration])
+        return widths[int(draw.integers(len(widths)))]
+
+    def describe(self) -> dict[str, Any]:
+        widths = None if self.widths is None else list(self.widths)
+        return {"name": self.name, "seed": self.seed, "widths": widths}
 
 
 class ExploringWidth(WidthPolicy):

@@ -13,6 +13,7 @@ from controller import LearnedWidth
 from controller.checkpoint import save_controller
 from decoding import DecodingConfig, DSBDDecoder, UserError, beam_sample
 from decoding.cost_table import LatencyTable
+from decoding.policies.base import TargetContext
 from decoding.results import DecodeResult
 from tests.controller.synthetic import ABOUT, CONFIG, prompts, random_net, random_policy, streams
 from tests.small_pair import small_pair
@@ -67,6 +68,29 @@ def test_where_nodes_are_dear_fewer_are_sent() -> None:
     ]
     assert scored[1] < scored[0] / 2
     assert all(max(record.scored for record in r.stats.records) <= 64 + CONFIG.target_width for r in free)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5], ids=["all sent", "half sent"])
+def test_it_tells_how_many_it_expects_to_be_accepted(keep: float) -> None:
+    """E[K] of a layer is the sum of the chances that the drafts which are sent hold the first j of the selection."""
+    seen: list[tuple[float, float, bool]] = []
+
+    class Watched(LearnedWidth):
+        def expected_count(self, context: TargetContext) -> float | None:
+            found, layer = super().expected_count(context), self._layers[context.draft.layer - 1]
+            assert found is not None and layer.sent is not None
+            seen.append((found, sum(layer.held), bool(layer.sent.all())))
+            return found
+
+    policy = Watched(random_policy(0).net, random_policy(0).provenance, latency=CHEAP, clock="table")
+    count = policy.plan.count
+    policy.plan.count = lambda *given, both=False: int(count(*given, both=both) * (1.0 if both else keep))  # type: ignore[method-assign]
+    layers = [layer for result in decode(policy, batch_size=1) for layer in result.stats.layers]
+    assert [layer.expected for layer in layers if layer.draft_width] == [found for found, *_ in seen]
+    assert all(layer.expected is None for layer in layers if not layer.draft_width)
+    assert all(0 < found <= CONFIG.target_width for found, *_ in seen)
+    assert all(found == chosen if all_sent else found < chosen for found, chosen, all_sent in seen)
+    assert all(all_sent for *_, all_sent in seen) == (keep == 1.0)
 
 
 def test_where_drafting_does_not_pay_it_stops() -> None:

@@ -22,10 +22,12 @@ import decoding.loop.noise_run
 from decoding import (
     DecodingConfig,
     DSBDDecoder,
+    ExpectedWidth,
     FixedWidth,
     ModelPair,
     RandomWidth,
     ThresholdWidth,
+    UniformWidth,
     WidthPolicy,
     beam_sample,
 )
@@ -131,6 +133,8 @@ POLICIES: dict[str, WidthPolicy] = {
     "fixed": FixedWidth(draft_width=5, draft_depth=2),
     "random": RandomWidth(seed=1, full_share=1.0),
     "threshold": ThresholdWidth(0.9),
+    "expected": ExpectedWidth(),
+    "uniform": UniformWidth(seed=1),
     "mass": MassWidth(0.8, stop_entropy=1.0),
     "gap": GapWidth(1.5),
     "entropy": EntropyWidth(0.5),

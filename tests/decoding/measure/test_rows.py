@@ -124,7 +124,7 @@ def test_every_policy_says_what_tables_and_command_lines_need() -> None:
         assert (policy.name, policy.knobs, policy.family) == (name, method.knobs, method.family)
         assert policy.family in ("hand-set", "learned", "control")
     hand_set = {name for name, method in METHODS.items() if method.family == "hand-set"}
-    assert hand_set == {"beam_sample", "fixed", "threshold", "mass", "gap", "entropy", "key_gap"}
+    assert hand_set == {"beam_sample", "fixed", "threshold", "expected", "mass", "gap", "entropy", "key_gap"}
 
 
 def test_evaluate_and_bench_configs_list_what_there_is() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from decoding.decoder import OutOfDeviceMemory, Prompts
 from decoding.measure import turns
 from decoding.measure.methods import Method
 from decoding.measure.rows import Row
+from decoding.measure.summary import RATIOS
 from decoding.measure.transformers_generate import Streams
 from decoding.measure.turns import Measurement, Record, keep_whole, log_probability, take_turns, warm_up
 from decoding.policies.base import IterationRecord, LayerRecord
@@ -160,6 +162,19 @@ def test_log_probability_is_that_of_one_token_at_a_time() -> None:
             logits = model(torch.tensor([prompt + text[:i]])).logits[0, -1].double()
         total += float(logits.log_softmax(-1)[token])
     assert log_probability(model, prompt, text) == pytest.approx(total, abs=1e-4)  # float32 logits
+
+
+def test_expected_and_real_counts_stand_side_by_side_and_survive_the_journal() -> None:
+    """Of drafted layers; where a policy says nothing of some, of those that it speaks of."""
+    layers = (LayerRecord(1, 6, 4, 5, True, 4.5), LayerRecord(2, 6, 4, 2, False, 2.75), LayerRecord(3, 0, 4, 0, True))
+    silent = tuple(replace(layer, expected=None) for layer in layers)
+    for some, means in ((layers, (3.625, 3.5)), (silent, (None, 3.5)), ((layers[0], silent[1]), (4.5, 5.0))):
+        stats = DecodeStats(records=[IterationRecord(some, 3, 0.1)])
+        told = json.loads(json.dumps(asdict(Measurement("p", 6.4, None, stats, [1, 2], False))))
+        found = Measurement.restored(told)
+        assert found.stats.layers == list(some)
+        shares = [RATIOS[name](found) for name in ("expected_count", "accepted_count")]
+        assert tuple(top / count if count else None for top, count in shares) == means
 
 
 def test_what_a_prompt_took_is_written_as_short_lists() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,16 +14,18 @@ import torch
 from decoding import (
     DecodingConfig,
     DSBDDecoder,
+    ExpectedWidth,
     FixedWidth,
     RandomWidth,
     ThresholdWidth,
+    UniformWidth,
     UserError,
     WidthPolicy,
 )
 from decoding.dice.closed_form import accept_probabilities, accepted_count_table
 from decoding.dice.sampling import Joint
 from decoding.policies.base import DraftContext, IterationRecord, RootContext, TargetContext
-from tests.decoding.stubs import random_pair
+from tests.decoding.stubs import chi_square_p, random_pair
 
 CONFIG = DecodingConfig(target_width=4, draft_width=6, draft_depth=3, max_new_tokens=8, eos_token_id=-1)
 
@@ -108,6 +113,108 @@ def test_as_shipped_gives_other_widths_somewhere() -> None:
 def test_threshold_refuses_what_is_no_probability(threshold: float) -> None:
     with pytest.raises(UserError, match=r"threshold is .*; give a number in \(0, 1\]"):
         ThresholdWidth(threshold)
+
+
+@pytest.mark.parametrize(("p", "q"), [(FLAT, STEEP), (STEEP, FLAT), (FLAT, FLAT)])
+@pytest.mark.parametrize("width", [1, 3, 6])
+def test_expected_is_the_mean_count_rounded_down(p: list[float], q: list[float], width: int) -> None:
+    counts = accepted_count_table(accept_probabilities(np.array(p), np.array(q), width))[width]
+    mean = sum(k * count for k, count in enumerate(counts.tolist()))
+    policy, seen = ExpectedWidth(), context(p, q, width=width)
+    assert policy.target_width(seen) == math.floor(mean + 1e-9)
+    within = sum(min(k, 4) * count for k, count in enumerate(counts.tolist()))
+    assert policy.expected_count(seen) == pytest.approx(within)
+    if q is p:
+        assert mean == pytest.approx(width), "every draft of P itself is accepted"
+    assert policy.target_width(context(p, q, width=0)) == 4, "nothing drafted, nothing rejected"
+
+
+def counts_of(policy: WidthPolicy, **changes: Any) -> tuple[float, float, float]:
+    """Mean K, mean E[K], and the standard error of the mean of K, over drafted layers."""
+    config = CONFIG.with_changes(
+        target_width=3, draft_width=4, draft_depth=1, verification="rejection", replacement=True, **changes
+    )
+    prompts, stream = [[1], [2], [3]] * 300, torch.Generator().manual_seed(0)
+    results = DSBDDecoder(random_pair(8, closeness=0.5), config, policy).generate(prompts, stream)
+    layers = [layer for result in results for layer in result.stats.layers if layer.draft_width]
+    accepted = np.array([layer.accepted for layer in layers])
+    assert all(layer.expected is None for result in results for layer in result.stats.layers if not layer.draft_width)
+    error = accepted.std() / math.sqrt(len(accepted))
+    return float(accepted.mean()), float(np.mean([layer.expected for layer in layers])), float(error)
+
+
+@pytest.mark.parametrize("changes", [{}, {"surplus": "drop"}], ids=str)
+def test_the_expected_count_is_the_mean_of_those_accepted(changes: dict[str, Any]) -> None:
+    """With replacement the closed form is exact: within four standard errors. The published code's is not."""
+    for policy in (ExpectedWidth(), ThresholdWidth(0.7)):
+        accepted, expected, error = counts_of(policy, **changes)
+        assert abs(accepted - expected) < 4 * error < 0.1
+    accepted, expected, error = counts_of(ThresholdWidth(0.7, as_shipped=True), **changes)
+    assert abs(accepted - expected) > 6 * error
+
+
+def test_policies_that_do_not_say_what_they_expect_have_none() -> None:
+    (result,) = DSBDDecoder(random_pair(8), CONFIG, FixedWidth()).generate([[1]], torch.Generator().manual_seed(0))
+    assert set(result.stats.expected) == {None}
+    assert len(result.stats.expected) == len(result.stats.accepted)
+
+
+def at_iteration(number: int, p: list[float] = FLAT, width: int = 6, config: DecodingConfig = CONFIG) -> TargetContext:
+    seen = context(p, p, width, config)
+    root = replace(seen.draft.root, iteration=number)
+    return replace(seen, draft=replace(seen.draft, root=root))
+
+
+@pytest.mark.parametrize("widths", [None, (1, 2, 4)])
+def test_uniform_draws_each_width_of_its_set_as_often(widths: tuple[int, ...] | None) -> None:
+    policy = UniformWidth(seed=2, widths=widths)
+    drawn = Counter(policy.fork(seed).target_width(at_iteration(i)) for seed in range(40) for i in range(40))
+    allowed = widths or (1, 2, 3, 4)
+    assert chi_square_p(drawn, {width: 1 / len(allowed) for width in allowed}) > 1e-4
+    lopsided = Counter({width: drawn[width] + 200 * (width == 4) for width in drawn})
+    assert chi_square_p(lopsided, {width: 1 / len(allowed) for width in allowed}) < 1e-4
+
+
+def test_uniform_knows_the_seeds_and_the_iteration_and_nothing_else() -> None:
+    def widths(policy: WidthPolicy, *seen: Any) -> list[int]:
+        return [policy.target_width(at_iteration(i, *seen)) for i in range(30)]
+
+    first = widths(UniformWidth(seed=1).fork(7))
+    assert first == widths(UniformWidth(seed=1).fork(7), STEEP, 0), "other P, nothing drafted"
+    policy = UniformWidth(seed=1).fork(7)
+    assert [policy.target_width(at_iteration(i)) for i in reversed(range(30))] == first[::-1], "in any order"
+    assert first != widths(UniformWidth(seed=1).fork(8)) and first != widths(UniformWidth(seed=2).fork(7))
+
+
+def test_a_random_width_alone_is_beam_sampling_of_that_width() -> None:
+    """No draft, widths by the prompt's seed: beams kept at each step are those that were drawn for it."""
+    pair, config = random_pair(8), CONFIG.with_changes(draft_depth=0, max_new_tokens=12)
+    policy = UniformWidth(widths=[1, 4])
+
+    def widths(count: int, seed: int = 0) -> list[list[int]]:
+        results = DSBDDecoder(pair, config, policy).generate([[1]] * count, torch.Generator().manual_seed(seed))
+        assert all(record.layers[0].draft_width == 0 for result in results for record in result.stats.records)
+        assert all(result.stats.draft_calls == 0 for result in results)
+        for result in results:
+            kept = zip(result.stats.target_widths, result.stats.roots[1:], strict=False)
+            assert all(beams <= width for width, beams in kept)
+        return [result.stats.target_widths for result in results]
+
+    found = widths(6)
+    assert {width for prompt in found for width in prompt} == {1, 4}
+    assert widths(6) == found and widths(6, seed=1) != found
+    assert len({tuple(prompt) for prompt in found}) > 1, "prompts have draws of their own"
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"widths": []}, "widths is empty; give at least one"),
+    ({"widths": [0]}, "Each of widths is 0; give a whole number of at least 1"),
+    ({"seed": -1}, "seed is -1; give a whole number"),
+    ({"widths": [2, 5]}, r"UniformWidth\(widths=\[2, 5\]\) holds 5, outside 1..4"),
+])  # fmt: skip
+def test_uniform_refusals(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        UniformWidth(**options).check(CONFIG)
 
 
 @pytest.mark.parametrize(("options", "message"), [
