@@ -41,6 +41,7 @@ from decoding.measure.turns import (
     read_prompts,
     score_all,
     stopped_sentence,
+    write_energy,
 )
 from decoding.report import show, write_report
 from decoding.support.entry import entry_point
@@ -95,7 +96,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
             "tuned": tuned,
             "calibration": calibration_curves(trained),
         }
-        files = write_report(Path(cfg.output_dir), results)
+        files = write_report(Path(cfg.output_dir), results) | write_energy(Path(cfg.output_dir), records)
         log_evaluation(logger, results, files)
     if not interrupted:
         journal.close()

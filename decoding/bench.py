@@ -35,6 +35,7 @@ from decoding.measure.turns import (
     score_all,
     sentence,
     stopped_sentence,
+    write_energy,
 )
 from decoding.pairs.pair import ModelPair
 from decoding.report import show
@@ -158,6 +159,7 @@ class Bench:
             reference=(REFERENCE, self.cfg.reference_width),
             kv_bytes_per_slot=kv_bytes_per_slot(self.pair.target),
         )
+        write_energy(self.directory, self.records)
         return write_results(self.directory / BENCH, self.results)
 
     def _roofline(self) -> dict[str, Any]:

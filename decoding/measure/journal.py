@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from decoding.errors import UserError
+from decoding.machine.meter import Reading
 from decoding.policies.base import IterationRecord, LayerRecord
 from decoding.results import DecodeStats
 from decoding.support.files import write_whole
@@ -40,16 +41,19 @@ class Measurement:
     log_prob: float = float("nan")  # of `tokens` under the target at temperature 1, summed; NaN until it is scored
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     text: str | None = None
+    readings: list[Reading] = dataclasses.field(default_factory=list)  # of the turn, with the first of its prompts
 
     def to_dict(self) -> dict[str, Any]:
-        """The measurement as results.json holds it, JSON-able."""
-        return vars(self) | {"stats": self.stats.to_dict()}
+        """The measurement as results.json holds it, JSON-able; readings have a file of their own."""
+        told = vars(self) | {"stats": self.stats.to_dict()}
+        return {name: value for name, value in told.items() if name != "readings"}
 
     @classmethod
     def restored(cls, told: Mapping[str, Any]) -> Measurement:
         """A measurement again from `dataclasses.asdict` of it, by way of JSON."""
         records = [_iteration(record) for record in told["stats"]["records"]]
-        return cls(**{**told, "stats": DecodeStats(**{**told["stats"], "records": records})})
+        readings = [Reading(*reading) for reading in told["readings"]]
+        return cls(**{**told, "readings": readings, "stats": DecodeStats(**{**told["stats"], "records": records})})
 
 
 class Journal:

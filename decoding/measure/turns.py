@@ -6,12 +6,14 @@ Nothing is averaged here: a `Measurement` is one prompt decoded by one row, once
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from decoding.measure.methods import Generate
 from decoding.measure.rows import Row
 from decoding.pairs.pair import ModelPair
 from decoding.support.clock import now
+from decoding.support.files import write_whole
 from decoding.support.progress import RunProgress
 from decoding.tasks.base import Prompt, Task, stable_hash
 
@@ -33,6 +36,7 @@ OUT_OF_MEMORY = (
     "The device ran out of memory: lower batch_size, target_width, draft_width, max_new_tokens or the length of the "
     "prompts."
 )
+ENERGY = "energy.jsonl"
 _COUNTERS = ("captures", "replays", "eager")
 
 
@@ -215,6 +219,7 @@ def _take_turn(record: Record, prompts: Sequence[Prompt], seed: int, meter: Ener
         total = sum(measurement.wall_seconds for measurement in measured)
         for measurement in measured:
             measurement.joules = meter.joules * measurement.wall_seconds / total
+        measured[0].readings = meter.readings
     _add_counters(record.counters, before, graph_counters(record.pair))
     return measured
 
@@ -256,6 +261,26 @@ def keep_whole(records: Sequence[Record], count: int) -> int:
         enough = [repeat[:kept] for repeat in record.repeats if len(repeat) >= max(kept, 1)]
         record.repeats = enough if kept == count else enough[:1] if kept else []
     return kept
+
+
+def write_energy(directory: Path, records: Sequence[Record]) -> dict[str, Path]:
+    """Write the readings that joules were computed from, a JSON object a line and turn, into
+    energy.jsonl; nothing where there are none.
+
+    Returns:
+        Path of the file by its name.
+    """
+    lines = []
+    for record in records:
+        for repeat, measured in enumerate(record.repeats):
+            first = [i for i, measurement in enumerate(measured) if measurement.readings]
+            for i, end in zip(first, [*first[1:], len(measured)], strict=True):
+                ids = [measurement.prompt_id for measurement in measured[i:end]]
+                readings = [reading._asdict() for reading in measured[i].readings]
+                lines.append({"row": record.row.name, "repeat": repeat, "prompts": ids, "readings": readings})
+    if not lines:
+        return {}
+    return {ENERGY: write_whole(directory / ENERGY, "".join(json.dumps(line) + "\n" for line in lines).encode())}
 
 
 def stopped_sentence(kept: int, prompts: int, max_seconds: float | None, interrupted: bool = False) -> str | None:

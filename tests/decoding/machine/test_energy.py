@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,6 @@ from decoding import ModelPair, UserError
 from decoding.cost_table import NODE_COUNTS, LatencyTable
 from decoding.latency import described
 from decoding.machine import joules, store
-from decoding.machine import meter as meter_module
 from decoding.machine.joules import measure_joules
 from decoding.machine.meter import EnergyMeter
 from tests.decoding.stubs import small_llama
@@ -24,28 +24,42 @@ class NVMLError(Exception):
     pass
 
 
-def meter(monkeypatch: pytest.MonkeyPatch, readings: list[Any]) -> EnergyMeter:
-    def read(handle: object) -> int:
-        value = readings.pop(0)
+class Cards:
+    """NVML and torch of a machine with several cards, by what each one's counter says in turn; None: it cannot tell."""
+
+    NVMLError = NVMLError
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, counters: dict[str, list[int | None]], visible: str) -> None:
+        self.counters, self.visible = counters, visible
+        self.synchronized: list[Any] = []
+        monkeypatch.setitem(sys.modules, "pynvml", self)  # type: ignore[arg-type]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=visible[i]))
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronized.append)
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: bytes) -> str:
+        return uuid.decode().removeprefix("GPU-")
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        value = self.counters[handle].pop(0)
         if value is None:
             raise NVMLError
         return value
-
-    nvml = SimpleNamespace(NVMLError=NVMLError, nvmlDeviceGetTotalEnergyConsumption=read)
-    monkeypatch.setattr(meter_module, "_open", lambda device: (nvml, object()))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    return EnergyMeter("cuda")
 
 
 def test_a_cpu_cannot_tell() -> None:
     with EnergyMeter("cpu") as window:
         pass
-    assert window.joules is None
+    assert window.joules is None and window.readings == []
     assert not window.available
 
 
 def test_difference_of_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
-    window = meter(monkeypatch, [1000, 3500, 9000, 9100])
+    Cards(monkeypatch, {"a": [1000, 3500, 9000, 9100]}, visible="a")
+    window = EnergyMeter("cuda")
     with window:
         pass
     assert window.joules == 2.5
@@ -54,11 +68,28 @@ def test_difference_of_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert window.joules == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("readings", [[None, 5], [5, None]])
-def test_a_card_without_the_counter(monkeypatch: pytest.MonkeyPatch, readings: list[Any]) -> None:
-    with meter(monkeypatch, readings) as window:
+def test_all_visible_cards_count_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Card b is hidden; torch numbers the others anew. What was read is kept as it was."""
+    counters: dict[str, list[int | None]] = {"a": [100, 600], "b": [0, 10**6], "c": [7000, 9000]}
+    cards = Cards(monkeypatch, counters, visible="ca")
+    began = time.time()
+    with EnergyMeter("cuda:1") as window:
+        assert cards.synchronized == [0, 1], "all cards have done what came before"
+    assert window.joules == 2.5
+    told = [(reading.card, reading.millijoules) for reading in window.readings]
+    assert told == [("GPU-c", 7000), ("GPU-a", 100), ("GPU-c", 9000), ("GPU-a", 600)]
+    seconds = [reading.unix_seconds for reading in window.readings]
+    assert began <= seconds[0] and seconds == sorted(seconds) and seconds[-1] <= time.time()
+    assert counters["b"] == [0, 10**6]
+
+
+@pytest.mark.parametrize("counters", [{"a": [None, 5], "c": [1, 2]}, {"a": [1, 5], "c": [2, None]}])
+def test_a_card_without_the_counter(monkeypatch: pytest.MonkeyPatch, counters: Any) -> None:
+    """The sum over the others would look like the whole."""
+    Cards(monkeypatch, counters, visible="ac")
+    with EnergyMeter("cuda") as window:
         pass
-    assert window.joules is None
+    assert window.joules is None and window.readings == []
 
 
 # ------------------------------------------------------------------------------------ tables in joules
@@ -69,6 +100,7 @@ class FakeMeter(EnergyMeter):
 
     def __init__(self, windows: list[float], watts: float = 100.0, able: bool = True, tells: bool = True) -> None:
         self.joules, self._windows, self._watts, self._able, self._tells = None, windows, watts, able, tells
+        self.readings = []
 
     def __call__(self, device: torch.device) -> FakeMeter:
         return self

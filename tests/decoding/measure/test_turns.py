@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch
 
 from decoding import DecodeResult, DecodeStats, DecodingConfig, UserError
 from decoding.decoder import OutOfDeviceMemory, Prompts
+from decoding.machine.meter import Reading
 from decoding.measure import turns
+from decoding.measure.journal import Journal
 from decoding.measure.methods import Method
 from decoding.measure.rows import Row
 from decoding.measure.summary import RATIOS
 from decoding.measure.transformers_generate import Streams
-from decoding.measure.turns import Measurement, Record, keep_whole, log_probability, take_turns, warm_up
+from decoding.measure.turns import Measurement, Record, keep_whole, log_probability, take_turns, warm_up, write_energy
 from decoding.policies.base import IterationRecord, LayerRecord
 from decoding.support.files import json_bytes
 from decoding.tasks.base import Prompt, stable_hash
@@ -141,6 +144,7 @@ def test_a_row_that_fails_loses_no_other_and_keeps_its_whole_repeats() -> None:
 def test_the_energy_of_a_turn_is_shared_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     class Meter:
         joules = 6.0
+        readings = ()
 
         def __init__(self, device: object) -> None: ...
 
@@ -162,6 +166,51 @@ def test_log_probability_is_that_of_one_token_at_a_time() -> None:
             logits = model(torch.tensor([prompt + text[:i]])).logits[0, -1].double()
         total += float(logits.log_softmax(-1)[token])
     assert log_probability(model, prompt, text) == pytest.approx(total, abs=1e-4)  # float32 logits
+
+
+class Counter:
+    """An energy meter whose counter stands at 10, 20, 30, ... joules."""
+
+    def __init__(self, device: Any) -> None:
+        self.joules: float | None = None
+        self.readings: list[Reading] = []
+        self._count = 0
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None:
+        self._count += 1
+        ends = (10_000 * self._count, 10_000 * (self._count + 1))
+        self.joules, self.readings = 10.0, [Reading("GPU-a", 1.5, end) for end in ends]
+
+
+def test_what_the_energy_counter_said_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line a turn beside the results, of a run that goes on from a journal as well; its prompts share the joules."""
+    monkeypatch.setattr(turns, "EnergyMeter", Counter)
+
+    def run(count: int) -> list[Record]:
+        records = [record("a", batch_size=2), record("b")]
+        list(take_turns(records, PROMPTS[:count], 0, journal=Journal(tmp_path, {"settings": 1})))
+        return records
+
+    run(2)
+    records = run(3)
+    for each in records:
+        first, second, third = (measurement.joules for measurement in each.repeats[0])
+        assert first and second and first + second == pytest.approx(10.0) and third == 10.0
+    assert list(write_energy(tmp_path, records)) == ["energy.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "energy.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["prompts"]) for line in lines] == [
+        (row, ids) for row in ("a M=4", "b M=4") for ids in (["p0", "p1"], ["p2"])
+    ]
+    assert lines[0]["readings"] == [
+        {"card": "GPU-a", "unix_seconds": 1.5, "millijoules": millijoules} for millijoules in (10_000, 20_000)
+    ]
+    for line in lines:
+        first, last = (reading["millijoules"] for reading in line["readings"])
+        assert last - first == 10_000
+    assert "readings" not in records[0].repeats[0][0].to_dict()
+    assert write_energy(tmp_path / "none", [record("a")]) == {} and not (tmp_path / "none").exists()
 
 
 def test_expected_and_real_counts_stand_side_by_side_and_survive_the_journal() -> None:
