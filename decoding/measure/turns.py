@@ -274,7 +274,7 @@ def write_energy(directory: Path, records: Sequence[Record]) -> dict[str, Path]:
     for record in records:
         for repeat, measured in enumerate(record.repeats):
             first = [i for i, measurement in enumerate(measured) if measurement.readings]
-            for i, end in zip(first, [*first[1:], len(measured)], strict=True):
+            for i, end in zip(first, [*first[1:], len(measured)], strict=False):  # none without readings
                 ids = [measurement.prompt_id for measurement in measured[i:end]]
                 readings = [reading._asdict() for reading in measured[i].readings]
                 lines.append({"row": record.row.name, "repeat": repeat, "prompts": ids, "readings": readings})

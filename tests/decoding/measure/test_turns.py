@@ -210,7 +210,13 @@ def test_what_the_energy_counter_said_is_kept(tmp_path: Path, monkeypatch: pytes
         first, last = (reading["millijoules"] for reading in line["readings"])
         assert last - first == 10_000
     assert "readings" not in records[0].repeats[0][0].to_dict()
-    assert write_energy(tmp_path / "none", [record("a")]) == {} and not (tmp_path / "none").exists()
+
+
+def test_without_a_counter_nothing_is_written(tmp_path: Path) -> None:
+    each = record("a")
+    list(take_turns([each], PROMPTS, 0))
+    assert len(each.repeats[0]) == 3
+    assert write_energy(tmp_path, [each, record("b")]) == {} and not list(tmp_path.iterdir())
 
 
 def test_expected_and_real_counts_stand_side_by_side_and_survive_the_journal() -> None:
