@@ -83,7 +83,13 @@ class Peer:
         results = []
         for i, row in enumerate(as_token_lists(prompts)):
             check_prompt(self.pair, row, config, i)
-            answer = ask(self._process, {"tokens": names(row), "options": options})
+            tokens = names(row)  # it takes tokens by name, these and no others
+            if None in tokens:
+                raise UserError(
+                    f"Prompt {i} holds the id {row[tokens.index(None)]}, which the tokenizer has no token for, and "
+                    "CTranslate2 takes tokens by name. Leave ct2_beam_search out."
+                )
+            answer = ask(self._process, {"tokens": tokens, "options": options})
             sequences = [list(ids) for ids in answer["ids"]]
             stats = DecodeStats(prompt_tokens=len(row), new_tokens=len(sequences[0]))
             stats.iterations = stats.new_tokens

@@ -89,7 +89,7 @@ def _hf_one(
     assisted = "assistant_model" in options or "prompt_lookup_num_tokens" in options
     with ExitStack() as stack:
         stack.enter_context(_seeded(generator, pair.device))
-        stack.enter_context(_own_settings_aside(pair.target))
+        stack.enter_context(own_settings_aside(pair.target))
         target, draft = (stack.enter_context(_count_calls(pair.models.get(role))) for role in ("target", "draft"))
         began = now(pair.device)
         output = pair.target.generate(ids, attention_mask=torch.ones_like(ids), **options)  # [N, T + new]
@@ -128,7 +128,7 @@ def _seeded(generator: torch.Generator, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _own_settings_aside(model: Any) -> Iterator[None]:
+def own_settings_aside(model: Any) -> Iterator[None]:
     """transformers' defaults instead of the generation config that came with the model."""
     own = model.generation_config
     model.generation_config = GenerationConfig()

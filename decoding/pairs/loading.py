@@ -82,7 +82,10 @@ def loaded_parts(
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """A pair from the hub, from local directories, from GGUF files, or from installed packages."""
-    dtypes = {"target": _dtype_name(dtype), "draft": _dtype_name(draft_dtype or dtype)}
+    dtypes = {
+        "target": _dtype_name(dtype),
+        "draft": _dtype_name(draft_dtype or dtype, said="draft_dtype" if draft_dtype else "dtype"),
+    }
     placed = any(options.get(option) is not None for option in ("device_map", "tp_plan"))
     if not placed:
         check_device(device)
@@ -108,10 +111,10 @@ def loaded_parts(
     }
 
 
-def _dtype_name(dtype: str | torch.dtype, allowed: tuple[str, ...] = _DTYPES) -> str:
+def _dtype_name(dtype: str | torch.dtype, allowed: tuple[str, ...] = _DTYPES, said: str = "dtype") -> str:
     """A dtype's name, given as a name or as torch's own."""
     name = str(dtype).removeprefix("torch.")
-    choice("dtype", name, allowed)
+    choice(said, name, allowed)
     return name
 
 

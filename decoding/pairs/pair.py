@@ -128,7 +128,7 @@ class ModelPair:
         trust_remote_code: bool = False,
         name: str | None = None,
         engine: str = "auto",
-        draft_dtype: str | None = None,
+        draft_dtype: str | torch.dtype | None = None,
         **options: Any,
     ) -> ModelPair:
         """Load a pair from the hub, from local directories, from GGUF files, or from packages.
@@ -141,7 +141,7 @@ class ModelPair:
             device: "cuda", "cuda:1", "cpu", ...; not looked at with device_map or tp_plan among the
                 options, which say themselves where a model lies.
             dtype: "bfloat16", "float16", "float32" or "auto"; or torch's own, such as
-            torch.float16.
+                torch.float16.
             draft_dtype: of a draft that is a model of its own; None: as `dtype`.
             trust_remote_code: run code that comes with a checkpoint; off unless you ask for it.
             name: shown in results; the target's name if absent.
@@ -224,6 +224,8 @@ class ModelPair:
 
     def describe(self) -> dict[str, Any]:
         """A description of the pair for results, traces and controllers; JSON-able."""
+        dtypes = {role: str(dtype_of(model)).removeprefix("torch.") for role, model in self.models.items()}
+        others = {f"{role}_dtype": dtype for role, dtype in dtypes.items() if dtype != dtypes["target"]}
         return {
             "name": self.name,
             **({"note": self.note} if self.note else {}),
@@ -231,7 +233,8 @@ class ModelPair:
             **(self.drafter.describe() if self.drafter is not None else {"draft": None}),
             "vocab_size": self.vocab_size,
             "device": str(self.device),
-            "dtype": str(dtype_of(self.target)).removeprefix("torch."),
+            "dtype": dtypes["target"],
+            **others,
             "models": {role: describe_model(model) for role, model in self.models.items()},
         }
 

@@ -26,16 +26,30 @@ class Gsm8kTask(FileTask):
             yield Example(f"gsm8k:{number}", f"Question: {question}\nAnswer:", (answer,), question)
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
-        """`number_match`: the answer's number equals the reference's."""
+        """`number_match`: the answer's number equals the reference's. An answer that was cut off
+        before it came to one has none: a number on the way may be right by chance.
+        """
         if prompt.reference is None:
             return {}
-        expected = final_number(prompt.reference)
-        return {"number_match": float(expected is not None and final_number(prediction) == expected)}
+        expected = final_number(prompt.reference, finished=True)
+        return {"number_match": float(expected is not None and final_number(prediction, finished) == expected)}
 
 
-def final_number(text: str) -> Decimal | None:
-    """The number after `####`, else the last one before a further "Question:"; None without."""
-    text = text.split("\nQuestion:")[0]
-    marked = _NUMBER.findall(text.split("####", 1)[1].split("\n")[0]) if "####" in text else []
-    numbers = marked[:1] or _NUMBER.findall(text)[-1:]
+def final_number(text: str, finished: bool = False) -> Decimal | None:
+    """The number after `####`, else the last one before a further "Question:"; None where there is
+    none, or where the text may go on in the line of the one or at all.
+
+    Args:
+        text: an answer.
+        finished: it ends there.
+    """
+    answer, further, _ = text.partition("\nQuestion:")
+    finished = finished or bool(further)
+    _, mark, rest = answer.partition("####")
+    line, end, _ = rest.partition("\n")
+    marked = _NUMBER.findall(line)
+    if mark and marked:
+        numbers = marked[:1] if finished or end else []
+    else:
+        numbers = _NUMBER.findall(answer)[-1:] if finished else []
     return Decimal(numbers[0].replace(",", "")) if numbers else None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from decoding import DecodingConfig, UserError
 from decoding.measure import ctranslate2_generate as peer
@@ -59,6 +62,36 @@ def test_what_goes_wrong_is_a_sentence_and_the_process_goes_on(stand_in: None) -
     assert made.generate([[5, 6]], config.with_changes(target_width=2))[0].sequences == [[2, 2, 2]]
     with pytest.raises(UserError, match="ended with 3"):
         made.generate([[5, 6]], config.with_changes(target_width=8))
+
+
+def test_it_gets_the_tokens_of_the_prompt_and_no_others(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tokenizer that begins every text with a token of its own, too."""
+    pair = small_pair()
+    made, config = peer.Peer(pair), DecodingConfig(mode="beam_search", target_width=2, max_new_tokens=3)
+    pair.tokenizer = copy.deepcopy(pair.tokenizer)
+    pair.tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"{pair.tokenizer.eos_token} $A", special_tokens=[(pair.tokenizer.eos_token, 0)]
+    )
+    assert pair.tokenizer("def area")["input_ids"] == [
+        0,
+        *pair.tokenizer("def area", add_special_tokens=False)["input_ids"],
+    ]
+    asked: list[list[str]] = []
+    answer = peer.ask
+
+    def ask(process: Any, request: dict[str, Any]) -> dict[str, Any]:
+        asked.append(request["tokens"])
+        return answer(process, request)
+
+    monkeypatch.setattr(peer, "ask", ask)
+    prompts = [pair.tokenizer("def area(width", add_special_tokens=False)["input_ids"], [0, 5, 0, 7]]
+    made.generate(prompts, config)
+    assert [pair.tokenizer.convert_tokens_to_ids(tokens) for tokens in asked] == prompts
+    monkeypatch.setattr(
+        type(pair.tokenizer), "convert_ids_to_tokens", lambda self, ids: [*["a"] * (len(ids) - 1), None]
+    )
+    with pytest.raises(UserError, match="Prompt 0 holds the id 7, which the tokenizer has no token for"):
+        made.generate([[5, 7]], config)
 
 
 def test_without_the_library_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

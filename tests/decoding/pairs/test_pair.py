@@ -239,6 +239,26 @@ def test_a_dtype_is_a_name_or_torchs_own(saved: dict[str, str], dtype: Any) -> N
     assert {weight.dtype for model in pair.models.values() for weight in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_draft_may_have_a_dtype_of_its_own(saved: dict[str, str], top_k: int | None) -> None:
+    """Tokens are the target's alone, whatever the draft is in."""
+    pair = load(saved, draft_dtype=torch.bfloat16)
+    dtypes = {role: {weight.dtype for weight in model.parameters()} for role, model in pair.models.items()}
+    assert dtypes == {"target": {torch.float32}, "draft": {torch.bfloat16}}
+    about = pair.describe()
+    assert (about["dtype"], about["draft_dtype"]) == ("float32", "bfloat16")
+    assert "draft_dtype" not in load(saved).describe()
+    settings = {"target_width": 2, "draft_width": 3, "draft_depth": 2, "max_new_tokens": 8, "min_width": 2}
+    config = DecodingConfig(verification="shared_noise", top_k=top_k, **settings)
+    found, alone = (
+        DSBDDecoder(each, config).generate([[1, 2], [3]], torch.Generator().manual_seed(0))
+        for each in (pair, ModelPair(pair.target, None))
+    )
+    assert [result.sequences for result in found] == [result.sequences for result in alone]
+    with pytest.raises(UserError, match="draft_dtype is 'int8'; choose one of auto, float32"):
+        load(saved, draft_dtype="int8")
+
+
 def test_the_default_device_and_dtype_are_those_of_the_command_line(saved: dict[str, str]) -> None:
     """Of pair=local: a CPU, which every machine has."""
     config = OmegaConf.load(LOCAL)

@@ -254,10 +254,27 @@ def test_file_errors_are_sentences(tmp_path: Path) -> None:
 
 
 def test_gsm8k_final_number() -> None:
-    assert gsm8k.final_number("so 3 + 4 = 7\n#### 1,234.50") == gsm8k.final_number("1234.5")
+    assert gsm8k.final_number("so 3 + 4 = 7\n#### 1,234.50", finished=True) == gsm8k.final_number("1234.5", True)
     assert gsm8k.final_number("she has 3, then 5.\n\nQuestion: what is 9?") == 5
     assert gsm8k.final_number("#### -2\n#### 4") == -2
-    assert gsm8k.final_number("no idea") is None
+    assert gsm8k.final_number("no idea", finished=True) is None
+
+
+@pytest.mark.parametrize(
+    ("cut", "number"),
+    [
+        ("He has 13 lego sets, so he has 13 * $15 =", None),  # a number on the way
+        ("13 * 15 = 195\n#### 19", None),  # of 195, perhaps
+        ("13 * 15 = 195\n#### 195\n#### 1", 195),
+        ("#### 2\nThe answer is", 2),
+        ("####\nThe answer is 2", None),
+    ],
+)
+def test_an_answer_that_was_cut_off_has_the_number_that_it_came_to(cut: str, number: int | None) -> None:
+    assert gsm8k.final_number(cut) == number
+    prompt = Prompt("gsm8k:1", [1], "13 sets of 15\n#### 15")
+    assert Gsm8kTask("test.jsonl").metrics("so he has 13 * $15 =", prompt) == {"number_match": 0.0}
+    assert Gsm8kTask("test.jsonl").metrics("so he has 15", prompt, finished=True) == {"number_match": 1.0}
 
 
 def test_spider_match() -> None:
