@@ -60,7 +60,6 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "num_beam_groups": (None, 1),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
-    "output_logits": (None, False),
     "penalty_alpha": (None, 0.0),
     "speculation_type": (None,),
     "use_mtp": (None, False),
@@ -109,14 +108,17 @@ def dsbd_generate(
         assistant_model: the draft: a model, "layers:8" or "ngram", or a `Draft`; None: the model alone.
         tokenizer: for stop_strings.
         num_beams, num_return_sequences, length_penalty, early_stopping, stop_strings: as in transformers; before those
-            of the generation config.
+            of the generation config. With a config that holds stop_strings, or with do_sample several
+            num_return_sequences and a draft, transformers raises before it calls this: give them as arguments.
         width_policy: decides widths; None asks for num_beams at every layer, which is what makes the tokens equal.
         draft_width, draft_depth: the widest and the deepest forest; None: 2 * num_beams, and 3.
         engine: as for ModelPair.
 
     Returns:
         Sequences [B * num_return_sequences, L + new tokens], prompts included; with return_dict_in_generate an output
-        that holds them, and `sequences_scores` where several beams are kept. A streamer is told of tokens as soon as
+        that holds them, `sequences_scores` and `beam_indices` where several beams are kept, and with output_scores and
+        output_logits the rows of every step, [B * num_beams, V] each; -inf stands for beams that do not exist and for
+        prompts that are done. Criteria are told the scores of their own prompt. A streamer is told of tokens as soon as
         all beams share them.
 
     Raises:
@@ -136,8 +138,6 @@ def dsbd_generate(
         early_stopping=early_stopping,
     )
     _check_beams(settings, draft_width, generation_config.do_sample)
-    if settings["num_beams"] == 1 and generation_config.return_dict_in_generate and generation_config.output_scores:
-        raise UserError("output_scores is True, but dsbd_generate has no scores of single steps; leave it at False.")
     wanted = settings["num_return_sequences"]
     if settings["num_beams"] == 1 and generation_config.do_sample:
         settings["num_return_sequences"] = 1  # as many samples of one beam each
@@ -164,7 +164,14 @@ def dsbd_generate(
     listener = (lambda tokens: streamer.put(torch.tensor(tokens))) if streamer is not None else None
     distinct = len(padded) // samples
     rules = [
-        Rules(row, _for_prompt(processors, i // samples, distinct, config.target_width), criteria, listener)
+        Rules(
+            row,
+            _for_prompt(processors, i // samples, distinct, config.target_width),
+            criteria,
+            listener,
+            scores=bool(generation_config.return_dict_in_generate and generation_config.output_scores),
+            logits=bool(generation_config.return_dict_in_generate and generation_config.output_logits),
+        )
         for i, row in enumerate(padded)
     ]
     # torch.manual_seed and set_seed reach the draws; the global stream goes on only where plain generate draws too.
@@ -493,9 +500,26 @@ def _output(
     sequences = torch.cat([input_ids.repeat_interleave(wanted, 0), new.to(input_ids.device)], dim=1)
     if not generation.return_dict_in_generate:
         return sequences
+    kept: dict[str, Any] = {
+        "sequences": sequences,
+        "scores": _steps([result.step_scores for result in results]) if generation.output_scores else None,
+        "logits": _steps([result.step_logits for result in results]) if generation.output_logits else None,
+    }
     if config.target_width == 1:
-        return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
+        return GenerateDecoderOnlyOutput(**kept)
+    beams = torch.full_like(new, -1, dtype=torch.int32)  # [B * N, new]
+    for i, result in enumerate(results):
+        for j, places in enumerate(result.beams + result.beams[-1:] * (wanted - len(result.beams))):
+            beams[i * wanted + j, : len(places)] = torch.tensor(places) + i * config.target_width
     return GenerateBeamDecoderOnlyOutput(
-        sequences=sequences,  # type: ignore[arg-type]
+        **kept,
         sequences_scores=torch.tensor([s for row in scores for s in row], device=input_ids.device),
+        beam_indices=beams.to(input_ids.device),  # type: ignore[arg-type]
     )
+
+
+def _steps(of_prompts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Rows [M, V] of every step of each prompt -> [B * M, V] of every step; -inf where a prompt is done."""
+    nothing = torch.full_like(of_prompts[0][0], -torch.inf)
+    steps = range(max(map(len, of_prompts)))
+    return tuple(torch.cat([rows[t] if t < len(rows) else nothing for rows in of_prompts]) for t in steps)

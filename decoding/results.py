@@ -98,6 +98,11 @@ class DecodeResult:
     scores: list[float]  # accumulated log-weight / length ** length_penalty
     finished: list[bool]  # ended on EOS
     stats: DecodeStats
+    # Where `Rules` are given, the place of each token's parent among the beams of its step; and,
+    # where they ask for it, the target's rows at these beams, [M, V] float32 a step.
+    beams: list[list[int]] = field(default_factory=list, compare=False)
+    step_scores: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    step_logits: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
 
 class Recorder:

@@ -50,7 +50,9 @@ class Batch:
         self.prompts, self.streams, self.recorders = prompts, streams, recorders
         self.size, self.results, self.rules = size, results, rules
         self._runs: dict[int, PromptRun] = {}  # row -> the prompt in it
-        processed = config.min_new_tokens > 0 or any(r is not None and r.processors is not None for r in rules)
+        given = [r for r in rules if r is not None]
+        processed = config.min_new_tokens > 0 or any(r.processors is not None or r.keeps for r in given)
+        self._serves = "target"  # the model whose scores are processed now
         self._make = run_type(config)
         top: int | None
         draft_top: int | None
@@ -121,18 +123,19 @@ class Batch:
         )
         source = row if row in self._opened else min(self._opened, default=None)
         shared = (source, self._prefix) if source is not None else None
-        for scorer in self.scorers.values():
+        for name, scorer in self.scorers.items():
+            self._serves = name
             with run.clock.phase("prompt"):
                 scorer.open(row, prompt, run.forest, shared)
         self._opened.add(row)
         return run
 
     def _process(self, row: int, nodes: Sequence[int], logits: Tensor) -> Tensor:
-        return self._runs[row].process(nodes, logits)
+        return self._runs[row].process(nodes, logits, self._serves == "target")
 
     def _pass(self, name: str, served: list[PromptRun]) -> None:
         """One pass for all; its seconds are split evenly."""
-        scorer = self.scorers[name]
+        self._serves, scorer = name, self.scorers[name]
         before, began = scorer.model_seconds, time.perf_counter()
         scorer.score({run.row: run.request.nodes for run in served})
         model = scorer.model_seconds - before

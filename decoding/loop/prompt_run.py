@@ -49,6 +49,7 @@ class Hypothesis:
     score: float
     finished: bool
     node: int
+    beams: list[int]  # of each token, the place of its parent among the beams of its step
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,10 @@ class PromptRun(ABC):
         self._places: dict[int, int] = {}  # of the last layer's drafts, in draft order
         self._asked: list[int] = []  # nodes of each draft pass of this iteration
         self._told = 0  # tokens that the listener knows
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}  # node -> the target's scores and logits [V], if rules ask
+        self._steps_of: list[dict[int, int]] = []  # of every step, beam -> its place
+        self._scores: tuple[Tensor, ...] = ()  # of every step, [M, V]
+        self._logits: tuple[Tensor, ...] = ()
         self.history: tuple[LayerRecord, ...] = ()
         self.done = False
         self.result: DecodeResult | None = None
@@ -141,7 +146,7 @@ class PromptRun(ABC):
         finally:
             self.stats.seconds["other"] += time.perf_counter() - began - (self.clock.claimed - claimed)
 
-    def process(self, nodes: Sequence[int], logits: Tensor) -> Tensor:
+    def process(self, nodes: Sequence[int], logits: Tensor, of_target: bool) -> Tensor:
         """What the models' scores count as: log-probabilities, or what processors make of them; [N, V] both ways.
 
         As in transformers, processors see logits where one beam is kept and log-probabilities where several are, and
@@ -156,6 +161,8 @@ class PromptRun(ABC):
             scores = scores.clone()
             rows = torch.tensor(early, device=scores.device)[:, None]
             scores[rows, torch.tensor(sorted(self.eos), device=scores.device)] = -torch.inf
+        if of_target and self.rules is not None and self.rules.keeps:
+            self._rows.update(zip(nodes, zip(scores, logits, strict=True), strict=True))
         if not alone:
             return scores
         possible = (scores > -torch.inf).any(-1, keepdim=True)  # not where all that a draft knows is forbidden
@@ -291,6 +298,7 @@ class PromptRun(ABC):
         records: list[LayerRecord] = []
         for layer in layers:
             with self.clock.phase("verify"):
+                self._note_step()
                 target = self._joint(self.target, self.beams, "target")
             weights = np.array([beam.weight for beam in self.beams])
             # M may depend on P and Q, not on the layer's noise; where there is no choice of M, no copy is made.
@@ -306,6 +314,7 @@ class PromptRun(ABC):
         widths = tuple(len(layer.picks) for layer in layers)
         while len(records) == len(layers) or self._all_known():
             with self.clock.phase("verify"):
+                self._note_step()
                 target = self._joint(self.target, self.beams, "target")
             weights = np.array([beam.weight for beam in self.beams])
             draft_context = DraftContext(root, len(records) + 1, weights, target, drafted=False, widths=widths)
@@ -313,6 +322,26 @@ class PromptRun(ABC):
             if self.done:
                 break
         return records
+
+    def _note_step(self) -> None:
+        """Keep what rules ask for of the step that follows: which beams it goes on from, and the target's rows there.
+
+        As in transformers, the first step has the prompt's row for each beam; beams that do not exist have -inf.
+        """
+        if self.rules is None:
+            return
+        self._steps_of.append({beam.node: place for place, beam in enumerate(self.beams)})
+        if not self.rules.keeps:
+            return
+        width = self.config.target_width
+        rows = [self._rows[beam.node] for beam in self.beams]
+        rows = rows * width if len(self._steps_of) == 1 else rows
+        scores, logits = (torch.stack(kind) for kind in zip(*rows, strict=True))
+        missing = scores.new_full((width - len(rows), scores.shape[1]), -torch.inf)
+        if self.rules.scores:
+            self._scores += (torch.cat([scores, missing]),)
+        if self.rules.logits:
+            self._logits += (torch.cat([logits, missing]),)
 
     def _all_known(self) -> bool:
         """Whether a further layer can be taken from the target without a pass."""
@@ -361,7 +390,13 @@ class PromptRun(ABC):
 
     def _hypothesis(self, beam: Beam, finished: bool) -> Hypothesis:
         tokens = self.forest.path(beam.node)
-        return Hypothesis(tokens, beam.weight / len(tokens) ** self.config.length_penalty, finished, beam.node)
+        beams, node = [], beam.node
+        for places in reversed(self._steps_of):
+            node = self.forest.parents[node]
+            beams.append(places[node])
+        return Hypothesis(
+            tokens, beam.weight / len(tokens) ** self.config.length_penalty, finished, beam.node, beams[::-1]
+        )
 
     def _is_done(self) -> bool:
         """The stopping rule of transformers' beam search, with target_width hypotheses in the pool."""
@@ -382,7 +417,8 @@ class PromptRun(ABC):
     def _mark_stopped(self, nodes: Sequence[int]) -> None:
         """Ask the caller's stopping criteria about nodes of one layer."""
         if self.rules is not None and self.rules.criteria is not None:
-            stops = self.rules.stops([self.forest.path(node) for node in nodes], self.target.device)
+            scores = self._scores if self.rules.scores else None
+            stops = self.rules.stops([self.forest.path(node) for node in nodes], self.target.device, scores)
             self._stopped.update(node for node, stop in zip(nodes, stops, strict=True) if stop)
 
     def _tell(self) -> None:
@@ -410,6 +446,7 @@ class PromptRun(ABC):
         if self.draft is not None:
             self.draft.forget(self.row, dead, live)
         self.touched = live  # they may die before they are used again
+        self._rows = {node: self._rows[node] for node in live if node in self._rows}
         return dead
 
     def _living(self) -> list[int]:
@@ -439,7 +476,15 @@ class PromptRun(ABC):
         self.stats.kv_slots_end = self.target.cache.slots_used(self.row)
         best = best[: self.config.num_return_sequences]
         self._tell_up_to(best[0].tokens)
-        return DecodeResult([h.tokens for h in best], [h.score for h in best], [h.finished for h in best], self.stats)
+        return DecodeResult(
+            [h.tokens for h in best],
+            [h.score for h in best],
+            [h.finished for h in best],
+            self.stats,
+            [h.beams for h in best],
+            self._scores,
+            self._logits,
+        )
 
 
 def draft_config(config: DecodingConfig) -> DecodingConfig:

@@ -12,6 +12,7 @@ import errno
 import functools
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -176,6 +177,13 @@ def _sentence(error: BaseException, config_name: str) -> str:
         if group and error.options is not None:
             return f"{group}={option} is not known; choose one of {', '.join(error.options)}."
     if isinstance(error, OverrideParseException):
+        name, equals, value = str(error.override).partition("=")
+        if equals and name and not value.startswith(("'", '"', "[", "{")):
+            quoted = f"{name}={_in_quotes(value)}"
+            return (
+                f"The argument {error.override!r} cannot be read ({lines[0]}); a value with signs such as = or a comma "
+                f"stands in quotes, those of the shell around them: {shlex.quote(quoted)}."
+            )
         return f"The argument {error.override!r} cannot be read ({lines[0]}); write settings as name=value."
     if isinstance(error, InstantiationException):
         return f"{' '.join(lines)} ({_FULL_ERROR}=1 shows where.)"
@@ -185,6 +193,11 @@ def _sentence(error: BaseException, config_name: str) -> str:
         return unknown
     below = f" {str(error.__cause__).splitlines()[0]}" if error.__cause__ else ""
     return f"{lines[0]}{below}"
+
+
+def _in_quotes(value: str) -> str:
+    """A value as Hydra's grammar takes any text."""
+    return '"' + value.replace('"', r"\"") + '"'
 
 
 def _unknown_override(key: str, config_name: str) -> str | None:

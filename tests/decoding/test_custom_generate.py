@@ -471,6 +471,70 @@ def test_scores_are_those_of_plain_generate(options: dict[str, Any]) -> None:
     assert one_beam[0].sequences.tolist() == one_beam[1].sequences.tolist()
 
 
+@pytest.mark.parametrize("prompts", [one(7, 11), BATCH], ids=["one", "batch"])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.3, "early_stopping": True}], ids=str)
+def test_rows_of_every_step_are_those_of_plain_generate(
+    prompts: dict[str, Tensor], beams: int, more: dict[str, Any]
+) -> None:
+    """What beam_indices point at is equal, and with it the transition scores; where no text comes from may be -inf."""
+    given = {"max_new_tokens": 8, "num_beams": beams, "num_return_sequences": beams, "eos_token_id": END, **more}
+    given |= {"pad_token_id": PAD, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    plain = target().generate(**prompts, **given)
+    for drafting in (None, draft()):
+        found = target().generate(**prompts, **given, assistant_model=drafting, custom_generate=dsbd_generate)
+        assert found.sequences.tolist() == plain.sequences.tolist()
+        for rows, expected in ((found.scores, plain.scores), (found.logits, plain.logits)):
+            assert [row.shape for row in rows] == [row.shape for row in expected]
+            for row, wanted in zip(rows, expected, strict=True):
+                there = row.amax(-1) > -torch.inf
+                assert there.any()
+                torch.testing.assert_close(row[there], wanted[there], rtol=1e-4, atol=1e-4)  # other kernels' sums
+                if len(prompts["input_ids"]) == 1:
+                    assert there.all()
+        if beams > 1:
+            assert found.beam_indices.tolist() == plain.beam_indices.tolist()
+        ours, theirs = (
+            target().compute_transition_scores(out.sequences, out.scores, getattr(out, "beam_indices", None))
+            for out in (found, plain)
+        )
+        seen = ours > -torch.inf  # after its end a text of one beam has no scores
+        assert seen.any(1).all()
+        torch.testing.assert_close(ours[seen], theirs[seen], rtol=1e-4, atol=1e-4)
+
+
+def test_transition_scores_of_sampled_beams_add_up() -> None:
+    given = {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 3, "eos_token_id": END, "pad_token_id": PAD}
+    given |= {"return_dict_in_generate": True, "output_scores": True, "do_sample": True, "length_penalty": 0.0}
+    for drafting in (None, draft()):
+        torch.manual_seed(3)
+        found = target().generate(**BATCH, **given, assistant_model=drafting, custom_generate=dsbd_generate)
+        scores = target().compute_transition_scores(found.sequences, found.scores, found.beam_indices)
+        assert scores.sum(1).tolist() == pytest.approx(found.sequences_scores.tolist(), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_criteria_may_read_scores(beams: int) -> None:
+    """They end a text where the last row's likeliest token is likely enough."""
+    seen: list[int] = []
+
+    def sure(ids: Tensor, scores: tuple[Tensor, ...], **_: Any) -> Tensor:
+        seen.append(len(scores))
+        likely = scores[-1].log_softmax(-1).max() > -2.2
+        return torch.full((len(ids),), bool(likely))
+
+    given = {"max_new_tokens": 12, "num_beams": beams, "eos_token_id": END, "pad_token_id": PAD}
+    given |= {"return_dict_in_generate": True, "output_scores": True, "stopping_criteria": [sure]}
+    for prompt in ((7, 11), (5, 9, 30), (4,), (17, 3)):
+        plain = target().generate(**one(*prompt), **given).sequences.tolist()
+        steps, seen[:] = max(seen), []
+        for drafting in (None, draft()):
+            ours = target().generate(**one(*prompt), **given, assistant_model=drafting, custom_generate=dsbd_generate)
+            assert ours.sequences.tolist() == plain
+            assert max(seen) == steps
+            seen.clear()
+
+
 def test_where_there_are_fewer_hypotheses_the_last_is_repeated() -> None:
     """Two tokens are allowed, and one of them ends: of three that are asked for two exist."""
     options: dict[str, Any] = {"max_new_tokens": 1, "num_beams": 3, "num_return_sequences": 3, "eos_token_id": END}
@@ -723,8 +787,8 @@ def test_warpers_made_for_more_beams_than_are_kept() -> None:
 def test_wrong_samplers_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = PromptRun.process
 
-    def wrong(self: PromptRun, nodes: Any, logits: Tensor) -> Tensor:
-        return (honest(self, nodes, logits) if fault == "normalised" else logits).log_softmax(-1)
+    def wrong(self: PromptRun, nodes: Any, logits: Tensor, of_target: bool) -> Tensor:
+        return (honest(self, nodes, logits, of_target) if fault == "normalised" else logits).log_softmax(-1)
 
     monkeypatch.setattr(PromptRun, "process", wrong)
     found = draws(2, 2, 600, **options_of("all"))
@@ -751,7 +815,7 @@ USED = {
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "renormalize_logits", "sequence_bias"),
     *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty"),
     *("suppress_tokens", "begin_suppress_tokens", "pad_token_id", "bos_token_id", "eos_token_id"),
-    *("return_dict_in_generate", "output_scores"),
+    *("return_dict_in_generate", "output_scores", "output_logits"),
 }
 # A value that differs from the default, for those that cannot be seen in the tokens: how plain generate computes them.
 WITHOUT_INFLUENCE: dict[str, Any] = {
@@ -788,7 +852,6 @@ ASKED: dict[str, Any] = {
     "num_beam_groups": 2,
     "output_attentions": True,
     "output_hidden_states": True,
-    "output_logits": True,
     "penalty_alpha": 0.6,
     "speculation_type": "dflash",
     "use_mtp": True,
@@ -853,10 +916,6 @@ WRONG_INPUTS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "a streamer for two samples": (
         lambda: {**one(7, 11), "streamer": Heard(), "do_sample": True, "num_return_sequences": 2},
         "streamer with 2 texts",
-    ),
-    "scores of single steps": (
-        lambda: {**one(7, 11), "return_dict_in_generate": True, "output_scores": True, "num_beams": 1},
-        "output_scores",
     ),
     "several processes": (lambda: {**one(7, 11), "synced_gpus": True}, "synced_gpus"),
     "a processor that knows the batch": (

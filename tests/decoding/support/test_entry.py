@@ -75,6 +75,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ("trainer=gpu", "trainer"),
         ("word", "The argument 'word' cannot be read"),
         ("seed=[", "The argument 'seed=[' cannot be read"),
+        ("output_dir=/tmp/a=b", """those of the shell around them: 'output_dir="/tmp/a=b"'."""),
         ("policy._target_=decoding.Nope", "policy._target_ is 'decoding.Nope', which cannot be used"),
         ("seed=${nothing}", "nothing"),
         ("policy=null", "policy=null gives a group no choice"),
