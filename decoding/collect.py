@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
+from decoding.dice.sampling import NotNumbers
 from decoding.errors import UserError
 from decoding.pairs.pair import ModelPair
 from decoding.policies.base import WidthPolicy
@@ -158,7 +159,7 @@ def _new_manifest(about: dict[str, Any], key: str, pair: ModelPair) -> dict[str,
 
 def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) -> None:
     """Decode what is not done yet, a shard at a time."""
-    cfg, pair, features = collection.cfg, collection.pair, collection.features
+    cfg, pair = collection.cfg, collection.pair
     decoder = DSBDDecoder(pair, collection.config, collection.policy)
     size = whole("collect.batch_size", cfg.collect.batch_size, least=1)
     if pair.drafter is None:
@@ -174,14 +175,13 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
             rows = []
             for at in range(0, len(chunk), size):
                 group = chunk[at : at + size]
-                seeds = [prompt_seed(cfg.seed, prompt.id) for _, prompt in group]
-                recorders = [TraceRecorder(features, collection.columns) for _ in seeds]
-                for recorder, (split, prompt) in zip(recorders, group, strict=True):
-                    recorder.start(prompt.id, split)
-                streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-                decoder.generate([prompt.tokens for _, prompt in group], streams, recorders)
-                rows += [row for recorder in recorders for row in recorder.take_rows()]
+                rows += _rows_of(collection, decoder, group, manifest)
                 progress.advance(task, len(group))
+            if not rows:
+                raise UserError(
+                    f"All of {len(chunk)} prompts make a model return NaN, {chunk[0][1].id!r} first; check the weights "
+                    "and try dtype=float32."
+                )
             about = {"trace_key": manifest["trace_key"], "feature_names": manifest["features"]["names"]}
             taken = {shard["file"] for shard in manifest["shards"]}
             name = next(name for i in range(len(taken) + 1) if (name := f"traces-{i:05d}.parquet") not in taken)
@@ -189,6 +189,31 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
             _add_shard(directory, manifest, shard, [prompt.id for _, prompt in chunk])
     manifest["complete"] = True
     write_manifest(directory, manifest)
+
+
+def _rows_of(
+    collection: Collection, decoder: DSBDDecoder, group: Sequence[tuple[str, Prompt]], manifest: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Decode prompts together; one that makes a model return NaN is told of, noted and passed over, unless the config
+    is strict.
+    """
+    seeds = [prompt_seed(collection.cfg.seed, prompt.id) for _, prompt in group]
+    recorders = [TraceRecorder(collection.features, collection.columns) for _ in seeds]
+    for recorder, (split, prompt) in zip(recorders, group, strict=True):
+        recorder.start(prompt.id, split)
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    try:
+        decoder.generate([prompt.tokens for _, prompt in group], streams, recorders)
+    except NotNumbers as error:
+        if collection.cfg.collect.get("strict", False):
+            raise
+        if len(group) > 1:  # rows do not depend on who is decoded beside
+            return [row for one in group for row in _rows_of(collection, decoder, [one], manifest)]
+        prompt = group[0][1]
+        print(f"Prompt {prompt.id!r} is passed over: {error}", file=sys.stderr)
+        manifest["skipped"] = [*(name for name in manifest.get("skipped", []) if name != prompt.id), prompt.id]
+        return []
+    return [row for recorder in recorders for row in recorder.take_rows()]
 
 
 @contextmanager

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from decoding.config import DecodingConfig
-from decoding.dice.sampling import FloatArray, IntArray, Joint, nan_message
-from decoding.errors import UserError
+from decoding.dice.sampling import FloatArray, IntArray, Joint, NotNumbers, nan_message
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,4 +134,4 @@ def _send(numbers: NDArray[np.generic], device: torch.device) -> Tensor:
 
 def check_numbers(numbers: FloatArray, model_name: str) -> None:
     if np.isnan(numbers).any():
-        raise UserError(nan_message(model_name))
+        raise NotNumbers(nan_message(model_name))

@@ -137,7 +137,9 @@ def compact_joint(
     """
     best = values.max()
     if not best > -np.inf:
-        raise UserError(nan_message(model_name) if np.isnan(best) else nothing_left_message(model_name))
+        if np.isnan(best):
+            raise NotNumbers(nan_message(model_name))
+        raise UserError(nothing_left_message(model_name))
     base = np.asarray(weights, dtype=np.float64)  # [B]
     cut = config.top_k if config.warp == "joint" else None
     if config.top_p is None or config.top_p == 1:
@@ -192,6 +194,10 @@ def nothing_left_message(model_name: str) -> str:
         f"The {model_name} model gives every continuation the probability 0, as it does where logits processors forbid "
         "all tokens. Change them."
     )
+
+
+class NotNumbers(UserError):
+    """A model returned NaN: at this prompt, or at all."""
 
 
 def nan_message(model_name: str) -> str:

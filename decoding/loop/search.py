@@ -13,7 +13,7 @@ import numpy as np
 
 from decoding.config import DecodingConfig
 from decoding.dice.dense import DenseJoint
-from decoding.dice.sampling import FloatArray, IntArray, Joint, nan_message, nothing_left_message
+from decoding.dice.sampling import FloatArray, IntArray, Joint, NotNumbers, nan_message, nothing_left_message
 from decoding.dice.verdict import judge
 from decoding.errors import UserError
 from decoding.forest.node_scorer import NodeScorer
@@ -147,7 +147,7 @@ def ranked_joint(
         UserError: the model returned NaN.
     """
     if np.isnan(values.max()):
-        raise UserError(nan_message(model_name))
+        raise NotNumbers(nan_message(model_name))
     score = (values + np.asarray(weights, dtype=np.float64)[:, None]).ravel()
     rows = np.arange(len(nodes)).repeat(values.shape[1])
     order = np.lexsort((tokens.ravel(), rows, -score))[:count]

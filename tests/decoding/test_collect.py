@@ -21,6 +21,7 @@ from controller.checkpoint import save_controller
 from decoding import DecodingConfig, DSBDDecoder, ExploringWidth, FixedWidth, ModelPair, UserError
 from decoding.collect import Collection, ensure_traces, trace_key
 from decoding.cost_table import LatencyTable
+from decoding.dice.sampling import NotNumbers, nan_message
 from decoding.policies.bandit import BanditWidth
 from decoding.policies.base import DraftContext
 from decoding.tasks.base import Prompt
@@ -127,6 +128,44 @@ def test_an_interrupted_collection_goes_on_with_the_same_rows(tmp_path: Path, mo
     assert not list(directory.glob("*.partial"))
     parts, _ = load_traces(ensure_traces(cfg))
     assert whole.to_list() == parts.to_list()
+
+
+class Fragile(FixedTask):
+    """Prompt 2 of the split train ends with token 7."""
+
+    def prompts(self, split: str, limit: int | None, tokenizer: Any) -> list[Prompt]:
+        found = [replace(p, tokens=[3 if t == 7 else t for t in p.tokens]) for p in super().prompts(split, limit, None)]
+        if split == "train":
+            found[2] = replace(found[2], tokens=[*found[2].tokens[:-1], 7])
+        return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_prompt_that_gives_nan_is_told_of_and_passed_over(
+    tmp_path: Path, batch_size: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(directory: Path, **collect: Any) -> DictConfig:
+        cfg = collect_config(directory, batch_size=batch_size, **collect)
+        cfg.data._target_ = f"{__name__}.Fragile"
+        return cfg
+
+    whole, _ = load_traces(ensure_traces(config(tmp_path / "whole")))
+    original = DSBDDecoder.generate
+
+    def nan_at_seven(self: DSBDDecoder, prompts: Any, *args: Any, **options: Any) -> Any:
+        if any(prompt[-1] == 7 for prompt in prompts):
+            raise NotNumbers(nan_message("target"))
+        return original(self, prompts, *args, **options)
+
+    monkeypatch.setattr(DSBDDecoder, "generate", nan_at_seven)
+    with pytest.raises(UserError, match="NaN"):
+        ensure_traces(config(tmp_path / "strict", strict=True))
+    rows, manifest = load_traces(ensure_traces(config(tmp_path / "parts")))
+    (skipped,) = manifest["skipped"]
+    assert f"Prompt {skipped!r} is passed over: The target model returned NaN" in capsys.readouterr().err
+    kept = [row for row in whole if row["prompt_id"] != skipped]
+    assert len(kept) < len(whole)
+    assert_close(rows, Dataset.from_list(kept, features=whole.features))
 
 
 @pytest.mark.parametrize("harm", ["gone", "flipped", "cut"])

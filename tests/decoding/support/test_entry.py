@@ -58,7 +58,10 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ("+policy.sed=1", "policy.sed is not a setting of decoding.ExploringWidth; choose among seed"),
         ("decoding.top_kk=1", "Did you mean decoding.top_k?"),
         ("+colect.x=1", "colect is not a setting; choose among"),
-        ("+collect.x=1", "collect.x is not a setting of collect; choose among batch_size, columns, test_prompts"),
+        (
+            "+collect.x=1",
+            "collect.x is not a setting of collect; choose among batch_size, columns, strict, test_prompts",
+        ),
         ("pair=foo", "pair=foo is not known; choose one of"),
         ("data=foo", "jsonl"),
         (
