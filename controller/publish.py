@@ -6,12 +6,11 @@ The token is that of `hf auth login`, or HF_TOKEN.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from controller.checkpoint import load_controller
 from controller.hub import upload
-from decoding.errors import UserError
+from decoding.support.plain import plain_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,13 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="a repository that is made is private")
     parser.add_argument("--revision", help="branch; main unless given")
     given = parser.parse_args(arguments)
-    try:
+    with plain_command():
         net, provenance = load_controller(given.directory)
         options = {"results": given.results, "private": given.private, "revision": given.revision}
         print(f"controller published: {upload(net, provenance, given.repo_id, **options)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from decoding.measure.rows import REFERENCES
 from decoding.measure.verdict_words import verdict_lines
 from decoding.support.checks import choice
 from decoding.support.files import write_whole
+from decoding.support.plain import plain_command
 
 FRONTIER, FRONTIER_ALSO, CALIBRATION, TABLE = "frontier", "frontier_also", "calibration", "results.md"
 _USAGE = (
@@ -276,11 +277,8 @@ def _told(row: Node, speed: str) -> str:
 
 def main() -> None:
     """Run on `sys.argv`; a user's mistake is one sentence and exit code 2."""
-    try:
+    with plain_command():
         command_line(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

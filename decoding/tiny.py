@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from decoding.pairs.builtin import TINY_DIR, load_tiny
+from decoding.support.plain import plain_command
 from decoding.tasks.stdlib import split_of, stdlib_modules
 
 EOS = "<|endoftext|>"
@@ -335,4 +336,5 @@ def train_pair(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_command():
+        main()

@@ -14,9 +14,7 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from decoding.errors import UserError
 from decoding.support.in_use import LOCK, fresh_folder, in_use
 from decoding.support.names import is_dotted
+from decoding.support.plain import terminated_as_interrupted
 from decoding.support.secret import hidden_in_logs, hide, hide_in_file
 from decoding.support.settings import check_settings, unknown_setting
 
@@ -80,7 +79,7 @@ def entry_point(
                 return task(cfg)
             with (
                 _one_sentence(config_name, tracebacks),
-                _terminated_as_interrupted(),
+                terminated_as_interrupted(),
                 _hydra_raises(),
                 hidden_in_logs(),
             ):
@@ -129,26 +128,6 @@ def _number(error: OSError) -> int:
     """The number of an error of the system; pyarrow says it in words alone."""
     said = re.search(r"\[errno (\d+)\]", str(error), re.IGNORECASE)
     return error.errno or (int(said[1]) if said else 0)
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Make SIGTERM (timeout, SLURM, Kubernetes) what Ctrl-C is, so that what was done is kept.
-
-    Lightning, which would end a fit on it with exit code 0, calls a handler that it finds.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 @contextmanager

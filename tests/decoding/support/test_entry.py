@@ -66,7 +66,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ("data=foo", "jsonl"),
         (
             "policy=foo",
-            "policy=foo is not known; choose one of bandit, entropy, exploring, fixed, gap, key_gap, learned, mass,",
+            "policy=foo is not known; choose one of bandit, entropy, expected, exploring, fixed, gap, key_gap,",
         ),
         ("seed=abc", "seed is 'abc'; give a whole number (default 0)."),
         ("seed=1.5", "seed is 1.5"),
