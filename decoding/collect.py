@@ -194,8 +194,8 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
 def _rows_of(
     collection: Collection, decoder: DSBDDecoder, group: Sequence[tuple[str, Prompt]], manifest: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Decode prompts together; one that makes a model return NaN is told of, noted and passed over, unless the config
-    is strict.
+    """Decode prompts together; one that makes a model return NaN is told of, noted and passed over,
+    unless the config is strict.
     """
     seeds = [prompt_seed(collection.cfg.seed, prompt.id) for _, prompt in group]
     recorders = [TraceRecorder(collection.features, collection.columns) for _ in seeds]
