@@ -1,4 +1,4 @@
-"""What every command line does with a signal or a user's mistake, those without Hydra too."""
+"""Signals and mistakes in command lines, those without Hydra too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from decoding.errors import UserError
 
 @contextmanager
 def plain_command() -> Iterator[None]:
-    """Make a user's mistake `error: ...` with exit code 2, and Ctrl-C and SIGTERM `interrupted` with 130."""
+    """Make a user's mistake `error: ...` with exit code 2, Ctrl-C and SIGTERM `interrupted` with 130."""
     try:
         with terminated_as_interrupted():
             yield
