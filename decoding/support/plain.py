@@ -13,7 +13,7 @@ from decoding.errors import UserError
 
 @contextmanager
 def plain_command() -> Iterator[None]:
-    """Make a user's mistake `error: ...` with exit code 2, Ctrl-C and SIGTERM `interrupted` with 130."""
+    """Make a mistake `error: ...` with exit code 2, Ctrl-C and SIGTERM `interrupted` with 130."""
     try:
         with terminated_as_interrupted():
             yield
