@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from decoding.errors import UserError
 from decoding.policies.base import DraftContext, RootContext
 from decoding.support.arrays import FloatVector
+from decoding.support.compiled import compiled
 from decoding.support.names import locate
 
 VERSION = 3
@@ -61,58 +62,77 @@ class ContextFeatures:
         return candidate_features(context)
 
 
-def root_features(root: RootContext) -> list[float]:
+def root_features(root: RootContext) -> tuple[float, float, float, float]:
     """The part of a layer's features that the whole iteration shares."""
-    shares = _shares(root.weights)
-    drafted = [layer for layer in root.history if layer.draft_width]
-    passed = sum(layer.passed for layer in drafted) / len(drafted) if drafted else 0.5
-    return [
-        float(np.log(len(shares))),
-        float(-(shares * np.log(np.maximum(shares, _LEAST))).sum()),
-        passed,
-        float(np.log(max(len(root.history), 1))),
-    ]
+    drafted = passed = 0
+    for layer in root.history:
+        if layer.draft_width:
+            drafted, passed = drafted + 1, passed + layer.passed
+    share = passed / drafted if drafted else 0.5
+    return math.log(len(root.weights)), _entropy(root.weights), share, math.log(max(len(root.history), 1))
 
 
 def layer_features(context: DraftContext) -> FloatVector:
     """[F]; see LAYER."""
     assert context.candidates is not None and context.known is not None
-    q, shares = context.candidates.probs, _shares(context.weights)
-    return np.array(
-        [
-            context.layer,
-            *root_features(context.root),
-            np.log(len(shares)),
-            shares[context.known].sum(),
-            -(q * np.log(np.maximum(q, _LEAST))).sum(),
-            q.sum(),
-        ],
-        dtype=np.float32,
+    made: FloatVector = _of_layer(
+        context.layer, root_features(context.root), context.weights, context.known, context.candidates.probs
     )
+    return made
 
 
 def candidate_features(context: DraftContext) -> FloatVector:
     """[C, G]; see CANDIDATE."""
     found = context.candidates
     assert found is not None and context.known is not None
-    columns = (
-        np.log(np.maximum(found.probs, _LEAST)),
-        np.log(np.maximum(found.keys, _LEAST)),
-        np.log(np.maximum(_shares(context.weights), _LEAST))[found.rows],
-        context.known[found.rows],
-        found.scored,
-    )
-    return np.stack(columns, axis=1).astype(np.float32)
+    of = found.probs, found.keys, found.rows, found.scored
+    made: FloatVector = _of_candidates(*of, context.weights, context.known)
+    return made
+
+
+@compiled
+def _shares(weights):  # type: ignore[no-untyped-def]
+    shares = np.exp(weights - weights.max())
+    return shares / shares.sum()
+
+
+@compiled
+def _entropy(weights):  # type: ignore[no-untyped-def]
+    """Nats."""
+    shares = _shares(weights)
+    return -(shares * np.log(np.maximum(shares, _LEAST))).sum()
+
+
+@compiled
+def _of_layer(layer, root, weights, known, probs):  # type: ignore[no-untyped-def]
+    made = np.empty(5 + len(root), np.float32)
+    made[0] = layer
+    for place in range(len(root)):
+        made[1 + place] = root[place]
+    made[-4] = math.log(len(weights))
+    made[-3] = (_shares(weights) * known).sum()
+    made[-2] = -(probs * np.log(np.maximum(probs, _LEAST))).sum()
+    made[-1] = probs.sum()
+    return made
+
+
+@compiled
+def _of_candidates(probs, keys, rows, scored, weights, known):  # type: ignore[no-untyped-def]
+    made = np.empty((len(probs), 5), np.float32)
+    shares = np.log(np.maximum(_shares(weights), _LEAST))
+    for place in range(len(probs)):
+        row = rows[place]
+        made[place, 0] = math.log(max(probs[place], _LEAST))
+        made[place, 1] = math.log(max(keys[place], _LEAST))
+        made[place, 2] = shares[row]
+        made[place, 3] = known[row]
+        made[place, 4] = scored[place]
+    return made
 
 
 def _computes(kind: Any) -> bool:
     """Whether it is a class of features."""
     return isinstance(kind, type) and all(callable(getattr(kind, name, None)) for name in _METHODS)
-
-
-def _shares(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    shares = np.exp(weights - weights.max())
-    return shares / shares.sum()
 
 
 def describe_features(features: ContextFeatures, arguments: Mapping[str, Any]) -> dict[str, Any]:

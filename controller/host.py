@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from controller.network import CUT, LEAST, LIMIT, SOFT, PassRule, WidthNet
+from controller.plan import LEAST_CHANCE, SCORED, best_count, worth
 from decoding.errors import UserError
-from decoding.support.arrays import FloatVector
+from decoding.support.arrays import FloatArray, FloatVector, IntArray
 from decoding.support.compiled import COMPILED, compiled
 
 
@@ -75,6 +75,116 @@ def log_chances(candidates, features, log_parent, of, target_width, mean, invers
     return log_parent - np.log1p(np.exp(np.minimum(-odds, np.float32(80.0))))
 
 
+@compiled
+def leftovers(chances, drafted, target_width):  # type: ignore[no-untyped-def]
+    """`network.leftovers` of one layer."""
+    left_out, missing = 0.0, float(target_width)
+    for place in range(len(chances)):
+        if drafted[place]:
+            missing -= chances[place]
+        else:
+            left_out -= math.log1p(-min(chances[place], 1.0 - LEAST))
+    return left_out, missing
+
+
+@compiled
+def chance_of(rule, odds, target_width):  # type: ignore[no-untyped-def]
+    """P that drafts hold the whole selection, by the log-odds before the steps; `rule` as in `HostNet`."""
+    steps = rule[3]
+    return 1.0 / (1.0 + math.exp(min(steps[target_width - 1] - odds, 80.0)))
+
+
+@compiled
+def passes(rule, features, left_out, missing, target_width):  # type: ignore[no-untyped-def]
+    """P that drafts hold the whole selection, with the candidates in hand."""
+    weights, bias, rates, _, mean, scale = rule
+    odds = bias - rates[0] * math.log(left_out + SOFT) - rates[1] * missing
+    for place in range(len(features)):
+        odds += weights[place] * min(max((features[place] - mean[place]) / scale[place], -LIMIT), LIMIT)
+    return chance_of(rule, odds, target_width)
+
+
+@compiled
+def expects(rule, context, width, target_width):  # type: ignore[no-untyped-def]
+    """P that `width` drafts hold the whole selection, before the layer is drafted, by BEFORE."""
+    weights, bias, rates, _ = rule
+    odds = bias + rates[0] * math.log(width)
+    for place in range(len(weights)):
+        odds += weights[place] * context[place]
+    return chance_of(rule, odds, target_width)
+
+
+@compiled
+def decide(net, rules, candidates, features, log_parent, root, widths, reach, nodes, rate, costs):  # type: ignore[no-untyped-def]
+    """What to draft of a layer, and what follows from it.
+
+    Args:
+        net, rules: as in `HostNet`.
+        candidates, features, log_parent: as for `log_chances`.
+        root: what `root_features` gives.
+        widths: the layer, from 1; R of the decoding; the most that may be drafted.
+        reach: the chance that all layers above pass.
+        nodes: of the pass so far.
+        rate, costs: as for `best_count`.
+
+    Returns:
+        As `HostNet.layer`.
+    """
+    layer, target_width, most = widths
+    found = log_chances(candidates, features, log_parent, *net)
+    chances = np.exp(found)
+    scored = candidates[:, net[0][2]] > 0
+    order = np.argsort(-chances, kind="mergesort")[:most]
+    values = np.empty(len(order), np.float64)
+    likely, fresh = 0, 0
+    for place in order:
+        if chances[place] < LEAST_CHANCE:
+            break
+        likely += 1
+        if not scored[place]:
+            values[fresh] = worth(chances[place], reach)
+            fresh += 1
+    sent = best_count(values[:fresh], nodes, costs, rate)
+    picks = np.empty(max(likely, 1), np.int64)
+    picks[0] = order[0]  # if it is the only one
+    count = 0
+    for place in order[:likely]:
+        if scored[place] or sent > 0:
+            picks[count] = place
+            count += 1
+        if not scored[place]:
+            sent -= 1
+    picks = picks[: max(count, 1)]
+    drafted = scored.copy()
+    drafted[picks] = True
+    left_out, missing = leftovers(chances, drafted, target_width)
+    fresh, unknown, total = 0, 0.0, 1e-6
+    values = values[: len(picks)]
+    for place in range(len(picks)):
+        chance = chances[picks[place]]
+        total += chance
+        values[place] = SCORED
+        if not scored[picks[place]]:
+            values[place] = worth(chance, reach)
+            fresh, unknown = fresh + 1, unknown + chance
+    passing = reach * passes(rules[1], features, left_out, missing, target_width)
+    left = math.log(left_out + SOFT), missing, unknown / total
+    below = expects(rules[0], (0.0, layer + 1.0, *root, *left), len(picks), target_width)
+    return picks, found[picks], values, fresh, left, passing, below
+
+
+class Layer(NamedTuple):
+    """A layer that was decided."""
+
+    picks: IntArray  # [w] candidates to draft, in order
+    log_chances: FloatVector  # [w] log π
+    values: FloatArray  # [w] tokens that each is worth; SCORED where the target has scored it
+    fresh: int  # of them, that it has not
+    left: tuple[float, float, float]  # what BEFORE says of this layer at the one below
+    passing: float  # the chance that it passes, and all above
+    below: float  # that the next one does, if as many are drafted
+
+
 class HostNet:
     """A WidthNet's weights, and what it says of one layer.
 
@@ -86,57 +196,57 @@ class HostNet:
         linears = [block[0] for block in list(net.mlp)[:-1]]  # type: ignore[index]
         last: Any = net.mlp[-1]
         self.target_width, self.sizes = net.target_width, net.sizes
-        self._of = net.of_candidate[0], net.of_candidate[1]
-        self._hidden = tuple((_host(linear.weight.T), _host(linear.bias)) for linear in linears)
-        self._top = _host(last.weight.T / net.temperature)
-        self._bias = _host(last.bias / net.temperature)
-        self._mean, self._inverse = _host(net.mean), _host(1.0 / net.scale)
-        self._before, self._after = _Rule(net.before, None), _Rule(net.after, (net.after_mean, net.after_scale))
+        hidden = tuple((_host(linear.weight.T), _host(linear.bias)) for linear in linears)
+        inputs = _host(net.mean), _host(1.0 / net.scale)
+        top = _host(last.weight.T / net.temperature), _host(last.bias / net.temperature)
+        self._net = tuple(net.of_candidate), net.target_width, *inputs, hidden, *top
+        before, after = _rule(net.before), _rule(net.after)
+        standard = _host(net.after_mean).astype(np.float64), _host(net.after_scale).astype(np.float64)
+        self._rules = before, (*after, *standard)
 
     def chances(self, candidates: FloatVector, features: FloatVector, log_parent: FloatVector) -> FloatVector:
         """log π of a layer's candidates, [C]; arguments as for `log_chances`."""
+        self._check(candidates, features)
+        found: FloatVector = log_chances(candidates, features, log_parent, *self._net)
+        return found
+
+    def layer(
+        self,
+        candidates: FloatVector,
+        features: FloatVector,
+        log_parent: FloatVector,
+        root: tuple[float, float, float, float],
+        widths: tuple[int, int, int],
+        reach: float,
+        nodes: int,
+        rate: float,
+        costs: FloatArray,
+    ) -> Layer:
+        """Decide what to draft of a layer; arguments as for `decide`."""
+        self._check(candidates, features)
+        given = candidates, features, log_parent, root, widths, float(reach), nodes, float(rate), costs
+        return Layer(*decide(self._net, self._rules, *given))
+
+    def passes(self, features: FloatVector, left_out: float, missing: float, target_width: int) -> float:
+        """P that drafts hold the first `target_width` of the selection, with the candidates in hand."""
+        return float(passes(self._rules[1], features, left_out, missing, target_width))
+
+    def expects(self, context: tuple[float, ...], width: int, target_width: int) -> float:
+        """P that `width` drafts hold the first `target_width`, before the layer is drafted, by BEFORE."""
+        return float(expects(self._rules[0], context, width, target_width))
+
+    def _check(self, candidates: FloatVector, features: FloatVector) -> None:
         if (candidates.shape[1:], features.shape) != ((self.sizes[0],), (self.sizes[1],)):  # compiled code reads on
             raise UserError(
                 f"The features are {candidates.shape[1:]} of a candidate and {features.shape} of a layer, the "
                 f"controller was trained with {self.sizes[0]} and {self.sizes[1]}. Give the features that it names."
             )
-        weights = self._mean, self._inverse, self._hidden, self._top, self._bias
-        found: FloatVector = log_chances(candidates, features, log_parent, self._of, self.target_width, *weights)
-        return found
-
-    def passes(self, features: Sequence[float], left_out: float, missing: float) -> list[float]:
-        """P that drafts hold the first j = 1..R of the selection, with the candidates in hand."""
-        return self._after(features, (math.log(left_out + SOFT), missing))
-
-    def expects(self, context: Sequence[float], width: int) -> list[float]:
-        """The same before the layer is drafted, by BEFORE and the number of drafts."""
-        return self._before(context, (-math.log(width),))
 
 
-class _Rule:
-    """A PassRule as numbers."""
-
-    def __init__(self, rule: PassRule, standard: tuple[Tensor, Tensor] | None) -> None:
-        softplus = [np.logaddexp(0.0, part.tolist()) for part in (rule.steps, rule.rates)]  # of any size
-        self._steps, self._rates = np.cumsum(softplus[0]).tolist(), softplus[1].tolist()
-        self._weights, self._bias = rule.linear.weight[0].tolist(), float(rule.linear.bias.detach())
-        count = len(self._weights)
-        mean, scale = ([0.0] * count, [1.0] * count) if standard is None else (part.tolist() for part in standard)
-        self._standard = list(zip(mean, scale, strict=True)) if standard is not None else None
-
-    def __call__(self, context: Sequence[float], evidence: Sequence[float]) -> list[float]:
-        if self._standard is not None:
-            scaled = [(value - mean) / scale for value, (mean, scale) in zip(context, self._standard, strict=True)]
-            context = [min(max(value, -LIMIT), LIMIT) for value in scaled]
-        odds = self._bias + sum(weight * value for weight, value in zip(self._weights, context, strict=True))
-        odds -= sum(rate * value for rate, value in zip(self._rates, evidence, strict=True))
-        return [1.0 / (1.0 + math.exp(min(step - odds, 80.0))) for step in self._steps]
-
-
-def leftovers(chances: FloatVector, drafted: np.ndarray, target_width: int) -> tuple[float, float]:
-    """`network.leftovers` of one layer."""
-    others = np.minimum(chances[~drafted], 1 - LEAST)
-    return float(-np.log1p(-others).sum()), float(target_width - chances[drafted].sum())
+def _rule(rule: PassRule) -> tuple[FloatArray, float, FloatArray, FloatArray]:
+    """A PassRule as numbers: weights, bias, rates of the evidence, steps."""
+    steps, rates = (np.logaddexp(0.0, np.array(part.tolist())) for part in (rule.steps, rule.rates))  # of any size
+    return np.array(rule.linear.weight[0].tolist()), float(rule.linear.bias.detach()), rates, np.cumsum(steps)
 
 
 def _host(tensor: Tensor) -> FloatVector:

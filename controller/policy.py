@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,50 +15,43 @@ from numpy.typing import NDArray
 from controller.checkpoint import load_controller
 from controller.experience import Experience
 from controller.features import ContextFeatures, check_features, features_of, root_features
-from controller.host import HostNet, leftovers
+from controller.host import HostNet, Layer, leftovers
 from controller.hub import upload
 from controller.network import SOFT, WidthNet
-from controller.plan import LEAST_CHANCE, Plan
+from controller.plan import Plan, sent, share_of
 from decoding.config import DecodingConfig
 from decoding.cost_table import Costs, LatencyTable, UnitCosts, costs_digest
+from decoding.dice.sampling import Joint
 from decoding.errors import UserError, reading
 from decoding.policies.base import (
     DRAFT_DEPTH,
     DRAFT_WIDTH,
     TARGET_WIDTH,
+    Candidates,
     DraftContext,
     IterationRecord,
+    Knob,
     Parents,
     RootContext,
     TargetContext,
     WidthPolicy,
 )
 from decoding.support.arrays import FloatVector, IntArray
+from decoding.support.checks import number
 
 CLOCKS = ("wall", "table")
+_NONE = np.zeros(0, np.float32)
 # Settings that shape P and Q: a controller trained under others is used out of its element.
 _TRAINED_UNDER = ("mode", "temperature", "top_k", "top_p", "warp", "oversample", "draft_top_k", "one_beam_cache")
-
-
-class _Layer(NamedTuple):
-    """What was drafted of a layer."""
-
-    chances: FloatVector  # [w] π of the drafts, in order
-    scored: NDArray[np.bool_]  # [w]
-    reach: float  # the chance that all layers above pass
-    left_out: float
-    missing: float
-    features: list[float]
-    held: list[float]  # the chances that the drafts hold the first j = 1.. of the selection
-    sent: NDArray[np.bool_] | None = None  # [w] drafts that go to the target; None: it is still to be decided
 
 
 class LearnedWidth(WidthPolicy):
     """Drafts by a trained controller; the decoder forks it for each prompt.
 
     All target_width beams are asked for at every layer, so that the tokens are those of `beam_sample` with the same
-    seed: only the speed depends on the controller. How long iterations take and what they give is learned on line and
-    outlives a prompt; where drafting does not pay, nothing is drafted but now and then.
+    seed: only the speed depends on the controller. With `width_value` fewer may be asked for, where that makes a layer
+    likelier to pass. How long iterations take and what they give is learned on line and outlives a prompt; where
+    drafting does not pay, nothing is drafted but now and then.
 
     Args:
         net: in eval mode, on the CPU.
@@ -68,13 +62,15 @@ class LearnedWidth(WidthPolicy):
             with a latency table in seconds, else "table".
         share: whether prompts learn together; False: each starts anew.
         features: those that the network was trained with; None: the built-in ones.
+        width_value: what a layer of very many beams in place of one is worth, in tokens, 0 or more: the lower, the
+            fewer beams and the faster. None: all beams at every layer, whatever they cost.
 
     Raises:
         UserError: an argument that is not allowed, or features other than those it was trained with.
     """
 
     name = "learned"
-    knobs = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH)
+    knobs = (TARGET_WIDTH, DRAFT_WIDTH, DRAFT_DEPTH, Knob("width_value", "value", axis="width_values", of_drafts=True))
     family = "learned"
     chooses = True
 
@@ -86,7 +82,10 @@ class LearnedWidth(WidthPolicy):
         clock: str | None = None,
         share: bool = True,
         features: ContextFeatures | None = None,
+        width_value: float | None = None,
     ) -> None:
+        if width_value is not None:
+            number("width_value", width_value, least=0, hint="1 to 20 are worth trying; None keeps all beams")
         if clock not in (None, *CLOCKS):
             raise UserError(f"clock is {clock!r}; choose one of {', '.join(map(repr, (None, *CLOCKS)))}.")
         trained, features = provenance.get("features", {}), features or ContextFeatures()
@@ -99,7 +98,7 @@ class LearnedWidth(WidthPolicy):
             )
         self.net, self.provenance, self.features = net.eval(), provenance, features
         self._host = HostNet(net)
-        self.clock, self.share = clock, share
+        self.clock, self.share, self.width_value = clock, share, width_value
         self.use_latency(latency)
         self._checked: DecodingConfig | None = None
         self._compile()
@@ -112,16 +111,11 @@ class LearnedWidth(WidthPolicy):
             path: its directory, or a Hugging Face hub id.
             pair: the `ModelPair` (or its `describe()`) it will decode with; a controller of another pair is refused.
             revision: of the hub repository.
-            options: `latency`, `clock`, `share`, `features`.
+            options: `latency`, `clock`, `share`, `features`, `width_value`.
 
         Raises:
             UserError: missing, not a controller, damaged, or trained for another pair or other features.
         """
-        if options.pop("width_value", None) is not None:
-            raise UserError(
-                "width_value trades beams for speed, which LearnedWidth does not: it keeps target_width beams. Leave "
-                "it out, or lower decoding.target_width."
-            )
         net, provenance = load_controller(path, revision)
         with reading(f"The provenance of the controller {path}", "Train it again."):
             if options.get("features") is None:
@@ -185,6 +179,11 @@ class LearnedWidth(WidthPolicy):
                 f"{self.net.target_width}. Lower it, or collect traces and train with "
                 f"decoding.target_width={config.target_width}."
             )
+        if self.width_value is not None and config.min_width == config.target_width:
+            raise UserError(
+                f"width_value is {self.width_value} and min_width is target_width, {config.min_width}: there are no "
+                "beams to trade for speed. Lower min_width, or leave width_value out."
+            )
         trained = self.provenance.get("decoding", {})
         changed = [name for name in _TRAINED_UNDER if name in trained and trained[name] != getattr(config, name)]
         if changed:
@@ -201,86 +200,75 @@ class LearnedWidth(WidthPolicy):
 
     def reset(self, config: DecodingConfig) -> None:
         """A prompt starts."""
-        self._layers: list[_Layer] = []
-        self._log_chances = np.zeros(0, np.float32)  # log π of the last layer's drafts
+        self._layers: list[Layer] = []
+        self._features: list[FloatVector] = []  # of each
         self._nodes = 0  # roots that the target has not scored
-        self._drafting = True
+        self._ask_experience()
 
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
         if layer == 1:
-            self._layers, self._root = [], root_features(context)
-            self._drafting = self.experience.drafts()
-            self._rate = self.experience.rate()
+            self._layers, self._features = [], []
+            self._root, self._unknown = root_features(context), context.unknown_share
+            if self.width_value is None and context.iteration:
+                self._ask_experience()
             if not self._drafting:
                 return False
-            nodes, above, covered = len(context.weights), (0.0, 0.0, context.unknown_share), 0.0
-        else:
-            last = self._layers[-1]
-            fresh = last.chances[~last.scored]
-            nodes, covered = len(fresh), 1.0 - last.missing / context.config.target_width
-            above = np.log(last.left_out + SOFT), last.missing, float(fresh.sum() / max(last.chances.sum(), 1e-6))
-        width = widths[-1] if widths else context.config.draft_width
-        seen = (float(layer == 1), float(layer), *self._root, *above)
-        chance = self._host.expects(seen, width)[context.config.target_width - 1]
-        return self.plan.goes_deeper(self._reach * chance, covered, nodes, self._rate)
+            width = context.config.target_width
+            chance = self._host.expects(self._before(1), context.config.draft_width, width)
+            return self.plan.goes_deeper(chance, 0.0, len(context.weights), self._rate)
+        last = self._layers[-1]
+        covered = 1.0 - last.left[1] / context.config.target_width
+        return self.plan.goes_deeper(last.passing * last.below, covered, last.fresh, self._rate)
 
     def ask_draft(self, context: RootContext, layer: int, parents: Parents) -> bool:
-        shares = np.exp(parents.weights - parents.weights.max())
-        if layer > 1:
-            shares *= np.exp(self._log_chances[list(parents.places)])
-        share = float(shares[~parents.known].sum() / shares.sum())
-        unknown = int((~parents.known).sum())
+        above = _NONE if layer == 1 else self._layers[-1].log_chances[np.array(parents.places)]
+        share, unknown = share_of(parents.weights, above, parents.known)
         return self.plan.asks_draft(self._reach, share, context.config.target_width, unknown, self._rate)
 
     def choose(self, context: DraftContext) -> IntArray:
         found, config = context.candidates, context.root.config
         assert found is not None and context.known is not None
         if context.layer == 1:
-            self._nodes, log_parent = int((~context.known).sum()), np.zeros(len(found), np.float32)
+            self._nodes, log_parent = int(np.count_nonzero(~context.known)), np.zeros(len(found), np.float32)
         else:
-            log_parent = self._log_chances[list(context.places)][found.rows]
+            log_parent = self._layers[-1].log_chances[np.array(context.places)[found.rows]]
         features = np.ascontiguousarray(self.features.of_layer(context), np.float32)
         candidates = np.ascontiguousarray(self.features.of_candidates(context), np.float32)
-        log_chances = self._host.chances(candidates, features, log_parent)
-        chances = np.exp(log_chances)
-        order = np.argsort(-chances, kind="stable")
-        order = order[chances[order] >= LEAST_CHANCE][: config.draft_width]
-        order = order if len(order) else np.argsort(-chances)[:1]
-        fresh = order[~found.scored[order]]
-        count = self.plan.count(self.plan.worth(chances[fresh], self._reach), self._nodes, self._rate, both=True)
-        picks = order[found.scored[order] | (chances[order] >= (chances[fresh[count - 1]] if count else 2.0))]
-        picks = picks if len(picks) else order[:1]
-        drafted = found.scored.copy()
-        drafted[picks] = True
-        left = leftovers(chances, drafted, config.target_width)
-        reach = self._reach
-        of_layer = features.tolist()
-        held = self._host.passes(of_layer, *left)[: config.target_width]
-        self._layers.append(_Layer(chances[picks], found.scored[picks], reach, *left, of_layer, held))
-        self._log_chances = log_chances[picks]
-        return picks
+        widths = context.layer, config.target_width, config.draft_width
+        given = self._root, widths, self._reach, self._nodes, self._rate, self.plan.both
+        self._layers.append(self._host.layer(candidates, features, log_parent, *given))
+        self._features.append(features)
+        return self._layers[-1].picks
+
+    def target_width(self, context: TargetContext) -> int:
+        """M; design 5.5: by what was known before the layer was drafted, and the widest w, not by the drafts.
+
+        What an iteration earned and took tells of the noise below the layer that it ended with. So with `width_value`
+        a prompt keeps the rate that it starts with, and nothing that was drafted is held back from the target.
+        """
+        config = context.draft.root.config
+        if self.width_value is None or context.draft_width == 0:
+            return config.target_width
+        seen, widest = self._before(context.draft.layer), config.draft_width
+        chances = [self._host.expects(seen, widest, width) for width in range(1, config.target_width + 1)]
+        return self.plan.beams(chances, self.width_value, config.min_width)
 
     def send(self, layers: Sequence[DraftContext]) -> list[NDArray[np.bool_]]:
-        values = np.concatenate([self.plan.worth(layer.chances, layer.reach) for layer in self._layers])
-        fresh = np.concatenate([~layer.scored for layer in self._layers])
-        order = np.argsort(-values[fresh], kind="stable")
-        count = self.plan.count(values[fresh][order], self._nodes, self._rate)
-        sent = np.ones(len(values), dtype=np.bool_)
-        sent[np.flatnonzero(fresh)[order[count:]]] = False
-        masks = np.split(sent, np.cumsum([len(layer.chances) for layer in self._layers])[:-1])
-        self._layers = [layer._replace(sent=mask) for layer, mask in zip(self._layers, masks, strict=True)]
-        return masks
+        values = np.concatenate([layer.values for layer in self._layers])
+        stays = np.ones(len(values), np.bool_)
+        if self.width_value is None:
+            stays = sent(values, self._nodes, self.plan.target, self._rate)
+        ends = list(accumulate(len(layer.values) for layer in self._layers))
+        self._sent = [stays[first:end] for first, end in zip([0, *ends], ends, strict=False)]
+        return self._sent
 
     def expected_count(self, context: TargetContext) -> float | None:
-        layer = self._layers[context.draft.layer - 1]
-        assert layer.sent is not None
-        kept_back = layer.chances[~layer.sent]
-        held = layer.held
-        if len(kept_back):
-            left_out = layer.left_out + leftovers(kept_back, np.zeros(len(kept_back), np.bool_), 0)[0]
-            missing = layer.missing + float(kept_back.sum())
-            held = self._host.passes(layer.features, left_out, missing)[: len(held)]
-        return sum(held)
+        place = context.draft.layer - 1
+        layer, features = self._layers[place], self._features[place]
+        kept_back = np.exp(layer.log_chances[~self._sent[place]])
+        left_out, missing = leftovers(kept_back, np.zeros(len(kept_back), np.bool_), 0)
+        left = np.exp(layer.left[0]) - SOFT + left_out, layer.left[1] + kept_back.sum()
+        return sum(self._host.passes(features, *left, j) for j in range(1, context.draft.root.config.target_width + 1))
 
     def observe(self, record: IterationRecord) -> None:
         """Learn from an iteration."""
@@ -292,21 +280,38 @@ class LearnedWidth(WidthPolicy):
             "name": self.name,
             "clock": "wall" if self._wall else "table",
             "share": self.share,
+            "width_value": self.width_value,
             "latency": costs_digest(self.costs),
             "network": self.net.fingerprint,
             "trained_for": self.provenance.get("pair", {}).get("fingerprint"),
         }
 
+    def _ask_experience(self) -> None:
+        self._drafting, self._rate = self.experience.drafts(), self.experience.rate()
+
     @property
     def _reach(self) -> float:
         """The chance that all layers drafted so far pass."""
-        return self._layers[-1].reach * self._layers[-1].held[-1] if self._layers else 1.0
+        return self._layers[-1].passing if self._layers else 1.0
+
+    def _before(self, layer: int) -> tuple[float, ...]:
+        """BEFORE of a layer of this iteration."""
+        left = (0.0, 0.0, self._unknown) if layer == 1 else self._layers[layer - 2].left
+        return float(layer == 1), float(layer), *self._root, *left
 
     def _compile(self) -> None:
         """Ask everything once, so that no prompt waits for numba: 20 seconds on a new machine, then a blink."""
-        candidate, layer = self.net.sizes
-        nothing = np.zeros((1, candidate), np.float32), np.zeros(layer, np.float32), np.zeros(1, np.float32)
-        self.plan.count(self._host.chances(*nothing), 1, 1.0)
+        one, no, first = np.ones(1), np.zeros(1, np.bool_), np.zeros(1, np.int64)
+        root = RootContext(DecodingConfig(), iteration=0, remaining=1, weights=one)
+        found = Candidates(first, one, one, first, first, first, no)
+        joint = Joint(first, first, one, one)
+        self._layers, self._features, self._nodes, self._rate = [], [], 1, 1.0
+        self._root, self._unknown = root_features(root), 1.0
+        context = DraftContext(root, 1, one, joint, known=no, candidates=found)
+        self.choose(context)
+        self.send([context])
+        self._host.expects(self._before(1), 1, 1)
+        share_of(one, _NONE, no)
 
     def _forget(self) -> None:
         self.experience = Experience(self.plan.plain_seconds(1), wall=self._wall)

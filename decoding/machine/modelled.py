@@ -11,6 +11,9 @@ from decoding.cost_table import NODE_COUNTS, LatencyTable
 from decoding.pairs.inflate import Shape, shape_of
 from decoding.support.checks import number
 
+# As far as forests go: where arithmetic takes longer than reading the weights, which small passes say nothing of.
+_NODES = (*NODE_COUNTS, *range(64, 513, 32))
+
 
 def modelled(
     target_size: str | Mapping[str, Any],
@@ -47,7 +50,7 @@ def modelled(
         device: its name, shown with the table.
 
     Returns:
-        Seconds at NODE_COUNTS.
+        Seconds of passes over up to 512 nodes.
 
     Raises:
         UserError: unknown sizes, or numbers that no device can have.
@@ -71,9 +74,9 @@ def modelled(
         return max(memory, 2 * weights * nodes / (flop_per_second * compute_share)) + launch
 
     target, draft = (
-        tuple(seconds(shape_of(size), nodes) for nodes in NODE_COUNTS) for size in (target_size, draft_size)
+        tuple(seconds(shape_of(size), nodes) for nodes in _NODES) for size in (target_size, draft_size)
     )
-    return LatencyTable(NODE_COUNTS, target, draft, device, iteration, layer)
+    return LatencyTable(_NODES, target, draft, device, iteration, layer)
 
 
 def pass_weights(shape: Shape) -> int:

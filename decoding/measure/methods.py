@@ -27,7 +27,7 @@ from decoding.measure.oracles import SurvivorOracle
 from decoding.measure.transformers_generate import Streams, hf_generate
 from decoding.pairs.pair import ModelPair
 from decoding.policies.bandit import BanditWidth
-from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, SURPLUS, TARGET_WIDTH, Knob, WidthPolicy
+from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, SKIP, SURPLUS, TARGET_WIDTH, Knob, WidthPolicy
 from decoding.policies.exploration import RandomWidth, UniformWidth
 from decoding.policies.fixed import FixedWidth
 from decoding.policies.hand_set import EntropyWidth, GapWidth, MassWidth
@@ -233,6 +233,7 @@ _PAPER: dict[str, Any] = {
     "knobs": tuple(knob for knob in ThresholdWidth.knobs if knob is not SURPLUS),
     "family": "control",
 }
+_BY_REJECTION = tuple(knob for knob in FixedWidth.knobs if knob is not SKIP)
 POLICIES: dict[str, type[WidthPolicy]] = {
     policy.name: policy
     for policy in (
@@ -268,6 +269,8 @@ METHODS: dict[str, Method] = {
             arguments=("seed", "widths"),
             drafts=False,
         ),
+        # Equal widths under the paper's rule, beside `fixed` under the config's.
+        policy_method(FixedWidth, "rejection", knobs=_BY_REJECTION, fixed={"verification": "rejection"}, family="control"),
         policy_method(ThresholdWidth, "threshold_as_shipped", partial(ThresholdWidth, as_shipped=True), **_PAPER),
         # The paper's rule as its authors ran it, widths by the right probabilities.
         policy_method(

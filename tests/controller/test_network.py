@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from controller import host
+from controller import host, plan
 from controller.checkpoint import load_controller, save_controller
 from controller.data import TraceDataModule
 from controller.features import CANDIDATE, LAYER
 from controller.host import HostNet
 from controller.losses import WIDTHS, after_events, before_events, candidate_events
-from controller.network import BEFORE, LEAST, WidthNet, leftovers
+from controller.network import BEFORE, LEAST, SOFT, WidthNet, leftovers
 from decoding import UserError
 from decoding.support.compiled import COMPILED
 from tests.controller.synthetic import ABOUT, random_net, write_traces
@@ -85,20 +86,75 @@ def test_the_host_says_what_torch_says(count: int) -> None:
     assert found == pytest.approx(expected.numpy(), abs=2e-5) and found.dtype == np.float32
     context = torch.randn(len(LAYER))
     odds = net.passes(context[None], torch.tensor([0.7]), torch.tensor([0.4]))[0].sigmoid()
-    assert ours.passes(context.tolist(), 0.7, 0.4) == pytest.approx(odds.tolist(), abs=1e-5)
+    for j, chance in enumerate(odds.tolist(), 1):
+        assert ours.passes(context.numpy(), 0.7, 0.4, j) == pytest.approx(chance, abs=1e-5)
     context = torch.randn(len(BEFORE))
     odds = net.expects(context[None], torch.tensor([9]))[0].sigmoid()
-    assert ours.expects(context.tolist(), 9) == pytest.approx(odds.tolist(), abs=1e-5)
+    for j, chance in enumerate(odds.tolist(), 1):
+        assert ours.expects(tuple(context.tolist()), 9, j) == pytest.approx(chance, abs=1e-5)
+
+
+def situation(seed: int) -> dict[str, Any]:
+    """What `HostNet.layer` is asked with."""
+    draw = np.random.default_rng(seed)
+    candidates = draw.standard_normal((int(draw.integers(1, 40)), len(CANDIDATE))).astype(np.float32)
+    candidates[:, CANDIDATE.index("scored")] = draw.random(len(candidates)) < draw.choice([0.0, 0.3, 1.0])
+    return {
+        "candidates": candidates,
+        "features": draw.standard_normal(len(LAYER)).astype(np.float32),
+        "log_parent": -draw.random(len(candidates)).astype(np.float32),
+        "root": tuple(draw.random(4)),
+        "widths": (int(draw.integers(1, 4)), 2, int(draw.integers(2, 20))),
+        "reach": draw.random(),
+        "nodes": int(draw.integers(1, 5)),
+        "rate": draw.choice([0.01, 0.5, 100.0]),
+        "costs": np.arange(64) * 1.0,
+    }
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_layer_is_decided_as_written_out(seed: int) -> None:
+    """By whole arrays, as a reader would write it down."""
+    net, given = random_net(seed), situation(seed)
+    ours, scored = HostNet(net), given["candidates"][:, CANDIDATE.index("scored")] > 0
+    layer, width, most = given["widths"]
+    found = ours.chances(given["candidates"], given["features"], given["log_parent"])
+    chances = np.exp(found)
+    order = np.argsort(-chances, kind="stable")[:most]
+    order = order[chances[order] >= plan.LEAST_CHANCE] if (chances[order] >= plan.LEAST_CHANCE).any() else order[:1]
+    fresh = order[~scored[order]]
+    values = chances[fresh] * (plan.KEPT + (1 - plan.KEPT) * given["reach"])
+    gains = np.cumsum(values - given["rate"] * 1.0)  # every node costs 1
+    sent = int(np.argmax(gains)) + 1 if len(gains) and gains.max() > 0 else 0
+    expected = [place for place in order if scored[place] or place in fresh[:sent]] or list(order[:1])
+    decided = ours.layer(**given)
+    assert decided.picks.tolist() == expected and decided.log_chances.tolist() == found[expected].tolist()
+    assert decided.fresh == (~scored[expected]).sum()
+    worth = np.where(scored, plan.SCORED, chances * (plan.KEPT + (1 - plan.KEPT) * given["reach"]))
+    assert decided.values == pytest.approx(worth[expected], abs=1e-6)
+    drafted = scored.copy()
+    drafted[expected] = True
+    left_out, missing = leftovers(*(torch.from_numpy(value)[None] for value in (chances, drafted)), width)
+    unknown = chances[expected][~scored[expected]].sum() / chances[expected].sum()
+    left = np.log(float(left_out) + SOFT), float(missing), unknown
+    assert decided.left == pytest.approx(left, abs=1e-4)
+    odds = net.passes(torch.from_numpy(given["features"])[None], left_out, missing)[0, width - 1]
+    assert decided.passing == pytest.approx(given["reach"] * float(odds.sigmoid()), abs=1e-5)
+    context = torch.tensor([[0.0, layer + 1, *given["root"], *left]], dtype=torch.float32)
+    below = net.expects(context, torch.tensor([len(expected)]))[0, width - 1].sigmoid()
+    assert decided.below == pytest.approx(float(below), abs=1e-4)
 
 
 @pytest.mark.skipif(not COMPILED, reason="numba is not installed, or disabled")
 def test_compiled_and_plain_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, generator = HostNet(random_net(4)), np.random.default_rng(0)
-    given = [generator.standard_normal(shape).astype(np.float32) for shape in ((40, len(CANDIDATE)), len(LAYER), 40)]
-    compiled = ours.chances(*given)
-    monkeypatch.setattr(host, "log_chances", host.log_chances.py_func)
+    ours = HostNet(random_net(4))
+    compiled = [ours.layer(**situation(seed)) for seed in range(6)]
+    for name in ("decide", "log_chances", "leftovers", "passes", "expects", "chance_of", "best_count", "worth"):
+        monkeypatch.setattr(host, name, getattr(host, name).py_func)
     monkeypatch.setattr(host, "_linear", host._multiplied)
-    assert ours.chances(*given) == pytest.approx(compiled, abs=2e-5)
+    for seed, expected in enumerate(compiled):
+        for one, other in zip(ours.layer(**situation(seed)), expected, strict=True):
+            assert one == pytest.approx(other, abs=2e-5)
 
 
 def test_a_layer_passes_in_the_events_when_its_selection_was_drafted(data: TraceDataModule) -> None:
@@ -135,7 +191,7 @@ def test_the_host_takes_steps_of_any_size() -> None:
     """Fitted to few rows, a place may be out of reach."""
     net = random_net(3)
     net.before.steps[1] = 1e4
-    found = HostNet(net).expects([0.0] * len(BEFORE), 4)
+    found = [HostNet(net).expects((0.0,) * len(BEFORE), 4, j) for j in range(1, net.target_width + 1)]
     expected = net.expects(torch.zeros(1, len(BEFORE)), torch.tensor([4]))[0].sigmoid()
     assert found == pytest.approx(expected.tolist(), abs=1e-6)
 

@@ -9,7 +9,7 @@ import pytest
 
 from controller import plan
 from controller.experience import Experience, Mean
-from controller.plan import HOPE, REUSE, Plan
+from controller.plan import HOPE, REUSE, SCORED, Plan, best_count, sent, share_of
 from decoding.cost_table import LatencyTable
 from decoding.support.compiled import COMPILED
 
@@ -26,7 +26,7 @@ def test_sends_the_drafts_that_are_worth_most(nodes: int, rate: float) -> None:
             for size in range(9)
             for chosen in itertools.combinations(values, size)
         )
-        count = Plan(TABLE).count(values, nodes, rate)
+        count = best_count(values, nodes, Plan(TABLE).target, rate)
         worth = values[:count].sum() - rate * (TABLE.target_cost(nodes + count) - TABLE.target_cost(nodes))
         assert worth == pytest.approx(best[0])
 
@@ -34,9 +34,33 @@ def test_sends_the_drafts_that_are_worth_most(nodes: int, rate: float) -> None:
 def test_free_nodes_are_all_sent_and_dear_ones_are_not() -> None:
     free = LatencyTable((1, 64, 128), (1.0, 1.0, 2.0), (0.2, 0.2, 0.2))
     values = np.full(100, 0.001)
-    assert Plan(free).count(values, 4, rate=1.5) == 60
-    assert Plan(free).count(values, 64, rate=1.5) == 0
-    assert Plan(free).count(np.full(5, 0.5), 64, rate=1.5) == 5
+    assert best_count(values, 4, Plan(free).target, 1.5) == 60
+    assert best_count(values, 64, Plan(free).target, 1.5) == 0
+    assert best_count(np.full(5, 0.5), 64, Plan(free).target, 1.5) == 5
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.4, 5.0])
+def test_a_forest_sends_what_is_worth_most_and_all_that_is_scored(rate: float) -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        values, scored = draw.random(9), draw.random(9) < 0.3
+        fresh = np.flatnonzero(~scored)
+        sets = [chosen for size in range(len(fresh) + 1) for chosen in itertools.combinations(fresh, size)]
+        worth = {
+            chosen: values[list(chosen)].sum() - rate * (TABLE.target_cost(2 + len(chosen)) - TABLE.target_cost(2))
+            for chosen in sets
+        }
+        stays = sent(np.where(scored, SCORED, values), 2, Plan(TABLE).target, rate)
+        assert stays[scored].all()
+        assert worth[tuple(np.flatnonzero(stays & ~scored))] == pytest.approx(max(worth.values()), abs=1e-6)
+
+
+def test_the_share_below_parents_that_the_target_has_not_scored() -> None:
+    weights, above, known = np.log([0.5, 0.3, 0.2]), np.log([0.5, 1.0, 0.1]), np.array([True, False, False])
+    nothing = np.zeros(0, np.float32)
+    assert share_of(weights, nothing, known) == (pytest.approx(0.5), 2)
+    assert share_of(weights - 900, above.astype(np.float32), known) == (pytest.approx(0.32 / 0.57), 2)
+    assert share_of(weights, nothing, np.ones(3, dtype=bool)) == (0.0, 0)
 
 
 def test_goes_deeper_where_a_layer_gives_more_than_it_takes() -> None:

@@ -133,8 +133,6 @@ def test_controllers_of_others_are_refused(tmp_path: Path) -> None:
     assert loaded.describe()["trained_for"] == small_pair().describe()["fingerprint"]
     with pytest.raises(UserError, match="was trained for the pair"):
         LearnedWidth.load(saved, pair=small_pair(seed=1))
-    with pytest.raises(UserError, match="width_value trades beams"):
-        LearnedWidth.load(saved, width_value=1.0)
     with pytest.raises(UserError, match="version 1 of the features"):
         LearnedWidth(random_net(), about | {"features": ABOUT | {"version": 1}})
     with pytest.raises(UserError, match="other features"):

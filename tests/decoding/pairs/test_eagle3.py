@@ -246,6 +246,23 @@ def test_searched_tokens_are_the_targets(width: int) -> None:
     assert [r.sequences for r in drafted] == [r.sequences for r in alone]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_gpu_gives_the_tokens_of_the_target_alone(variant: str, batch: int) -> None:
+    """Sampled and searched, under CUDA graphs; float32, where no two keys of these seeds are close."""
+    target = target_of().cuda()
+    pair = ModelPair(target, Eagle3Draft(head_of(target, **VARIANTS[variant]).cuda()))
+    config = settings(4, 8, 3, 12)
+    drafted = DSBDDecoder(pair, config).generate(PROMPTS, seeded(), batch_size=batch)
+    alone = beam_sample(target, PROMPTS, config, generator=seeded())
+    assert [r.sequences for r in drafted] == [r.sequences for r in alone]
+    assert sum(r.stats.draft_calls for r in drafted) > 4
+    search = DecodingConfig(mode="beam_search", target_width=3, draft_width=6, draft_depth=3, max_new_tokens=12)
+    found, plain = (DSBDDecoder(p, search).generate(PROMPTS) for p in (pair, ModelPair(target, None)))
+    assert [r.sequences for r in found] == [r.sequences for r in plain]
+
+
 def test_static_shapes_and_processors_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, config = pair_of(), settings(3, 6, 3, 12)
     expected = DSBDDecoder(pair, config).generate(PROMPTS, seeded(), batch_size=2)
