@@ -17,22 +17,25 @@ from decoding.support.compiled import COMPILED, compiled
 
 @compiled
 def _looped(state, weight, bias):  # type: ignore[no-untyped-def]
-    """state @ weight + bias; numba would ask scipy for the product."""
-    made = np.empty((state.shape[0], weight.shape[1]), np.float32)
-    for row in range(state.shape[0]):
-        made[row] = bias
-        for k in range(state.shape[1]):
-            value = state[row, k]
-            for column in range(weight.shape[1]):
-                made[row, column] += value * weight[k, column]
+    """ReLU of weight' state + bias, [b, C] of [a, C]; numba would ask scipy for the product."""
+    made = np.empty((weight.shape[1], state.shape[1]), np.float32)
+    for unit in range(weight.shape[1]):
+        row = made[unit]
+        row[:] = bias[unit]
+        for k in range(state.shape[0]):
+            factor, values = weight[k, unit], state[k]
+            for place in range(len(row)):
+                row[place] += factor * values[place]
+        for place in range(len(row)):
+            row[place] = max(row[place], np.float32(0.0))
     return made
 
 
 def _multiplied(state: FloatVector, weight: FloatVector, bias: FloatVector) -> FloatVector:
-    return state @ weight + bias
+    return np.maximum(weight.T @ state + bias[:, None], np.float32(0.0))
 
 
-_linear = _looped if COMPILED else _multiplied
+_relu = _looped if COMPILED else _multiplied
 
 
 @compiled
@@ -45,34 +48,46 @@ def log_chances(candidates, features, log_parent, of, target_width, mean, invers
         target_width: R.
         mean, inverse: [I] of the inputs.
         hidden: (weight [a, b], bias [b]) of each layer but the last.
-        top, bias: [h, 1] and [1], of the last; divided by the temperature.
+        top, bias: [h] and [1], of the last; divided by the temperature.
     """
-    count = len(candidates)
+    count, first = candidates.shape
     log_q, log_key = candidates[:, of[0]], candidates[:, of[1]]
     chance, race = log_q + log_parent, log_key - log_parent
     by_chance, by_race = np.argsort(-chance, kind="mergesort"), np.argsort(race, kind="mergesort")
     nth, cut = min(target_width, count) - 1, min(CUT, count) - 1
-    inputs = np.empty((count, len(mean)), np.float32)
-    first = candidates.shape[1]
-    inputs[:, :first] = candidates
-    inputs[:, first] = log_parent
-    inputs[:, first + 1] = log_key - np.sort(log_key)[nth]
-    inputs[:, first + 3] = chance
-    inputs[:, first + 4] = chance - chance[by_chance[cut]]
-    inputs[:, first + 6] = race - race[by_race[nth]]
-    inputs[:, first + 8] = log_key + log_q
+    state = np.empty((first + 9, count), np.float32)
+    state[:first] = candidates.T
+    state[first] = log_parent
+    state[first + 1] = log_key - np.sort(log_key)[nth]
+    state[first + 3] = chance
+    state[first + 4] = chance - chance[by_chance[cut]]
+    state[first + 6] = race - race[by_race[nth]]
+    state[first + 8] = log_key + log_q
     for place in range(count):
         rank = math.log(place + 1.0)
-        inputs[place, first + 2] = rank
-        inputs[by_chance[place], first + 5] = rank
-        inputs[by_race[place], first + 7] = rank
-    for place in range(len(features)):
-        inputs[:, first + 9 + place] = features[place]
-    state = np.minimum(np.maximum((inputs - mean) * inverse, np.float32(-LIMIT)), np.float32(LIMIT))
-    for weight, shift in hidden:
-        state = np.maximum(_linear(state, weight, shift), np.float32(0.0))
-    odds = _linear(state, top, bias)[:, 0]
-    return log_parent - np.log1p(np.exp(np.minimum(-odds, np.float32(80.0))))
+        state[first + 2, place] = rank
+        state[first + 5, by_chance[place]] = rank
+        state[first + 7, by_race[place]] = rank
+    for k in range(len(state)):
+        row = state[k]
+        for place in range(count):
+            row[place] = min(max((row[place] - mean[k]) * inverse[k], np.float32(-LIMIT)), np.float32(LIMIT))
+    weight, shift = hidden[0]
+    shift = shift.copy()
+    for place in range(len(features)):  # all candidates share them
+        k = len(state) + place
+        value = min(max((features[place] - mean[k]) * inverse[k], np.float32(-LIMIT)), np.float32(LIMIT))
+        shift += value * weight[k]
+    state = _relu(state, weight[: len(state)], shift)
+    for weight, shift in hidden[1:]:
+        state = _relu(state, weight, shift)
+    found = np.empty(count, np.float32)
+    for place in range(count):
+        odds = bias[0]
+        for k in range(len(top)):
+            odds += top[k] * state[k, place]
+        found[place] = log_parent[place] - math.log1p(math.exp(min(-odds, np.float32(80.0))))
+    return found
 
 
 @compiled
@@ -198,7 +213,7 @@ class HostNet:
         self.target_width, self.sizes = net.target_width, net.sizes
         hidden = tuple((_host(linear.weight.T), _host(linear.bias)) for linear in linears)
         inputs = _host(net.mean), _host(1.0 / net.scale)
-        top = _host(last.weight.T / net.temperature), _host(last.bias / net.temperature)
+        top = _host(last.weight[0] / net.temperature), _host(last.bias / net.temperature)
         self._net = tuple(net.of_candidate), net.target_width, *inputs, hidden, *top
         before, after = _rule(net.before), _rule(net.after)
         standard = _host(net.after_mean).astype(np.float64), _host(net.after_scale).astype(np.float64)

@@ -13,10 +13,10 @@ from decoding.support.compiled import compiled
 
 NODES = 512  # passes beyond cost what so many nodes do
 # Tokens that things are worth, tuned on validation prompts of the built-in pair:
-HOPE = 1.5  # a layer that passes, with those that follow it
-REUSE = 0.15  # a layer whose drafts are all selected, whether it is reached or not: the next iteration knows them
+HOPE = 1.0  # a layer that passes, with those that follow it
+REUSE = 0.1  # a layer whose drafts are all selected, whether it is reached or not: the next iteration knows them
 KEPT = 0.5  # share of a draft's worth that it has where its layer is not reached
-SKIP = 6.0  # a layer that fails for want of the draft: what would have been drafted below it is lost too
+SKIP = 20.0  # a layer that fails for want of the draft: what would have been drafted below it is lost too
 SCORED = -1.0  # in place of the worth of a draft that the target has scored
 LEAST_CHANCE = 0.0003  # of a candidate that is worth a place
 

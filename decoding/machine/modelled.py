@@ -73,9 +73,7 @@ def modelled(
         memory = size / (bytes_per_second * bandwidth_share)
         return max(memory, 2 * weights * nodes / (flop_per_second * compute_share)) + launch
 
-    target, draft = (
-        tuple(seconds(shape_of(size), nodes) for nodes in _NODES) for size in (target_size, draft_size)
-    )
+    target, draft = (tuple(seconds(shape_of(size), nodes) for nodes in _NODES) for size in (target_size, draft_size))
     return LatencyTable(_NODES, target, draft, device, iteration, layer)
 
 

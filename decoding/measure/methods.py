@@ -233,7 +233,10 @@ _PAPER: dict[str, Any] = {
     "knobs": tuple(knob for knob in ThresholdWidth.knobs if knob is not SURPLUS),
     "family": "control",
 }
-_BY_REJECTION = tuple(knob for knob in FixedWidth.knobs if knob is not SKIP)
+_BY_REJECTION: dict[str, Any] = {
+    "knobs": tuple(knob for knob in FixedWidth.knobs if knob is not SKIP),
+    "family": "control",
+}
 POLICIES: dict[str, type[WidthPolicy]] = {
     policy.name: policy
     for policy in (
@@ -270,7 +273,7 @@ METHODS: dict[str, Method] = {
             drafts=False,
         ),
         # Equal widths under the paper's rule, beside `fixed` under the config's.
-        policy_method(FixedWidth, "rejection", knobs=_BY_REJECTION, fixed={"verification": "rejection"}, family="control"),
+        policy_method(FixedWidth, "rejection", fixed={"verification": "rejection"}, **_BY_REJECTION),
         policy_method(ThresholdWidth, "threshold_as_shipped", partial(ThresholdWidth, as_shipped=True), **_PAPER),
         # The paper's rule as its authors ran it, widths by the right probabilities.
         policy_method(

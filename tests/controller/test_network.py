@@ -151,7 +151,7 @@ def test_compiled_and_plain_give_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     compiled = [ours.layer(**situation(seed)) for seed in range(6)]
     for name in ("decide", "log_chances", "leftovers", "passes", "expects", "chance_of", "best_count", "worth"):
         monkeypatch.setattr(host, name, getattr(host, name).py_func)
-    monkeypatch.setattr(host, "_linear", host._multiplied)
+    monkeypatch.setattr(host, "_relu", host._multiplied)
     for seed, expected in enumerate(compiled):
         for one, other in zip(ours.layer(**situation(seed)), expected, strict=True):
             assert one == pytest.approx(other, abs=2e-5)
