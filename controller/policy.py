@@ -266,7 +266,7 @@ class LearnedWidth(WidthPolicy):
         place = context.draft.layer - 1
         layer, features = self._layers[place], self._features[place]
         kept_back = np.exp(layer.log_chances[~self._sent[place]])
-        left_out, missing = leftovers(kept_back, np.zeros(len(kept_back), np.bool_), 0)
+        left_out, _ = leftovers(kept_back, np.zeros(len(kept_back), np.bool_), 0)
         left = np.exp(layer.left[0]) - SOFT + left_out, layer.left[1] + kept_back.sum()
         return sum(self._host.passes(features, *left, j) for j in range(1, context.draft.root.config.target_width + 1))
 

@@ -306,8 +306,7 @@ class PromptRun(ABC):
             seen = replace(layer.context, noise=None, candidates=None) if chosen else layer.context
             context = TargetContext(seen, target, len(layer.picks), tuple(records), weights)
             record = self._commit_drafted(context, target, layer)
-            with self.clock.phase("policy"):
-                expected = self.policy.expected_count(context)
+            expected = self.policy.expected_count(context)  # told, not decided by: no time of the policy's
             records.append(record if expected is None else replace(record, expected=expected))
             if self.done or not records[-1].passed:
                 return records

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from controller import LearnedWidth
 from controller.checkpoint import save_controller
+from controller.network import SOFT
+from controller.plan import SCORED
 from decoding import DecodingConfig, DSBDDecoder, UserError, beam_sample
 from decoding.cost_table import LatencyTable
 from decoding.policies.base import TargetContext
@@ -70,27 +73,31 @@ def test_where_nodes_are_dear_fewer_are_sent() -> None:
     assert all(max(record.scored for record in r.stats.records) <= 64 + CONFIG.target_width for r in free)
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.5], ids=["all sent", "half sent"])
-def test_it_tells_how_many_it_expects_to_be_accepted(keep: float) -> None:
+@pytest.mark.parametrize("half", [False, True], ids=["all sent", "half sent"])
+def test_it_tells_how_many_it_expects_to_be_accepted(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """E[K] of a layer is the sum of the chances that the drafts which are sent hold the first j of the selection."""
     seen: list[tuple[float, float, bool]] = []
 
     class Watched(LearnedWidth):
         def expected_count(self, context: TargetContext) -> float | None:
-            found, layer = super().expected_count(context), self._layers[context.draft.layer - 1]
-            assert found is not None and layer.sent is not None
-            seen.append((found, sum(layer.held), bool(layer.sent.all())))
+            found, place = super().expected_count(context), context.draft.layer - 1
+            assert found is not None
+            left = np.exp(self._layers[place].left[0]) - SOFT, self._layers[place].left[1]
+            chances = [self._host.passes(self._features[place], *left, j) for j in range(1, CONFIG.target_width + 1)]
+            seen.append((found, sum(chances), bool(self._sent[place].all())))
             return found
 
+    def sent(values: Any, *_: Any) -> Any:
+        return (values == SCORED) | (np.arange(len(values)) % 2 == 0) if half else np.ones(len(values), np.bool_)
+
+    monkeypatch.setattr("controller.policy.sent", sent)
     policy = Watched(random_policy(0).net, random_policy(0).provenance, latency=CHEAP, clock="table")
-    count = policy.plan.count
-    policy.plan.count = lambda *given, both=False: int(count(*given, both=both) * (1.0 if both else keep))  # type: ignore[method-assign]
     layers = [layer for result in decode(policy, batch_size=1) for layer in result.stats.layers]
     assert [layer.expected for layer in layers if layer.draft_width] == [found for found, *_ in seen]
     assert all(layer.expected is None for layer in layers if not layer.draft_width)
     assert all(0 < found <= CONFIG.target_width for found, *_ in seen)
-    assert all(found == chosen if all_sent else found < chosen for found, chosen, all_sent in seen)
-    assert all(all_sent for *_, all_sent in seen) == (keep == 1.0)
+    assert all(found == pytest.approx(whole) if all_sent else found < whole for found, whole, all_sent in seen)
+    assert all(all_sent for *_, all_sent in seen) != half
 
 
 def test_where_drafting_does_not_pay_it_stops() -> None:
