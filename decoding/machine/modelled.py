@@ -11,7 +11,7 @@ from decoding.cost_table import NODE_COUNTS, LatencyTable
 from decoding.pairs.inflate import Shape, shape_of
 from decoding.support.checks import number
 
-# As far as forests go: where arithmetic takes longer than reading the weights, which small passes say nothing of.
+# As far as forests go: small passes say nothing of where arithmetic takes longer than reading.
 _NODES = (*NODE_COUNTS, *range(64, 513, 32))
 
 
