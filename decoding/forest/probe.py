@@ -189,7 +189,8 @@ def _float_copy(model: Any) -> Any | None:
     count = model.config.num_hidden_layers
     try:
         shared = model if count <= _COPIED_LAYERS else first_layers(model, _COPIED_LAYERS)
-        return copy.deepcopy(shared).float()
+        with torch.inference_mode(False), torch.no_grad():  # weights that are watched as those of any model
+            return copy.deepcopy(shared).float()
     except (UserError, torch.OutOfMemoryError, RuntimeError, TypeError):
         return None
 

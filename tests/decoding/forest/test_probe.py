@@ -146,6 +146,16 @@ def test_the_float32_copy_alone_tells(twin: str | None, trained: Any, monkeypatc
         assert (probe._fault_of_copy(model, "target", "transformers") is None) is (twin is None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_that_are_not_packed_keep_their_fused_pass_in_16_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, recwarn: Any
+) -> None:
+    """As on a GPU: fusing moves the weights of the float32 copy, too, which was made in inference mode once."""
+    monkeypatch.setattr("decoding.engine.fused._packs", lambda weight: False)
+    check_forest_pass(small_llama(300, 3, initializer_range=0.1).to(dtype), "target")
+    assert not [warning for warning in recwarn.list if "fused pass" in str(warning.message)]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_accepted_in_16_bits(name: str, recwarn: Any) -> None:
     check_forest_pass(FAMILIES[name].model().to(torch.bfloat16), "target")
