@@ -23,8 +23,9 @@ class Watch:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._seen = _seen(modules)
-        self._views = [view for tensor in _tensors(modules) for view in _sampled(tensor.detach())]
-        self._sample = torch.cat(self._views)
+        with torch.inference_mode():  # views of weights that were made in it can be made nowhere else
+            self._views = [view for tensor in _tensors(modules) for view in _sampled(tensor.detach())]
+            self._sample = torch.cat(self._views)
 
     def holds(self, modules: Sequence[nn.Module]) -> bool:
         """True if nothing has changed."""
@@ -33,7 +34,17 @@ class Watch:
 
 def signature(weights: Iterable[Tensor]) -> tuple[Any, ...]:
     """Changes when a weight is replaced, moved or written to in a way that torch counts."""
-    return tuple((_place(w), 0 if w.is_inference() else w._version) for w in weights)
+    return tuple((_place(w), _writes(w)) for w in weights)
+
+
+def _writes(weight: Tensor) -> int:
+    """How often torch saw the weight written to; 0 where it was made, or given its data, in
+    inference mode, and nothing is counted.
+    """
+    try:
+        return weight._version
+    except RuntimeError:
+        return 0
 
 
 def _place(weight: Tensor) -> int:
