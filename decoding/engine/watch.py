@@ -38,7 +38,7 @@ def signature(weights: Iterable[Tensor]) -> tuple[Any, ...]:
 
 
 def _writes(weight: Tensor) -> int:
-    """How often torch saw the weight written to; 0 where it was made, or given its data, in
+    """The number of writes that torch saw; 0 where the weight was made, or given its data, in
     inference mode, and nothing is counted.
     """
     try:
