@@ -201,6 +201,13 @@ def test_policies_are_built(option: str, kind: type) -> None:
     assert isinstance(instantiate(composed("collect", f"policy={option}").policy), kind)
 
 
+def test_tasks_of_a_mix_stay_tasks() -> None:
+    """Hydra would make configs of those that are dataclasses."""
+    task = instantiate(composed("evaluate", "data=mix").data)
+    assert set(task.tasks) == {"gsm8k", "squad", "spec_bench", "spider"}
+    assert all(callable(part.prompts) and callable(part.metrics) for part in task.tasks.values())
+
+
 def test_training_parts_are_built(tmp_path: Path) -> None:
     cfg = composed("train", output_dir=str(tmp_path))
     assert len(build_all(cfg.callbacks)) == len(cfg.callbacks) == 4
