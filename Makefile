@@ -12,7 +12,7 @@ RUN := .venv/bin/python
 
 # These touch every dependency, and take a minute.
 OLDEST_TESTS := test_imports.py or test_packaging.py or test_entry.py or test_data.py or test_module.py or \
-	test_report.py or test_tracking.py or test_traces.py or test_decoder.py
+	test_report.py or test_tracking.py or test_traces.py or test_decoder.py or speculators
 
 .PHONY: help demo real test torture check oldest format pair gpu clean
 .DEFAULT_GOAL := help
@@ -58,6 +58,9 @@ check: .venv/.installed ## ruff lint, ruff format, types
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; install one, or give it: make PYTHON=/path/to/python3" >&2; exit 2; }
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q --no-compile --disable-pip-version-check $(PIP_OPTIONS) -c constraints-oldest.txt -e '.[dev,fast,energy]'
+	.venv-oldest/bin/python -m pip install -q --no-compile --disable-pip-version-check $(PIP_OPTIONS) -c constraints-oldest.txt loguru openai pydantic-settings
+	# without torchvision, whose builds have to fit torch's: heads of language models do not need it
+	.venv-oldest/bin/python -m pip install -q --no-compile --disable-pip-version-check --no-deps $(PIP_OPTIONS) -c constraints-oldest.txt speculators hs-connectors
 	@touch $@
 
 oldest: .venv-oldest/.installed ## import everything and run fast tests with the lowest versions that pyproject.toml allows

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError, beam_sample
 from decoding.engine.feature_head import FeatureHead, HeadShape, default_layers
@@ -25,6 +25,7 @@ from decoding.forest.tree import TokenForest
 from decoding.pairs.drafts.eagle3 import Eagle3Draft, load_head, save_head
 from tests.decoding import stubs
 from tests.decoding.engine.test_graphs import Static
+from tests.decoding.engine.test_vocabulary import tokenizer
 from tests.decoding.stubs import seeded, small_llama
 
 VOCABULARY, KNOWN = 23, [0, 2, 3, 7, 11, 12, 19, 20]
@@ -326,27 +327,96 @@ def test_one_line_uses_a_head(tmp_path: Path) -> None:
     assert ModelPair(target, Eagle3Draft(head_of(target, seed=1))).fingerprint != pair.fingerprint
 
 
-def test_speculators_itself_computes_the_same(tmp_path: Path) -> None:
-    """The package's own model reads the checkpoint, and its first step is ours."""
-    pytest.importorskip("speculators", reason="pip install speculators")
-    from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+SPECULATORS: dict[str, dict[str, Any]] = {  # settings of the package's own config; its layers are Llama's or Qwen 3's
+    "as it is": {},
+    "norm before the residual": {"norm_before_residual": True},
+    "norms of each state": {"fc_norm": True},
+    "one norm of all states": {"norm_before_fc": True},
+    "normed output": {"norm_output": True},
+    "Qwen 3": {"family": Qwen3Config},
+    "all tokens, no maps": {"draft_vocab_size": VOCABULARY},
+}
 
-    target = target_of()
-    head = head_of(target).eval()
-    speculators_format(head, tmp_path)
-    fields = json.loads((tmp_path / "config.json").read_text())
-    fields["transformer_layer_config"]["_attn_implementation"] = "eager"
-    model = Eagle3DraftModel(Eagle3SpeculatorConfig(**fields))
-    model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
-    model.embed_tokens.weight.data.copy_(head.embedding)
-    tokens = [5, 3, 8, 1, 4]
-    states = states_of(target, tokens, head.shape.layers)
-    given = torch.stack(states[:4]).flatten(1)[None]
-    seen: list[Tensor] = []
-    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output))
-    model(given, torch.tensor([tokens[1:]]), torch.zeros(1, 4, dtype=torch.long), ttt_steps=1)
-    expected, _ = reference(head, list(states), tokens)
-    torch.testing.assert_close(seen[0][0, -1], expected, rtol=1e-4, atol=1e-4)
+
+def written_by_speculators(folder: Path, target: Any, family: Any = LlamaConfig, **changes: Any) -> Any:
+    """A model of the package speculators, random weights, and what its `save_pretrained` writes beside its target."""
+    pytest.importorskip("speculators", reason="pip install 'dsbd[speculators]'")
+    from speculators import SpeculatorsConfig, VerifierConfig
+    from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+
+    target.save_pretrained(folder / "target")
+    tokenizer("abcdefghijklmnopqrstuvw").save_pretrained(folder / "target")
+    block = {"vocab_size": VOCABULARY, "hidden_size": target.config.hidden_size, "intermediate_size": 24}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    layer = family(**block, **heads, num_hidden_layers=1, rms_norm_eps=1e-5)
+    layer._attn_implementation = "eager"
+    verifier = VerifierConfig(name_or_path=str(folder / "target"), architectures=["LlamaForCausalLM"])
+    proposals: Any = [GreedyTokenProposalConfig(speculative_tokens=3)]
+    told = SpeculatorsConfig(
+        algorithm="eagle3", proposal_methods=proposals, default_proposal_method="greedy", verifier=verifier
+    )
+    fields = {"draft_vocab_size": len(KNOWN), "eagle_aux_hidden_state_layer_ids": [1, 2, 4], **changes}
+    model = Eagle3DraftModel(Eagle3SpeculatorConfig(transformer_layer_config=layer, speculators_config=told, **fields))
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=random) * 0.3 + (weight.ndim == 1))
+        model.embed_tokens.weight.copy_(target.get_input_embeddings().weight)
+    known = torch.tensor(KNOWN)
+    model.load_vocab_mappings(torch.arange(VOCABULARY).unsqueeze(1).eq(known).any(1), known - torch.arange(len(known)))
+    model.save_pretrained(folder / "head")
+    return model.eval()
+
+
+@pytest.mark.parametrize("settings", SPECULATORS)
+@torch.inference_mode()
+def test_a_checkpoint_of_speculators_is_used_by_one_line_and_says_what_speculators_computes(
+    settings: str, tmp_path: Path
+) -> None:
+    """The package writes it; after every token, by the target's states and then by three features of its own."""
+    model = written_by_speculators(tmp_path, target_of(), **SPECULATORS[settings])
+    pair = ModelPair.load(str(tmp_path / "target"), f"eagle3:{tmp_path / 'head'}")
+    draft: Any = pair.drafter
+    known = KNOWN if model.use_draft_vocab else list(range(VOCABULARY))
+    assert draft.head.token_ids.tolist() == known
+
+    prompt, tokens = [5, 3, 8, 1], [4, 9, 2]
+    whole = [*prompt, *tokens]
+    given = torch.stack(states_of(pair.target, whole, (1, 2, 4))[:-1]).flatten(1)[None]
+    steps: list[Tensor] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: steps.append(output[0].log_softmax(-1)))
+    model(given, torch.tensor([whole[1:]]), torch.zeros(1, len(whole) - 1, dtype=torch.long), ttt_steps=4)
+
+    theirs, ours = scorers(pair.target, draft.head)
+    forest = TokenForest()
+    theirs.open(0, prompt, forest)
+    ours.open(0, prompt, forest)
+    place = len(prompt) - 2  # of the pair (last token of the prompt, states of the one before it)
+    nodes = [0, *chain(forest, tokens)]
+    ours.score({0: nodes[1:2]})  # its parent has the target's states
+    for step in (2, 3):
+        ours.score({0: nodes[step : step + 1]})
+    drafted = [(0, place), (0, place + 1), (1, place + 1), (2, place + 1)]  # which step says what follows a node, where
+    for node, (step, at) in zip(nodes, drafted, strict=True):
+        found = ours.log_probs(0, [node])[0][known]
+        torch.testing.assert_close(found, steps[step][at], rtol=1e-4, atol=1e-4)
+    theirs.score({0: nodes[:-1]})
+    last = forest.child(nodes[-1], 0)
+    ours.score({0: [last]})  # and anew, by the target's states alone
+    for number, node in enumerate(nodes[1:-1], 1):
+        found = ours.log_probs(0, [node])[0][known]
+        torch.testing.assert_close(found, steps[0][place + number], rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_of_speculators_leaves_the_tokens_the_targets(tmp_path: Path) -> None:
+    written_by_speculators(tmp_path, target_of())
+    pair = ModelPair.load(str(tmp_path / "target"), f"eagle3:{tmp_path / 'head'}")
+    config = settings(3, 6, 3, 12)
+    drafted = DSBDDecoder(pair, config).generate(PROMPTS, seeded())
+    alone = beam_sample(pair.target, PROMPTS, config, generator=seeded())
+    assert [r.sequences for r in drafted] == [r.sequences for r in alone]
+    assert sum(r.stats.draft_calls for r in drafted) > 4
 
 
 # ------------------------------------------------------------------------------------------- errors
