@@ -1,4 +1,5 @@
-"""FeatureHead: EAGLE-3's draft, one block over the target's hidden states. 2503.01840.
+"""FeatureHead: EAGLE-3's draft, one block over the target's hidden states. 2503.01840. `DraftHead`:
+what it shares with the heads of other papers.
 
 At a token it reads the token's embedding and a feature of the token before: three hidden states of
 the target, fused, where the target has scored that token; what the head itself gave there where it
@@ -46,20 +47,36 @@ class HeadShape:
     own_embedding: bool = False
 
 
-class _Attention(nn.Module):
-    """Projections of a block whose input is twice as wide as the block."""
+class HeadAttention(nn.Module):
+    """Projections of a head's block.
 
-    def __init__(self, config: LlamaConfig, shape: HeadShape) -> None:
+    Args:
+        config: of the block.
+        width: of what they read.
+        qk_norm: as for `HeadShape`.
+    """
+
+    def __init__(self, config: LlamaConfig, width: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.head_dim, kv_heads = int(config.head_dim or 0), int(config.num_key_value_heads or 0)
-        width, bias = 2 * config.hidden_size, bool(config.attention_bias)
+        bias = bool(config.attention_bias)
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
-        if shape.qk_norm:
+        if qk_norm:
             self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(self, read: Tensor, attend: Attend) -> Tensor:
+        """Let states mix what they attend to, [..., T, width] -> [..., T, H]."""
+        q, k, v = (
+            projection(read).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        return self.o_proj(attend(q, k, v))
 
 
 class _Block(nn.Module):
@@ -69,13 +86,13 @@ class _Block(nn.Module):
         super().__init__()
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)  # of embeddings
         self.hidden_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)  # of features
-        self.self_attn = _Attention(config, shape)
+        self.self_attn = HeadAttention(config, 2 * config.hidden_size, shape.qk_norm)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
 
-class FeatureHead(nn.Module):
-    """EAGLE-3's head, named as its checkpoints name it.
+class DraftHead(nn.Module):
+    """One block over hidden states of a target, with a vocabulary of its own.
 
     Args:
         config: of the block; its `vocab_size` is the target's.
@@ -87,24 +104,15 @@ class FeatureHead(nn.Module):
         t2d: [V] bool, the target's tokens that it can propose.
     """
 
+    midlayer: Any  # the block
+    lm_head: nn.Linear
+    embed_tokens: nn.Embedding  # of heads with an embedding of their own
     d2t: Tensor
     t2d: Tensor
 
     def __init__(self, config: LlamaConfig, shape: HeadShape, embedding: Tensor | None = None) -> None:
         super().__init__()
-        width, states = config.hidden_size, len(shape.layers) * shape.target_hidden_size
         self.config, self.shape = config, shape
-        self.fc = nn.Linear(states, width, bias=False)
-        if shape.norm_before_fc:
-            self.input_norm = LlamaRMSNorm(states, config.rms_norm_eps)
-        if shape.fc_norm:
-            norms = [LlamaRMSNorm(shape.target_hidden_size, config.rms_norm_eps) for _ in shape.layers]
-            self.fc_norm = nn.ModuleList(norms)
-        self.midlayer = _Block(config, shape)
-        self.norm = LlamaRMSNorm(width, config.rms_norm_eps)
-        self.lm_head = nn.Linear(width, shape.draft_vocab_size, bias=False)
-        if shape.own_embedding:
-            self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self._shared = None if embedding is None else (embedding,)  # no weight of the head's own
         self.register_buffer("d2t", torch.zeros(shape.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
@@ -129,9 +137,16 @@ class FeatureHead(nn.Module):
             rms_norm_eps=getattr(text, "rms_norm_eps", 1e-5),
             rope_parameters=dict(getattr(text, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 1e4}),
         )
-        chosen = layers or default_layers(text.num_hidden_layers)
+        chosen = layers or cls.layers_of(text.num_hidden_layers)
         shape = HeadShape(min(draft_vocab_size, text.vocab_size), text.hidden_size, chosen)
         return cls(config, shape, target.get_input_embeddings().weight.detach())
+
+    @staticmethod
+    def layers_of(blocks: int) -> tuple[int, ...]:
+        """The hidden states that it reads of a target of so many blocks: what the target's own head
+        reads.
+        """
+        return (blocks,)
 
     @property
     def embedding(self) -> Tensor:
@@ -153,6 +168,34 @@ class FeatureHead(nn.Module):
         self.d2t.copy_(ids.to(self.d2t) - torch.arange(len(ids), device=self.d2t.device))
         self.t2d.zero_()[ids.to(self.t2d.device)] = True
 
+
+class FeatureHead(DraftHead):
+    """EAGLE-3's head, named as its checkpoints name it.
+
+    Args:
+        config, shape, embedding: as for `DraftHead`.
+    """
+
+    def __init__(self, config: LlamaConfig, shape: HeadShape, embedding: Tensor | None = None) -> None:
+        super().__init__(config, shape, embedding)
+        width, states = config.hidden_size, len(shape.layers) * shape.target_hidden_size
+        self.fc = nn.Linear(states, width, bias=False)
+        if shape.norm_before_fc:
+            self.input_norm = LlamaRMSNorm(states, config.rms_norm_eps)
+        if shape.fc_norm:
+            norms = [LlamaRMSNorm(shape.target_hidden_size, config.rms_norm_eps) for _ in shape.layers]
+            self.fc_norm = nn.ModuleList(norms)
+        self.midlayer = _Block(config, shape)
+        self.norm = LlamaRMSNorm(width, config.rms_norm_eps)
+        self.lm_head = nn.Linear(width, shape.draft_vocab_size, bias=False)
+        if shape.own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, width)
+
+    @staticmethod
+    def layers_of(blocks: int) -> tuple[int, ...]:
+        """EAGLE-3's own choice of hidden states."""
+        return default_layers(blocks)
+
     def fuse(self, states: Tensor) -> Tensor:
         """Features of the target's hidden states, [..., K, Ht] -> [..., H]."""
         if self.shape.fc_norm:
@@ -173,19 +216,18 @@ class FeatureHead(nn.Module):
         Returns:
             Features of the tokens, [..., T, H]: what `logits` reads, and what is handed on.
         """
-        block, dim = self.midlayer, self.midlayer.self_attn.head_dim
-        attention = block.self_attn
+        block = self.midlayer
         normed = block.hidden_norm(features)
         both = torch.cat([block.input_layernorm(embedded), normed], -1)
-        q, k, v = (
-            projection(both).unflatten(-1, (-1, dim))
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        if self.shape.qk_norm:
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        states = (normed if self.shape.norm_before_residual else features) + attention.o_proj(attend(q, k, v))
+        states = (normed if self.shape.norm_before_residual else features) + block.self_attn(both, attend)
         states = states + block.mlp(block.post_attention_layernorm(states))
         return self.norm(states) if self.shape.norm_output else states
+
+    def handed_on(self, features: Tensor) -> Tensor:
+        """Give what stands for the target's fused states, [..., H], of what `forward` gave: the
+        same.
+        """
+        return features
 
     def logits(self, features: Tensor) -> Tensor:
         """[..., H] as `forward` gave them -> [..., Vd]."""

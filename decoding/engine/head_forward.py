@@ -1,5 +1,5 @@
-"""HeadForward: a forest pass of a `FeatureHead`, in few operations, as `FusedForward` runs
-models.
+"""HeadForward: a forest pass of a `FeatureHead`, in few operations, as `FusedForward` runs models;
+`BlockForward`: what the passes of all heads share.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decoding.engine.feature_head import FeatureHead
+from decoding.engine.feature_head import DraftHead, FeatureHead
 from decoding.engine.forward import PassInputs, PassOutput
 from decoding.engine.fused import (
     FusedForward,
@@ -26,7 +26,49 @@ from decoding.engine.fused import (
 from decoding.engine.watch import Watch
 
 
-class HeadForward(FusedForward):
+class BlockForward(FusedForward):
+    """A pass of a head's one block: what kinds of heads share.
+
+    Args:
+        head: its block is `midlayer`.
+    """
+
+    @torch.no_grad()
+    def __init__(self, head: DraftHead) -> None:
+        config, attention = head.config, head.midlayer.self_attn
+        self._heads, self._kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads or 0)
+        self._dim, self._scale = attention.head_dim, attention.head_dim**-0.5
+        self._embedding, self._rotary = head.embedding, head.rotary_emb
+        self._layers, self._slides = [None], [False]  # what the store asks for
+        self._before = Norm(head.midlayer.input_layernorm)
+        order = pairs_together(self._dim)
+        norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        q_norm, k_norm = (norm.weight[order] if norm is not None else None for norm in norms)
+        self._turning: Any = SimpleNamespace(q_norm=q_norm, k_norm=k_norm, norm=self._before)
+        self._out = residual(attention.o_proj.weight, attention.o_proj.bias)
+        self._mlp_norm = Norm(head.midlayer.post_attention_layernorm)
+        self._watch = Watch([head])
+
+    def _projections(self, attention: Any) -> tuple[Tensor, Tensor | None]:
+        """Queries, keys and values in one weight and bias, in the order that turns fastest."""
+        order = pairs_together(self._dim)
+        turned = [rows_reordered(attention.q_proj, order), rows_reordered(attention.k_proj, order)]
+        return joined([*turned, (attention.v_proj.weight, attention.v_proj.bias)])
+
+    def _mixed(self, qkv: Tensor, inputs: PassInputs, store: FusedStore) -> Tensor:
+        """Write keys and values, and attend; [T, (heads + 2 kv heads) * D] -> [T, heads * D]."""
+        group = self._heads // self._kv_heads
+        mask = torch.cat([inputs.mask] * group, 2) if group > 1 else inputs.mask
+        turns = store.turns.index_select(0, inputs.positions)[:, None]
+        queries = self._turned(qkv, turns, self._turning)
+        store.buffers[0].index_copy_(0, inputs.slots, qkv[:, self._heads * self._dim :])
+        if inputs.pad is not None:
+            queries = queries.index_select(0, inputs.pad)
+        mixed = self._attend(queries, *store.views(inputs)[0], mask)
+        return mixed if inputs.unpad is None else mixed.index_select(0, inputs.unpad)
+
+
+class HeadForward(BlockForward):
     """Runs a head; a pass needs `features` of its tokens.
 
     Its output's `hidden` are what the logits are of, its `states` [T, 1, H] the features to hand
@@ -37,24 +79,13 @@ class HeadForward(FusedForward):
 
     @torch.no_grad()
     def __init__(self, head: FeatureHead) -> None:
-        config, block = head.config, head.midlayer
-        attention, mlp = block.self_attn, block.mlp
-        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._dim, self._scale = attention.head_dim, attention.head_dim**-0.5
-        self._embedding, self._rotary, self._shape = head.embedding, head.rotary_emb, head.shape
-        self._layers, self._slides = [None], [False]  # what the store asks for
-        order = pairs_together(self._dim)
-        self._before, self._hidden = Norm(block.input_layernorm), Norm(block.hidden_norm)
-        norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-        q_norm, k_norm = (norm.weight[order] if norm is not None else None for norm in norms)
-        self._turning: Any = SimpleNamespace(q_norm=q_norm, k_norm=k_norm, norm=self._before)
-        turned = [rows_reordered(attention.q_proj, order), rows_reordered(attention.k_proj, order)]
-        weight, bias = joined([*turned, (attention.v_proj.weight, attention.v_proj.bias)])
+        super().__init__(head)
+        block, mlp = head.midlayer, head.midlayer.mlp
+        self._shape, self._hidden = head.shape, Norm(block.hidden_norm)
+        weight, bias = self._projections(block.self_attn)
         left, right = weight.chunk(2, -1)  # of the embedding, of the feature
         folded = torch.cat([self._before.fold(left), self._hidden.fold(right)], -1)
         self._qkv = linear(folded, bias)
-        self._out = residual(attention.o_proj.weight, attention.o_proj.bias)
-        self._mlp_norm = Norm(block.post_attention_layernorm)
         gate_up, gate_up_bias = joined(
             [(mlp.gate_proj.weight, mlp.gate_proj.bias), (mlp.up_proj.weight, mlp.up_proj.bias)]
         )
@@ -64,7 +95,6 @@ class HeadForward(FusedForward):
         self._head = self._norm.then(head.lm_head.weight, None)
         self._fc = linear(head.fc.weight, None)
         self._fuse_norms = head.fuse if head.shape.fc_norm or head.shape.norm_before_fc else None
-        self._watch = Watch([head])
 
     def fuse(self, states: Tensor) -> Tensor:
         """Fuse hidden states, as `FeatureHead.fuse` does."""
@@ -72,18 +102,10 @@ class HeadForward(FusedForward):
 
     def _pass(self, inputs: PassInputs, store: FusedStore) -> PassOutput:
         assert inputs.features is not None, "a head reads features"
-        group, features = self._heads // self._kv_heads, inputs.features
-        mask = torch.cat([inputs.mask] * group, 2) if group > 1 else inputs.mask
-        turns = store.turns.index_select(0, inputs.positions)[:, None]
+        features = inputs.features
         embedded = F.embedding(inputs.tokens, self._embedding)
         qkv = self._qkv(torch.cat([self._before(embedded), self._hidden(features)], -1))
-        queries = self._turned(qkv, turns, self._turning)
-        store.buffers[0].index_copy_(0, inputs.slots, qkv[:, self._heads * self._dim :])
-        if inputs.pad is not None:
-            queries = queries.index_select(0, inputs.pad)
-        mixed = self._attend(queries, *store.views(inputs)[0], mask)
-        if inputs.unpad is not None:
-            mixed = mixed.index_select(0, inputs.unpad)
+        mixed = self._mixed(qkv, inputs, store)
         above = self._hidden.whole(features) if self._shape.norm_before_residual else features.clone()
         states = self._out(mixed, above)
         gate, up = self._gate_up(self._mlp_norm(states)).chunk(2, -1)

@@ -8,15 +8,22 @@ from typing import Any
 import torch
 
 from decoding.engine.families import family_of, has_alibi
-from decoding.engine.feature_head import FeatureHead
+from decoding.engine.feature_head import DraftHead, FeatureHead
 from decoding.engine.forward import Forward, TransformersForward
 from decoding.engine.fused import FusedForward, can_fuse, hooked
 from decoding.engine.graphs import GraphedForward
 from decoding.engine.head_forward import HeadForward
 from decoding.engine.positions import window_of
+from decoding.engine.sampled_head import SampledForward, SampledHead
+from decoding.engine.trigram_head import TrigramForward, TrigramHead
 from decoding.engine.watch import signature
 
 ENGINES = ("auto", "eager", "transformers")
+HEADS: dict[type[DraftHead], Any] = {
+    FeatureHead: HeadForward,
+    SampledHead: SampledForward,
+    TrigramHead: TrigramForward,
+}  # what runs each kind
 SPARE_STORES = 3  # KV buffers kept for the next decoding
 
 
@@ -36,8 +43,8 @@ class Runner:
     """
 
     def __init__(self, model: Any, engine: str, fused: FusedForward | None = None) -> None:
-        if isinstance(model, FeatureHead):
-            self.prompts: Forward = fused or HeadForward(model)
+        if isinstance(model, DraftHead):
+            self.prompts: Forward = fused or HEADS[type(model)](model)
         elif engine != "transformers" and can_fuse(model):
             self.prompts = fused or FusedForward(model)
         else:

@@ -196,7 +196,7 @@ class ForestCache:
         first = (row - placement.first_row) * placement.queries
         inside: dict[int, tuple[int, tuple[int, ...]]] = {}  # nodes of this pass -> base row, slots seen beyond it
         for place, (node, parent) in enumerate(zip(nodes, parents, strict=True), first):
-            above = slot_of[parent]
+            above = slot_of[parent if parent >= 0 else node]  # a prompt's last token sees what it saw
             slot = slot_of.get(node)  # one that has a slot is scored again, in its place
             slot = slot_of[node] = table.take() if slot is None else slot
             base, path = inside[parent] if parent in inside else (offset + above, ())

@@ -1,19 +1,18 @@
-"""HeadScorer: a `FeatureHead` over the forests of a batch, beside the target's scorer whose states
-it
+"""HeadScorer: a head over the forests of a batch, beside the target's scorer whose states it
 reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from decoding.dice.sampling import FloatArray, IntArray, log_probabilities
-from decoding.engine.feature_head import FeatureHead
+from decoding.engine.feature_head import DraftHead
 from decoding.engine.forward import PassInputs
-from decoding.engine.head_forward import HeadForward
 from decoding.forest.cache import Placement
 from decoding.forest.node_scorer import ScorerOptions
 from decoding.forest.scorer import ForestScorer
@@ -33,16 +32,16 @@ class HeadScorer(ForestScorer):
         options: as for every scorer of the batch.
     """
 
-    def __init__(self, head: FeatureHead, target: ForestScorer, options: ScorerOptions) -> None:
-        super().__init__(head, **vars(options), layers=(0,))
+    keeps: ClassVar[tuple[int, ...]] = (0,)  # what passes hand on, as the one layer that there is
+
+    def __init__(self, head: DraftHead, target: ForestScorer, options: ScorerOptions) -> None:
+        super().__init__(head, **vars(options), layers=self.keeps)
         self.target = target
         self._ids = head.token_ids  # [Vd]
         self._host_ids = self._ids.cpu().numpy()
         self._width = target.vocabulary_size
         self._guessed: list[set[int]] = [set() for _ in range(options.rows)]  # scored by the head's own features
-        forward = self.runner.prompts
-        assert isinstance(forward, HeadForward)
-        self._fuse = forward.fuse
+        self._forward: Any = self.runner.prompts
 
     def open(self, row: int, prompt: Sequence[int], forest: TokenForest, shared: tuple[int, int] | None = None) -> None:
         """Score a prompt, after the target has; its first token stands before no feature, and is
@@ -56,8 +55,8 @@ class HeadScorer(ForestScorer):
     def _prompt_features(self, row: int, first: int, last: int) -> Tensor:
         states = self.target.prompt_states(row)
         if len(states) == 1:  # a prompt of one token
-            return self._fuse(torch.zeros_like(states))
-        return self._fuse(states[first:last])
+            return self._forward.fuse(torch.zeros_like(states))
+        return self._forward.fuse(states[first:last])
 
     def _missing(self, row: int, nodes: Sequence[int]) -> set[int]:
         """Also those whose parents the target has scored since."""
@@ -83,7 +82,7 @@ class HeadScorer(ForestScorer):
         forest, holds = self._held(row).forest, self.target.cache.holds
         parents = [forest.parents[node] for node in nodes]
         known = [i for i, parent in enumerate(parents) if holds(row, parent)]
-        fused = self._fuse(self.target.layer_states(row, [parents[i] for i in known])) if known else None
+        fused = self._forward.fuse(self.target.layer_states(row, [parents[i] for i in known])) if known else None
         if fused is not None and len(known) == len(nodes):
             return fused
         own = [i for i, parent in enumerate(parents) if not holds(row, parent)]

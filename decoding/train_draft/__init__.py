@@ -2,5 +2,6 @@
 
     python -m decoding.train_draft pair=smollm2 out=heads/smollm2
 
-`text.py` has the target write, `states.py` reads what a head learns from, `eagle3.py` fits it.
+`text.py` has the target write, `states.py` reads what a head learns from, `eagle3.py`, `fspad.py`,
+`chimera.py` and `model.py` fit one, each as its paper has it.
 """

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
@@ -15,28 +16,46 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from decoding.engine.feature_head import FeatureHead
+from decoding.engine.feature_head import DraftHead, FeatureHead
+from decoding.engine.sampled_head import SampledHead
+from decoding.engine.trigram_head import TrigramHead
 from decoding.errors import UserError
 from decoding.pairs.drafts.eagle3 import save_head
+from decoding.pairs.drafts.head import save_own
 from decoding.pairs.pair import ModelPair
 from decoding.support.checks import choice
 from decoding.support.entry import build_all, entry_point
 from decoding.support.fits import interruptible
 from decoding.support.progress import RunProgress
 from decoding.support.provenance import provenance, to_plain
+from decoding.train_draft.chimera import ChimeraModule
 from decoding.train_draft.eagle3 import HeadModule
 from decoding.train_draft.fit import DraftModule, TextData
+from decoding.train_draft.fspad import FspadModule
 from decoding.train_draft.model import ModelModule, small_model
 from decoding.train_draft.states import TargetStates
 from decoding.train_draft.text import Document, TextConfig, documents, token_counts
 
-HEADINGS = {"eagle3": "head", "model": "model"}  # kinds, and where the config has their settings
+
+class HeadKind(NamedTuple):
+    """A kind of head: its class, what fits it, and what writes it."""
+
+    head: type[DraftHead]
+    module: type[HeadModule]
+    save: Callable[[Any, Path], None]
+
+
+HEADS = {
+    "eagle3": HeadKind(FeatureHead, HeadModule, save_head),
+    "fspad": HeadKind(SampledHead, FspadModule, save_own),
+    "chimera": HeadKind(TrigramHead, ChimeraModule, save_own),
+}
 
 
 @entry_point(config_name="train_draft")
 def main(cfg: DictConfig) -> float:
     """Write text, fit a head to it, save the best; returns its acceptance on held-out text."""
-    choice("kind", cfg.kind, tuple(HEADINGS))
+    choice("kind", cfg.kind, (*HEADS, "model"))
     checkpoint = cfg.ckpt_path
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise UserError(f"There is no checkpoint at {checkpoint}; leave ckpt_path out to start afresh.")
@@ -60,13 +79,13 @@ def main(cfg: DictConfig) -> float:
         module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
     metrics = {name: float(value) for name, value in trainer.validate(module, data, verbose=False)[0].items()}
     out = Path(cfg.out)
-    named = save(module, pair, out)
+    named = save(module, pair, cfg.kind, out)
     recipe = {
         **provenance(),
         "target": pair.describe()["models"]["target"] | {"name": pair.name},
         "kind": cfg.kind,
         "text": to_plain(cfg.text) | {"written": sum(len(t.tokens) for t in texts), "documents": len(texts)},
-        cfg.kind: to_plain(cfg[HEADINGS[cfg.kind]]),
+        cfg.kind: to_plain(cfg["head" if cfg.kind in HEADS else "model"]),
         "fit": to_plain(cfg.fit) | {"batches": trainer.global_step, "epochs": trainer.current_epoch},
         "metrics": metrics,
     }
@@ -95,26 +114,28 @@ def new_module(pair: ModelPair, cfg: DictConfig, texts: list[Document], data: Te
         model: Any = small_model(target, cfg.model.hidden_size, cfg.model.layers)
         return ModelModule(model.to(pair.device), TargetStates(target, (), texts, room), **options)
     head = new_head(pair, cfg, [texts[i] for i in data.train])
-    return HeadModule(head, TargetStates(target, head.shape.layers, texts, room), cfg.fit.steps, **options)
+    return HEADS[cfg.kind].module(head, TargetStates(target, head.shape.layers, texts, room), cfg.fit.steps, **options)
 
 
-def save(module: DraftModule, pair: ModelPair, out: Path) -> str:
+def save(module: DraftModule, pair: ModelPair, kind: str, out: Path) -> str:
     """Write a draft; returns how `pair.draft` names it."""
     if isinstance(module, ModelModule):
         module.model.save_pretrained(out)
         pair.tokenizer.save_pretrained(out)
         return str(out)
     assert isinstance(module, HeadModule)
-    save_head(module.head, out)
-    return f"eagle3:{out}"
+    HEADS[kind].save(module.head, out)
+    return f"{kind}:{out}"
 
 
-def new_head(pair: ModelPair, cfg: DictConfig, texts: list[Any]) -> FeatureHead:
+def new_head(pair: ModelPair, cfg: DictConfig, texts: list[Any]) -> Any:
     """A head that proposes the tokens that occur most, and begins with the target's output for
     them.
     """
-    layers = cfg.head.layers
-    head = FeatureHead.for_target(pair.target, cfg.head.draft_vocab_size, tuple(layers) if layers else None)
+    kind, layers = HEADS[cfg.kind].head, tuple(cfg.head.layers or ())
+    if len(layers) > 1 and kind is not FeatureHead:
+        raise UserError(f"head.layers is {list(layers)}; a head of kind={cfg.kind} reads one layer: give one, or null.")
+    head = kind.for_target(pair.target, cfg.head.draft_vocab_size, layers or None)
     counts = token_counts(iter(texts), pair.vocab_size)
     ids = counts.argsort(descending=True, stable=True)[: head.shape.draft_vocab_size].sort().values
     head.t2d.zero_()

@@ -28,7 +28,7 @@ class DraftModule(LightningModule):
     """Fits a draft to what its target would write.
 
     The loss is the cross entropy of the target's distribution, as far as it lies on the draft's
-    tokens, at each drafted step; later steps count less.
+    tokens, at each drafted step, and what kinds of drafts add to it; later steps count less.
 
     Args:
         states: of the texts.
@@ -62,8 +62,9 @@ class DraftModule(LightningModule):
         """Draft at every place of some texts.
 
         Yields:
-            For each drafted step: cross entropy [B, T], logits of the draft [B, T, Vd], places that
-            count [B, T], and how far ahead of its place the token is whose follower is guessed.
+            For each drafted step: what is fitted [B, T], logits of the draft [B, T, Vd], places
+            that count [B, T], and how far ahead of its place the token is whose follower is
+            guessed.
         """
 
     def target_chances(self, seen: Seen) -> Tensor:
@@ -82,8 +83,8 @@ class DraftModule(LightningModule):
         """The loss of a batch of texts, given by their numbers."""
         seen = self._states[0](batch.tolist())
         total, weights = torch.zeros((), device=seen.tokens.device), 0.0
-        for step, (entropy, _, counts, _) in enumerate(self.losses(seen)):
-            total = total + self.decay**step * entropy[counts].sum() / counts.sum().clamp(min=1)
+        for step, (loss, _, counts, _) in enumerate(self.losses(seen)):
+            total = total + self.decay**step * loss[counts].sum() / counts.sum().clamp(min=1)
             weights += self.decay**step
         loss = total / weights
         if not torch.isfinite(loss):
@@ -99,14 +100,14 @@ class DraftModule(LightningModule):
         best = [part.topk(min(TOP, part.shape[-1]), -1) for part in output(seen.last).float().unbind(0)]
         top, tokens = torch.stack([b.values for b in best]), torch.stack([b.indices for b in best])
         told = top.softmax(-1)
-        for entropy, guessed, counts, ahead in self.losses(seen):
+        for loss, guessed, counts, ahead in self.losses(seen):
             mine = guessed.topk(min(TOP, guessed.shape[-1]), -1)
             q, q_tokens = mine.values.softmax(-1), ids[mine.indices]
             p, p_tokens = (shifted(x, ahead) for x in (told, tokens))
             same = p_tokens[..., :, None] == q_tokens[..., None, :]
             both = torch.minimum(p[..., :, None], q[..., None, :]).where(same, 0.0).sum((-1, -2))
             first = p_tokens[..., 0] == q_tokens[..., 0]
-            row = [both[counts].sum(), first[counts].sum(), entropy[counts].sum(), counts.sum()]
+            row = [both[counts].sum(), first[counts].sum(), loss[counts].sum(), counts.sum()]
             found.append(torch.stack([value.double() for value in row]))
         sums = torch.stack(found)
         self._sums = sums if self._sums is None else self._sums + sums
@@ -116,8 +117,8 @@ class DraftModule(LightningModule):
         assert self._sums is not None
         means = self._sums[:, :3] / self._sums[:, 3:].clamp(min=1)
         self._sums = None
-        for step, (accepted, agreed, entropy) in enumerate(means.tolist(), 1):
-            self.log_dict({f"val/accepted_{step}": accepted, f"val/top1_{step}": agreed, f"val/loss_{step}": entropy})
+        for step, (accepted, agreed, loss) in enumerate(means.tolist(), 1):
+            self.log_dict({f"val/accepted_{step}": accepted, f"val/top1_{step}": agreed, f"val/loss_{step}": loss})
         self.log("val/accepted", float(means[:, 0].mean()), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -132,11 +133,17 @@ class DraftModule(LightningModule):
         self._began = time.monotonic() - self._spent
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note how long the fit has run, so that one that goes on has the rest of max_seconds."""
+        """Note what is fitted, and how long it has run, so that a fit that goes on has the rest of
+        max_seconds.
+        """
+        checkpoint["draft"] = type(self).__name__
         checkpoint["seconds"] = time.monotonic() - self._began
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Read it again; a checkpoint without it begins the clock anew."""
+        kind = checkpoint.get("draft", type(self).__name__)
+        if kind != type(self).__name__:
+            raise UserError(f"ckpt_path is of a {kind}, where kind asks for a {type(self).__name__}; give that kind.")
         self._spent = float(checkpoint.get("seconds", 0.0))
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:

@@ -1,8 +1,9 @@
 """Drafts, a file for each kind; and which draft a model, a text or a `Draft` stands for.
 
 In text: `layers:8`, the target's own first layers; `ngram` or `ngram:4`, what followed the same
-tokens before; `eagle3:<directory>`, a head over the target's states; `mine.Bigram`, a class of
-anybody's own. `ngram+` in front of another of these mixes n-grams into what it proposes.
+tokens before; `eagle3:<directory>`, `fspad:...` and `chimera:...`, heads over the target's states;
+`mine.Bigram`, a class of anybody's own. `ngram+` in front of another of these mixes n-grams into
+what it proposes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from decoding.engine.vocabulary import match_vocabularies
 from decoding.errors import UserError
 from decoding.forest.node_scorer import NodeScorer, ScorerOptions
 from decoding.pairs.architecture import check_architecture, text_config, vocab_size_of
-from decoding.pairs.drafts import eagle3, early_layers, ngram
+from decoding.pairs.drafts import chimera, eagle3, early_layers, fspad, ngram
 from decoding.pairs.drafts.base import Draft
 from decoding.pairs.drafts.mixed import MixedDraft
 from decoding.pairs.drafts.model import ModelDraft
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 # Drafts that come without a checkpoint.
-KINDS = {kind.prefix: kind for kind in (early_layers.KIND, ngram.KIND, eagle3.KIND)}
+KINDS = {kind.prefix: kind for kind in (early_layers.KIND, ngram.KIND, eagle3.KIND, fspad.KIND, chimera.KIND)}
 _OWN = "mine.Bigram (a Draft of your own, by its dotted name)"
 _BESIDE = re.compile(r"(ngram(?::\d{1,6})?)\+(.+)", re.DOTALL)
 ALLOWED = ", ".join([*(kind.usage for kind in KINDS.values()), _OWN]) + ", or ngram+ in front of another of these"

@@ -10,17 +10,19 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from safetensors.torch import load_file
 from torch import Tensor
 
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError, beam_sample
 from decoding.engine.feature_head import FeatureHead
-from decoding.pairs.drafts.eagle3 import load_head
 from decoding.support.entry import CONF_DIR
 from decoding.train_draft import __main__ as door
+from decoding.train_draft.chimera import encoded
 from decoding.train_draft.eagle3 import HeadModule, unrolled
 from decoding.train_draft.fit import TextData, shifted
 from decoding.train_draft.states import TargetStates
 from decoding.train_draft.text import Document
+from tests.decoding.pairs import test_head_kinds
 from tests.decoding.pairs.test_eagle3 import head_of, reference, states_of, target_of
 from tests.decoding.stubs import seeded, small_llama
 from tests.decoding.train_draft.test_text import WORDS, tokenizer_of
@@ -41,6 +43,22 @@ def test_unrolled_steps_are_those_of_decoding() -> None:
             torch.testing.assert_close(head.logits(given[0, place]), expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_unrolled_steps_of_other_kinds_are_those_of_decoding() -> None:
+    """The same, of chains written out for FSPAD and Chimera."""
+    target, tokens = target_of(), [5, 3, 8, 1, 4, 9, 2, 7]
+    states = states_of(target, tokens, (4,))
+    given = torch.stack(states)[None, :, 0]
+    steps: dict[str, Any] = {"fspad": unrolled, "chimera": encoded}
+    for kind, drafts in steps.items():
+        head = test_head_kinds.head_of(kind, target)
+        for step, found in enumerate(drafts(head, torch.tensor([tokens]), given, 3)):
+            for place in range(len(tokens) - step - 1):
+                known: list[Tensor | None] = [*states[: place + 1], *[None] * step]
+                expected = test_head_kinds.REFERENCES[kind](head, known, tokens[: place + step + 2])
+                torch.testing.assert_close(head.logits(found[0, place]), expected, rtol=1e-4, atol=1e-4)
+
+
 def texts_of(target: Any, count: int = 120, length: int = 20) -> list[Document]:
     """Texts that the target writes."""
     random = torch.Generator().manual_seed(1)
@@ -55,16 +73,16 @@ def texts_of(target: Any, count: int = 120, length: int = 20) -> list[Document]:
     return found
 
 
-def learned(shift: int, monkeypatch: pytest.MonkeyPatch) -> float:
+def learned(shift: int, monkeypatch: pytest.MonkeyPatch, kind: str = "eagle3") -> float:
     """Held-out acceptance at the first step after a short fit to what the target says `shift` tokens earlier."""
     torch.manual_seed(0)
     target = target_of()
     with torch.no_grad():
         target.get_output_embeddings().weight.mul_(4)
     texts = texts_of(target)
-    head = FeatureHead.for_target(target, 23)
+    head: Any = door.HEADS[kind].head.for_target(target, 23)
     states = TargetStates(target.requires_grad_(False), head.shape.layers, texts)
-    module = HeadModule(head, states, steps=2, lr=5e-3)
+    module = door.HEADS[kind].module(head, states, steps=2, lr=5e-3)
     data = TextData(texts, 2000)
     told = HeadModule.target_chances
     monkeypatch.setattr(HeadModule, "target_chances", lambda self, seen: told(self, seen).roll(shift, 1))
@@ -85,8 +103,11 @@ def learned(shift: int, monkeypatch: pytest.MonkeyPatch) -> float:
     return found["val/accepted_1"]
 
 
-def test_a_head_learns_and_one_that_is_told_of_another_token_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, wrong = learned(0, monkeypatch), learned(1, monkeypatch)
+@pytest.mark.parametrize("kind", door.HEADS)
+def test_a_head_learns_and_one_that_is_told_of_another_token_does_not(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, wrong = learned(0, monkeypatch, kind), learned(1, monkeypatch, kind)
     assert right > wrong + 0.1, (right, wrong)
 
 
@@ -138,16 +159,17 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("kind", door.HEADS)
 def test_one_command_gives_a_draft_that_one_line_uses(
-    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    accepted = door.main(config(tmp_path, target, "trainer.max_epochs=2"))
+    accepted = door.main(config(tmp_path, target, f"kind={kind}", "trainer.max_epochs=2"))
     assert 0 < accepted <= 1
-    assert f"pair.draft=eagle3:{tmp_path / 'head'}" in capsys.readouterr().out
+    assert f"pair.draft={kind}:{tmp_path / 'head'}" in capsys.readouterr().out
     recipe = json.loads((tmp_path / "head" / "recipe.json").read_text())
     assert recipe["metrics"]["val/accepted"] == pytest.approx(accepted)
     assert recipe["text"]["documents"] > 50
-    pair = ModelPair.load(str(target), f"eagle3:{tmp_path / 'head'}")
+    pair = ModelPair.load(str(target), f"{kind}:{tmp_path / 'head'}")
     settings = DecodingConfig(target_width=2, draft_width=4, draft_depth=2, max_new_tokens=10)
     drafted = DSBDDecoder(pair, settings).generate([[1, 3], [1, 4, 5]], seeded())
     alone = beam_sample(pair.target, [[1, 3], [1, 4, 5]], settings, generator=seeded())
@@ -168,8 +190,12 @@ def test_a_small_model_is_a_draft_too(target: Path, tmp_path: Path, capsys: pyte
     assert [r.sequences for r in drafted] == [r.sequences for r in alone]
 
 
-def test_going_on_equals_not_having_stopped(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    door.main(config(tmp_path / "whole", target, "trainer.max_epochs=3"))
+@pytest.mark.parametrize("kind", door.HEADS)
+def test_going_on_equals_not_having_stopped(
+    kind: str, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [f"kind={kind}", "trainer.max_epochs=3"]
+    door.main(config(tmp_path / "whole", target, *asked))
     ends, count = HeadModule.on_validation_epoch_end, []
 
     def once(self: HeadModule) -> None:
@@ -180,15 +206,22 @@ def test_going_on_equals_not_having_stopped(target: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(HeadModule, "on_validation_epoch_end", once)
     with pytest.raises(KeyboardInterrupt):
-        door.main(config(tmp_path / "part", target, "trainer.max_epochs=3"))
+        door.main(config(tmp_path / "part", target, *asked))
     monkeypatch.undo()
     last = tmp_path / "part" / "last.ckpt"
     assert last.is_file() and not (tmp_path / "part" / "head").exists()
-    door.main(config(tmp_path / "again", target, "trainer.max_epochs=3", f"ckpt_path={last}"))
-    model = ModelPair.load(str(target)).target
-    whole, again = (load_head(tmp_path / name / "head", model).state_dict() for name in ("whole", "again"))
+    door.main(config(tmp_path / "again", target, *asked, f"ckpt_path={last}"))
+    whole, again = (load_file(tmp_path / name / "head" / "model.safetensors") for name in ("whole", "again"))
     for name, value in whole.items():
         torch.testing.assert_close(again[name], value, rtol=0, atol=0)
+    other = next(name for name in door.HEADS if name != kind)
+    with pytest.raises(UserError, match="give that kind"):
+        door.main(config(tmp_path / "other", target, f"kind={other}", f"ckpt_path={last}"))
+
+
+def test_layers_that_a_kind_cannot_read_are_told(target: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="reads one layer"):
+        door.main(config(tmp_path, target, "kind=chimera", "head.layers=[1,2]"))
 
 
 @pytest.mark.parametrize(
