@@ -17,8 +17,8 @@ from decoding.train_draft.states import Seen, TargetStates
 
 
 class Unrolling:
-    """Keys and values while each place of some texts drafts a few tokens in a row: it attends to the
-    past up to it, and to its own steps.
+    """Keys and values while each place of some texts drafts a few tokens in a row: it attends to
+    the past up to it, and to its own steps.
 
     Args:
         head: whose block attends.
