@@ -63,7 +63,13 @@ def test_commands_compose(command: str) -> None:
     if words[0] == "decoding.report":
         assert report.read_arguments(words[1:]).files
     if words[0] not in ENTRIES:
-        assert words[0] in ("decoding.report", "decoding.tiny", "studies.sixteen_bits", "tests.decoding.families")
+        assert words[0] in (
+            "decoding.report",
+            "decoding.tiny",
+            "studies.draft_kinds",
+            "studies.sixteen_bits",
+            "tests.decoding.families",
+        )
         return
     overrides = []
     for word in words[1:]:
