@@ -26,6 +26,7 @@ from decoding.forest.tree import TokenForest
 from decoding.pairs.drafts.chimera import ChimeraDraft
 from decoding.pairs.drafts.fspad import FspadDraft
 from decoding.pairs.drafts.head import HeadDraft, load_own, save_own
+from decoding.results import Recorder
 from tests.decoding import stubs
 from tests.decoding.engine.test_graphs import Static
 from tests.decoding.pairs.test_eagle3 import KNOWN, PROMPTS, chain, normed, row_of, states_of, target_of, turned
@@ -171,6 +172,22 @@ def test_a_prompt_that_begins_alike_is_read_once() -> None:
     torch.testing.assert_close(ours.log_probs(1, [0])[0][KNOWN], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_in_16_bits_a_head_says_nearly_the_same(kind: str) -> None:
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        target = target_of().to(dtype)
+        theirs, ours = scorers(target, KINDS[kind][1](head_of(kind, target).to(dtype)))
+        forest = TokenForest()
+        theirs.open(0, [5, 3, 8, 1], forest)
+        ours.open(0, [5, 3, 8, 1], forest)
+        nodes = chain(forest, [4, 9, 2])
+        ours.score({0: nodes[-1:]})
+        rows.append(torch.stack([row_of(ours, node).exp() for node in (0, *nodes)]))
+    assert (rows[0] - rows[1]).abs().max() < 0.05  # 8 bits of a mantissa, through a few sums of some dozen numbers
+
+
 # -------------------------------------------------------------------------------------------- exact
 
 
@@ -198,6 +215,18 @@ def test_searched_tokens_are_the_targets(kind: str, width: int) -> None:
     config = DecodingConfig(mode="beam_search", target_width=width, draft_width=6, draft_depth=3, max_new_tokens=12)
     drafted = DSBDDecoder(pair, config).generate(PROMPTS)
     alone = DSBDDecoder(ModelPair(pair.target, None), config).generate(PROMPTS)
+    assert [r.sequences for r in drafted] == [r.sequences for r in alone]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_ngrams_beside_it_and_a_controllers_states_the_tokens_are_the_targets(kind: str, tmp_path: Path) -> None:
+    target = target_of()
+    save_own(head_of(kind, target), tmp_path, torch.float32)
+    pair, config = ModelPair(target, f"ngram+{kind}:{tmp_path}"), settings(3, 6, 3, 12, top_k=6)
+    recorder = Recorder()
+    recorder.needs_hidden = True
+    drafted = DSBDDecoder(pair, config).generate(PROMPTS, seeded(), batch_size=2, recorder=[recorder] * len(PROMPTS))
+    alone = beam_sample(target, PROMPTS, config, generator=seeded())
     assert [r.sequences for r in drafted] == [r.sequences for r in alone]
 
 
