@@ -9,6 +9,9 @@ conf/evaluate.yaml has every setting; docs/formats.md describes results.json.
 
 from __future__ import annotations
 
+import decoding.support.early  # noqa: F401  # before what takes seconds to import
+
+# isort: split
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

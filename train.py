@@ -9,6 +9,9 @@ python train.py ckpt_path=outputs/train/.../checkpoints/last.ckpt
 
 from __future__ import annotations
 
+import decoding.support.early  # noqa: F401  # before what takes seconds to import
+
+# isort: split
 import csv
 import json
 import time

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import decoding.support.early  # noqa: F401  # before what takes seconds to import
+
+# isort: split
 from controller.network import WidthNet
 from controller.policy import LearnedWidth
 

@@ -1,5 +1,8 @@
 """Dynamic-width speculative beam decoding: prompts in, several hypotheses out."""
 
+import decoding.support.early  # noqa: F401  # before what takes seconds to import
+
+# isort: split
 from importlib import import_module
 from types import ModuleType
 

@@ -31,6 +31,7 @@ from decoding import DecodingConfig, DSBDDecoder, ModelPair
 from decoding.forest.node_scorer import ScorerOptions
 from decoding.forest.tree import TokenForest
 from decoding.support.entry import CONF_DIR
+from decoding.support.plain import plain_command
 from decoding.tasks.base import Task
 from decoding.tasks.requests import RequestsTask
 from decoding.tasks.stdlib import StdlibTask
@@ -214,4 +215,5 @@ def own_text(pair: ModelPair, settings: Sequence[str], folder: Path) -> list[Doc
 
 
 if __name__ == "__main__":
-    main()
+    with plain_command():
+        main()

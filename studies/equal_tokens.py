@@ -38,6 +38,7 @@ from decoding import (
 from decoding.dice.selection import run_race
 from decoding.loop.noise_run import NoiseRun, Step
 from decoding.loop.processing import Rules
+from decoding.support.plain import plain_command
 from decoding.tasks.stdlib import StdlibTask
 
 NEAR = 1e-5  # of two keys, relative to the larger: what another shape of a pass may change
@@ -214,4 +215,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_command():
+        main()

@@ -23,6 +23,7 @@ import torch
 from decoding import DecodingConfig, DSBDDecoder, ModelPair
 from decoding.measure.transformers_generate import hf_generate, own_settings_aside
 from decoding.pairs.pair import end_tokens
+from decoding.support.plain import plain_command
 from decoding.tasks.base import Task
 from decoding.tasks.requests import RequestsTask
 from decoding.tasks.stdlib import StdlibTask
@@ -170,4 +171,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_command():
+        main()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from decoding.errors import UserError
+from decoding.support import early
 
 
 @contextmanager
@@ -34,6 +35,7 @@ def terminated_as_interrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
+    early.begun()
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
