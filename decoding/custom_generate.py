@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
@@ -108,8 +110,7 @@ def dsbd_generate(
         assistant_model: the draft: a model, "layers:8" or "ngram", or a `Draft`; None: the model alone.
         tokenizer: for stop_strings.
         num_beams, num_return_sequences, length_penalty, early_stopping, stop_strings: as in transformers; before those
-            of the generation config. With a config that holds stop_strings, or with do_sample several
-            num_return_sequences and a draft, transformers raises before it calls this: give them as arguments.
+            of the generation config.
         width_policy: decides widths; None asks for num_beams at every layer, which is what makes the tokens equal.
         draft_width, draft_depth: the widest and the deepest forest; None: 2 * num_beams, and 3.
         engine: as for ModelPair.
@@ -186,6 +187,47 @@ def dsbd_generate(
     return _output(input_ids[::copies].repeat_interleave(samples, 0), results, config, generation_config)
 
 
+class _Signature(inspect.Signature):
+    """The arguments of `dsbd_generate` as transformers asks for them, before it checks a call.
+
+    It has taken the tokenizer out of the arguments then, and would miss it where a generation config holds stop
+    strings: it is put back. And it would take samples that a config asks for, by beams that the call asks for, for
+    assisted sampling: that many beams are then left in the arguments, as if nobody but the config knew them.
+    """
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:  # type: ignore[override]
+        own: Mapping[str, inspect.Parameter] = super().parameters
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != "_extract_generation_mode_kwargs":
+            frame = frame.f_back
+        if frame is None or frame.f_back is None:
+            return own
+        arguments, call = frame.f_locals["kwargs"], frame.f_back
+        tokenizer = _around(call).get("tokenizer")
+        if tokenizer is not None and "tokenizer" not in inspect.signature(GenerationMixin._sample).parameters:
+            arguments.setdefault("tokenizer", tokenizer)
+        config = call.f_locals.get("generation_config") or call.f_locals["self"].generation_config
+        samples = config.num_return_sequences or 1
+        if samples == 1 or arguments.get("num_return_sequences") is not None:
+            return own
+        if (arguments.get("num_beams") or config.num_beams or 1) == 1 and call.f_locals["assistant_model"] is not None:
+            raise UserError(
+                f"num_return_sequences ({samples}) of one beam each, in a generation config and with an "
+                "assistant_model, is refused by transformers; give num_return_sequences to generate as an argument."
+            )
+        return {name: parameter for name, parameter in own.items() if name != "num_beams"}
+
+
+dsbd_generate.__signature__ = _Signature.from_callable(dsbd_generate)  # type: ignore[attr-defined]
+
+
+def _around(call: Any) -> dict[str, Any]:
+    """The arguments of a call of `generate` as they were given: the `no_grad` around it keeps them."""
+    given = call.f_back.f_locals.get("kwargs") if call.f_back is not None else None
+    return given if isinstance(given, dict) else {}
+
+
 def _draft(model: Any, draft: Any) -> Any:
     """The draft of a call; the model's own first layers are made once, and probed once."""
     if not isinstance(draft, str):
@@ -216,8 +258,7 @@ def _of_the_call(config: GenerationConfig) -> dict[str, Any]:
         )
     if frame.f_locals.get("synced_gpus"):
         raise UserError("synced_gpus is True, but dsbd_generate runs on one process; leave it out.")
-    around = frame.f_back.f_locals.get("kwargs") if frame.f_back is not None else None
-    around = around if isinstance(around, dict) else {}
+    around = _around(frame)
     return {
         **{name: frame.f_locals.get(name) for name in ("assistant_model", "streamer")},
         "logits_processor": list(frame.f_locals.get("logits_processor") or []),

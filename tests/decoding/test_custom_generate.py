@@ -403,9 +403,37 @@ def test_stop_strings(width: int) -> None:
     assert pair.target.generate(**inputs, **options, custom_generate=bound).tolist() == plain.tolist()
     with pytest.raises(UserError, match="stop_strings needs the tokenizer"):
         pair.target.generate(**inputs, **options, stop_strings=text, **ours)
-    with pytest.raises(ValueError, match="could not locate a tokenizer"):  # of transformers, before this code is asked
-        config = GenerationConfig(stop_strings=text, max_new_tokens=4)
-        pair.target.generate(**inputs, generation_config=config, tokenizer=pair.tokenizer, **ours)
+    config = GenerationConfig(**options, stop_strings=text)  # transformers would lose the tokenizer
+    for custom in (dsbd_generate, partial(dsbd_generate, draft_depth=1)):
+        found = pair.target.generate(
+            **inputs, generation_config=config, tokenizer=pair.tokenizer, **ours | {"custom_generate": custom}
+        )
+        assert found.tolist() == plain.tolist()
+    with pytest.raises(ValueError, match="could not locate a tokenizer"):  # as without custom_generate
+        pair.target.generate(**inputs, generation_config=config, **ours)
+
+
+@pytest.mark.parametrize("beams_in", ["config", "call"])
+@pytest.mark.parametrize("drafted", [False, True])
+def test_samples_may_be_asked_for_in_a_config(beams_in: str, drafted: bool) -> None:
+    """Those of the same arguments, though transformers would take a draft for assisted sampling."""
+    pair = small_pair()
+    inputs = dict(pair.tokenizer("def area(", return_tensors="pt"))
+    ours: dict[str, Any] = {"custom_generate": dsbd_generate} | ({"assistant_model": pair.draft} if drafted else {})
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": PAD}
+
+    def sampled(**given: Any) -> Any:
+        set_seed(3)
+        return pair.target.generate(**inputs, **given, **ours).tolist()
+
+    expected = sampled(**options, num_beams=3, num_return_sequences=2)
+    in_config = options | {"num_return_sequences": 2} | ({"num_beams": 3} if beams_in == "config" else {})
+    found = sampled(generation_config=GenerationConfig(**in_config), **({"num_beams": 3} if beams_in == "call" else {}))
+    assert found == expected and len(found) == 2
+    if drafted:
+        one = GenerationConfig(**options, num_return_sequences=2)
+        with pytest.raises(UserError, match=r"num_return_sequences \(2\) of one beam each"):
+            sampled(generation_config=one)
 
 
 def test_a_streamer_prints_what_plain_generate_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -836,7 +864,7 @@ WITHOUT_INFLUENCE: dict[str, Any] = {
     "max_matching_ngram_size": 2,
     "assistant_early_exit": 1,
 }
-REFUSED_BY_TRANSFORMERS = {"token_healing": True}  # it needs a tokenizer, which it does not get with custom_generate
+REFUSED_BY_TRANSFORMERS = {"token_healing": True}  # it needs a tokenizer
 ASKED: dict[str, Any] = {
     "assistant_ensemble_weight": 0.5,
     "cache_implementation": "quantized",
