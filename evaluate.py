@@ -12,6 +12,7 @@ from __future__ import annotations
 import decoding.support.early  # noqa: F401  # before what takes seconds to import
 
 # isort: split
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,17 +41,20 @@ from decoding.measure.turns import (
     Record,
     decode_all,
     keep_whole,
+    leave_out,
+    left_out,
     make_records,
     read_prompts,
     score_all,
     stopped_sentence,
     write_energy,
 )
+from decoding.pairs.pair import check_lengths
 from decoding.report import show, write_report
 from decoding.support.entry import entry_point
 from decoding.support.provenance import code_sha256, library_versions, machine, run_provenance, to_plain
 from decoding.support.settings import check_counts, check_seconds
-from decoding.tasks.base import Prompt, Task
+from decoding.tasks.base import Prompt, Task, check_files
 
 LEARNED = {"learned": "modelled", "learned_also": "also"}  # methods by the table of cost that they plan with
 _LEAST = {"batch_size": 1, "bootstrap": 1, "prompts.limit": 1, "prompts.warmup": 0}
@@ -72,32 +76,43 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     """
     tables: Tables = {}  # filled once the pair is there
     rows, candidates = read_rows(cfg, METHODS | learned_methods(cfg, tables))
-    trained = load_controller(cfg.controller_path)[1] if cfg.controller_path is not None else {}
+    trained = {name: load_controller(path)[1] for name, path in controllers_of(cfg).items()}
     task: Task = instantiate(cfg.data)
+    check_unmeasured(cfg, task)
     with tracked(cfg) as logger:
         pair: ModelPair = instantiate(cfg.pair)
         prompts, warmup = read_prompts(cfg.prompts, task, pair)
-        tables |= cost_tables(cfg, pair, any(row.method.name in LEARNED for row in rows))
+        check_lengths(pair, prompts, rows[0].config)
+        tables |= cost_tables(cfg, pair, any(row.method.name.partition(":")[0] in LEARNED for row in rows))
         journal = Journal(Path(cfg.output_dir), depends_on(cfg, pair, prompts))
         kept, tuned = tune(cfg, candidates, pair, task, tables, journal) if candidates and tables else ([], None)
         records = make_records([*rows, *kept], pair, cfg.batch_size)
-        interrupted = decode_all(records, prompts, warmup, cfg.seed, max_seconds=cfg.max_seconds, journal=journal)
-        count = keep_whole(records, len(prompts))
+        interrupted = decode_all(
+            records, prompts, warmup, cfg.seed, max_seconds=cfg.max_seconds, journal=journal, strict=cfg.strict
+        )
+        able = leave_out(records, prompts)
+        count = keep_whole(records, len(able))
         if interrupted and not count:
             raise KeyboardInterrupt
+        unscored = score_all(records, able, pair, task)
+        scored, rest = leave_out(records, able[:count]), able[count:]
         if all(record.error is not None for record in records):
             raise UserError(records[0].error)
-        unscored = score_all(records, prompts, pair, task)
+        if not scored:
+            if interrupted:
+                raise KeyboardInterrupt
+            raise UserError("Each prompt makes a model return NaN in one row or another; try dtype=float32.")
         results = {
             **summary_of(cfg, records, tables),
             "schema_version": SCHEMA_VERSION,
-            "provenance": run_provenance(cfg, pair, task, count) | provenance_of(cfg, tables),
+            "provenance": run_provenance(cfg, pair, task, len(scored)) | provenance_of(cfg, tables),
             "complete": not interrupted,
-            "stopped": stopped_sentence(count, len(prompts), cfg.max_seconds, interrupted),
+            "stopped": stopped_sentence(len(scored), len(scored) + len(rest), cfg.max_seconds, interrupted),
             "unscored": unscored,
-            "prompts": [prompt.to_dict() for prompt in prompts[:count]],
+            "prompts": [prompt.to_dict() for prompt in scored],
+            "skipped": left_out(prompts, [*scored, *rest]),
             "tuned": tuned,
-            "calibration": calibration_curves(trained),
+            "calibration": calibrations(trained),
         }
         files = write_report(Path(cfg.output_dir), results) | write_energy(Path(cfg.output_dir), records)
         log_evaluation(logger, results, files)
@@ -111,8 +126,9 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 
 def summary_of(cfg: DictConfig, records: Sequence[Record], tables: Tables) -> dict[str, Any]:
     """Rows, comparisons by the clock and by each table, and the rows that failed."""
-    by: dict[str, tuple[LatencyTable | None, str]] = {"clock": (None, "learned")}
-    by |= {name: (tables[name], method) for method, name in LEARNED.items() if name in tables}
+    first = next(iter(controllers_of(cfg)), "")
+    by: dict[str, tuple[LatencyTable | None, str]] = {"clock": (None, f"learned{first}")}
+    by |= {name: (tables[name], f"{method}{first}") for method, name in LEARNED.items() if name in tables}
     return {
         "rows": summarise(records, cfg.bootstrap, cfg.seed, tables),
         "comparisons": {
@@ -140,10 +156,11 @@ def depends_on(cfg: DictConfig, pair: ModelPair, prompts: Sequence[Prompt]) -> d
 
 def provenance_of(cfg: DictConfig, tables: Tables) -> dict[str, Any]:
     """The controller and the tables of cost that an evaluation was of."""
-    path = cfg.controller_path
+    paths = list(controllers_of(cfg).values())
+    digests = [weights_sha256(path) for path in paths]
     return {
-        "controller": path,
-        "controller_sha256": None if path is None else weights_sha256(path),
+        "controller": paths if len(paths) > 1 else next(iter(paths), None),
+        "controller_sha256": digests if len(paths) > 1 else next(iter(digests), None),
         "latency": tables["modelled"].to_dict() if "modelled" in tables else None,
         "also": tables["also"].to_dict() if "also" in tables else None,
     }
@@ -153,7 +170,8 @@ def provenance_of(cfg: DictConfig, tables: Tables) -> dict[str, Any]:
 
 
 def read_rows(cfg: DictConfig, methods: Mapping[str, Method]) -> tuple[list[Row], list[Row]]:
-    """The rows that a config asks for, and the settings to tune; what cannot be is refused.
+    """The rows that a config asks for, and the settings to tune; what cannot be is refused, before
+    a model is loaded.
 
     Raises:
         UserError: unknown names, settings that cannot be, or learned rows without a controller.
@@ -161,28 +179,70 @@ def read_rows(cfg: DictConfig, methods: Mapping[str, Method]) -> tuple[list[Row]
     check_counts(cfg, _LEAST)
     check_seconds(cfg.max_seconds)
     names, config = chosen_policies(cfg), instantiate(cfg.decoding)
-    rows = make_rows(names, config, grid_of(cfg, config, names, methods), cfg.references, methods)
-    return rows, tuning_rows(cfg, methods, config)
+    references = of_each(cfg.references, controllers_of(cfg))
+    rows = make_rows(names, config, grid_of(cfg, config, names, methods), references, methods)
+    candidates = tuning_rows(cfg, methods, config)
+    for row in [*rows, *candidates]:
+        row.check()
+    return rows, candidates
+
+
+def controllers_of(cfg: DictConfig) -> dict[str, str]:
+    """The controllers' paths, by what stands behind the names of their methods.
+
+    That is "" for a single one; of several it is `:` and the part of its path that tells it from
+    the others.
+    """
+    given = to_plain(cfg)["controller_path"]
+    paths = [] if given is None else given if isinstance(given, list) else [given]
+    named = all(isinstance(path, str) and path for path in paths)
+    if given == [] or not named or len({Path(path) for path in paths}) < len(paths):
+        raise UserError(f"controller is {given!r}; give a directory or a hub id, or a list of different ones.")
+    if len(paths) < 2:
+        return dict.fromkeys([""], *paths) if paths else {}
+    return dict(zip((f":{name}" for name in told_apart(paths)), paths, strict=True))
+
+
+def told_apart(paths: Sequence[str]) -> list[str]:
+    """A short name for each of several paths: the last part in which they differ, or as many parts
+    as it takes.
+    """
+    parts = [Path(path).parts for path in paths]
+    while len({each[-1:] for each in parts}) == 1:
+        parts = [each[:-1] for each in parts]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = [re.sub(r"[^\w./-]", "_", "/".join(each[-count:])) for each in parts]
+        if all(names) and len({*names}) == len(names):
+            return names
+    return [str(place) for place in range(1, len(paths) + 1)]
+
+
+def of_each(names: Sequence[str], controllers: Mapping[str, str]) -> list[str]:
+    """Names of methods; where there are several controllers, each learned one stands for all."""
+    more = list(controllers) or [""]
+    return [f"{name}{which}" for name in names for which in (more if name in LEARNED else [""])]
 
 
 def learned_methods(cfg: DictConfig, tables: Tables) -> dict[str, Method]:
-    """DSBDDecoder with the config's controller, planning for the device of `latency` and for that
-    of `latency@also`.
+    """DSBDDecoder with each of the config's controllers, planning for the device of `latency` and
+    for that of `latency@also`.
 
     Args:
-        tables: of cost; a row is built when they are there.
+        tables: of cost; a row is built when they are there, and checked before.
     """
 
-    def method(name: str) -> Method:
+    def method(name: str, which: str, path: str) -> Method:
         def make(**arguments: Any) -> LearnedWidth:
-            costs = tables[LEARNED[name]]
+            costs = tables.get(LEARNED[name])
             given = {key: value for key, value in cfg.learned.items() if key != "objective"}
-            given["clock"] = given.get("clock") or ("table" if costs.measured is None else None)
-            return LearnedWidth.load(cfg.controller_path, **{**given, "latency": costs, **arguments})
+            if costs is not None:
+                given["clock"] = given.get("clock") or ("table" if costs.measured is None else None)
+            return LearnedWidth.load(path, **{**given, "latency": costs, **arguments})
 
-        return policy_method(LearnedWidth, name, make)
+        return policy_method(LearnedWidth, f"{name}{which}", make)
 
-    return {name: method(name) for name in LEARNED}
+    found = [method(name, which, path) for name in LEARNED for which, path in (controllers_of(cfg) or {"": ""}).items()]
+    return {each.name: each for each in found}
 
 
 def chosen_policies(cfg: DictConfig) -> list[str]:
@@ -201,7 +261,7 @@ def chosen_policies(cfg: DictConfig) -> list[str]:
             )
     if "learned_also" in {*names, *cfg.references} and not cfg.get("also"):
         raise UserError("'learned_also' plans for a second device: give it as latency@also=<a config of conf/latency>.")
-    return names
+    return of_each(names, controllers_of(cfg))
 
 
 def grid_of(
@@ -225,8 +285,26 @@ def tuning_rows(cfg: DictConfig, methods: Mapping[str, Method], config: Decoding
     for axes in to_plain(cfg.tune)["grids"]:
         if not isinstance(axes, dict) or not isinstance(axes.get("policies"), list):
             raise UserError(f"tune.grids holds {axes!r}; give each as {{policies: [...], <axis of grid>: [...]}}.")
-        rows += make_rows(axes.pop("policies"), config, axes, (), methods)
+        rows += make_rows(of_each(axes.pop("policies"), controllers_of(cfg)), config, axes, (), methods)
     return rows
+
+
+def check_unmeasured(cfg: DictConfig, task: Task) -> None:
+    """Refuse files, splits and tables that cannot be read, before a model is loaded."""
+    check_files(task, [cfg.prompts.split, *([cfg.tune.split] if cfg.tune.grids else [])])
+    for node in (cfg.latency, cfg.get("also")):
+        if node and not node.get("_partial_"):
+            instantiate(node)
+
+
+def calibrations(trained: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Calibration curves of all controllers by title; of several, each with its name."""
+    found = {which: calibration_curves(about) for which, about in trained.items()}
+    return {
+        f"{title}, learned{which}" if len(found) > 1 else title: curve
+        for which, curves in found.items()
+        for title, curve in curves.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -263,12 +341,13 @@ def tune(
     about = cfg.tune
     prompts = task.prompts(about.split, about.prompts, pair.tokenizer)
     records = make_records(rows, pair, about.batch_size)
-    if decode_all(records, prompts, (), cfg.seed, journal=journal, stage="tune"):
+    if decode_all(records, prompts, (), cfg.seed, journal=journal, stage="tune", strict=cfg.strict):
         raise KeyboardInterrupt
+    score_all(records, prompts := leave_out(records, prompts), pair, task)
+    prompts = leave_out(records, prompts)
     for record in records:
         if record.error is not None:
             raise UserError(record.error)
-    score_all(records, prompts, pair, task)
     speeds: dict[str, list[float]] = {name: [] for name in tables}
     qualities: list[float] = []
     for found in (record.repeats[0] for record in records):

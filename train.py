@@ -14,6 +14,7 @@ import decoding.support.early  # noqa: F401  # before what takes seconds to impo
 # isort: split
 import csv
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def main(cfg: DictConfig) -> float:
     """Train the controller that the config describes; returns the best `val/loss`, for sweeps."""
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = read_checkpoint(cfg.ckpt_path)
-    check_columns(instantiate(cfg.features))  # before traces are collected with them
+    features = instantiate(cfg.features)
+    check_columns(features)  # before traces are collected with them
+    check_fit(cfg, features)
     with tracked(cfg) as wandb_logger:  # before traces are collected for hours; a crash closes its run too
         return fit(cfg, ensure_traces(cfg), checkpoint, wandb_logger)
 
@@ -120,6 +123,22 @@ def load_whole(path: str | Path) -> Any:
         if (damaged := archive.testzip()) is not None:
             raise BadZipFile(damaged)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_fit(cfg: DictConfig, features: Any) -> None:
+    """Build what a fit is made of once before traces are collected for hours: what cannot be is
+    refused now.
+    """
+    sizes = {"names": features.names, "candidate_names": features.candidate_names}
+    said = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # of devices; it says so again
+    with torch.random.fork_rng(devices=[]):
+        instantiate(cfg.controller, **sizes, target_width=cfg.decoding.target_width)
+    level = said.level
+    said.setLevel(logging.ERROR)
+    try:
+        instantiate(cfg.trainer, callbacks=build_all(cfg.callbacks), logger=False)
+    finally:
+        said.setLevel(level)
 
 
 def settings_of(cfg: DictConfig, data: TraceDataModule) -> dict[str, Any]:

@@ -15,13 +15,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from controller.network import ARGUMENTS, CALIBRATED, COLUMNS, WidthNet
+from controller.network import ARGUMENTS, CALIBRATED, COLUMNS, LARGEST, WidthNet
 from decoding.errors import UserError, reading
 from decoding.support.checks import whole
 
 FORMAT = "dsbd-controller"  # what config.json says it is
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_LARGEST = 4096  # of each size of a network
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -86,9 +85,7 @@ def load_controller(path: str | Path, revision: str | None = None) -> tuple[Widt
     if any(not isinstance(provenance.get(part, {}), dict) for part in ("features", "pair", "decoding")):
         raise _of_another_version(path, f"the provenance in {CONFIG} is of another form")
     for name in ARGUMENTS:
-        whole(
-            f"{name} in {directory / CONFIG}", config[name], least=1, most=_LARGEST, hint="train the controller again"
-        )
+        whole(f"{name} in {directory / CONFIG}", config[name], least=1, most=LARGEST, hint="train the controller again")
     with reading(directory / CONFIG, "Train the controller again."):
         net = WidthNet(**{name: config[name] for name in (*ARGUMENTS, *COLUMNS) if name in config})
     try:

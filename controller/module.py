@@ -15,8 +15,9 @@ from controller.data import SPLITS, Batch, TraceDataModule
 from controller.features import CANDIDATE, LAYER
 from controller.losses import Predicted, after_events, before_events, candidate_events, loss_of
 from controller.metrics import CURVES, Reliability, StageMetrics
-from controller.network import WidthNet
+from controller.network import LARGEST, WidthNet
 from decoding.errors import UserError
+from decoding.support.checks import number, whole
 
 
 class ControllerModule(LightningModule):
@@ -31,6 +32,9 @@ class ControllerModule(LightningModule):
         lr, weight_decay: of AdamW; the rate follows a cosine to zero.
         batch_size: iterations per batch; read by train.py.
         names, candidate_names: of the features, in order.
+
+    Raises:
+        UserError: sizes or rates that cannot be.
     """
 
     def __init__(
@@ -45,6 +49,11 @@ class ControllerModule(LightningModule):
         candidate_names: Sequence[str] = CANDIDATE,
     ) -> None:
         super().__init__()
+        for name, size in (("hidden", hidden), ("layers", layers)):
+            whole(f"controller.{name}", size, least=1, most=LARGEST)
+        whole("controller.batch_size", batch_size, least=1)
+        number("controller.lr", lr, above=0)
+        number("controller.weight_decay", weight_decay, least=0)
         self.net = WidthNet(target_width, hidden, layers, names, candidate_names)
         self.lr, self.weight_decay, self.batch_size = lr, weight_decay, batch_size
         self.train_metrics, self.val_metrics, self.test_metrics = (StageMetrics() for _ in SPLITS)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from controller.features import CANDIDATE, LAYER, OF_CANDIDATE, OF_LAYER, places
 
+LARGEST = 4096  # of each size of a network
 ARGUMENTS = ("target_width", "hidden", "layers")
 COLUMNS = ("names", "candidate_names")  # its further arguments; those of the built-in features where none are given
 CALIBRATED = ("temperature",)

@@ -30,6 +30,8 @@ from decoding.measure.turns import (
     decode_all,
     graph_counters,
     keep_whole,
+    leave_out,
+    left_out,
     make_records,
     read_prompts,
     score_all,
@@ -37,12 +39,12 @@ from decoding.measure.turns import (
     stopped_sentence,
     write_energy,
 )
-from decoding.pairs.pair import ModelPair
+from decoding.pairs.pair import ModelPair, check_lengths
 from decoding.report import show
 from decoding.support.entry import entry_point
 from decoding.support.provenance import run_provenance
 from decoding.support.settings import check_counts, check_seconds
-from decoding.tasks.base import Prompt, Task
+from decoding.tasks.base import Prompt, Task, check_files
 
 TRACE = "trace.json"
 _LEAST = {"prompts.limit": 1, "prompts.tokens": 1, "prompts.warmup": 0, "repeats": 1, "bootstrap": 1}
@@ -64,14 +66,20 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     check_seconds(cfg.max_seconds)
     if cfg.profile:
         row_to_profile(rows, cfg.profile_row)  # a wrong name is refused now
+    for row in rows:
+        row.check()
     task: Task = instantiate(cfg.data)
+    check_files(task, [cfg.prompts.split])
     pair: ModelPair = instantiate(cfg.pair)
     prompts, warmup = read_prompts(cfg.prompts, task, pair)
     check_batches(rows, prompts)
     if cfg.prompts.tokens is not None:
         prompts, warmup = (lengthened(some, cfg.prompts.tokens) for some in (prompts, warmup))
+    check_lengths(pair, prompts, rows[0].config)
     bench = Bench(cfg, pair, task, prompts, make_records(rows, pair))
-    interrupted = decode_all(bench.records, prompts, warmup, cfg.seed, cfg.repeats, bench.write, cfg.max_seconds)
+    interrupted = decode_all(
+        bench.records, prompts, warmup, cfg.seed, cfg.repeats, bench.write, cfg.max_seconds, strict=cfg.strict
+    )
     bench.finish(complete=not interrupted)
     if interrupted:
         raise KeyboardInterrupt
@@ -112,7 +120,8 @@ class Bench:
     def __init__(
         self, cfg: DictConfig, pair: ModelPair, task: Task, prompts: list[Prompt], records: list[Record]
     ) -> None:
-        self.cfg, self.pair, self.task, self.prompts, self.records = cfg, pair, task, prompts, records
+        self.cfg, self.pair, self.task, self.records = cfg, pair, task, records
+        self.asked = self.prompts = prompts  # those of the config, and those that all rows can decode
         self.directory = Path(cfg.output_dir)
         self.results: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -127,18 +136,24 @@ class Bench:
             "unscored": None,
             "stopped": None,
             "prompts": [],
+            "skipped": [],
         }
 
     def finish(self, complete: bool) -> None:
         """Score what was decoded; after a complete run also roofline and profile; write and print."""
-        kept = keep_whole(self.records, len(self.prompts))
-        self.results["provenance"]["task"]["prompts"] = kept
-        self.results["prompts"] = [prompt.to_dict() for prompt in self.prompts[:kept]]
-        self.results["stopped"] = stopped_sentence(kept, len(self.prompts), self.cfg.max_seconds) if complete else None
+        able = leave_out(self.records, self.prompts)
+        kept = keep_whole(self.records, len(able))
+        self.results["unscored"] = score_all(self.records, able, self.pair, self.task)
+        self.prompts = leave_out(self.records, able[:kept])
+        count, rest = len(self.prompts), able[kept:]
+        self.results["provenance"]["task"]["prompts"] = count
+        self.results["prompts"] = [prompt.to_dict() for prompt in self.prompts]
+        self.results["skipped"] = left_out(self.asked, [*self.prompts, *rest])
+        stopped = stopped_sentence(count, count + len(rest), self.cfg.max_seconds)
+        self.results["stopped"] = stopped if complete else None
         self.results["graphs"] = graph_counters(self.pair)
-        self.results["unscored"] = score_all(self.records, self.prompts, self.pair, self.task)
         self.write()
-        if complete:
+        if complete and self.prompts:
             if self.cfg.roofline:
                 self.results["roofline"] = self._guarded(self._roofline)
                 self.write()
@@ -151,6 +166,7 @@ class Bench:
 
     def write(self) -> Path:
         """Write bench.json as far as the run has come."""
+        self.prompts = leave_out(self.records, self.prompts)
         self.results["failed"] = {record.row.name: record.error for record in self.records if record.error is not None}
         self.results["rows"] = summarise(
             self.records,

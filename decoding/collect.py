@@ -25,14 +25,14 @@ from decoding.config import DecodingConfig
 from decoding.decoder import DSBDDecoder
 from decoding.dice.sampling import NotNumbers
 from decoding.errors import UserError
-from decoding.pairs.pair import ModelPair
-from decoding.policies.base import WidthPolicy
+from decoding.pairs.pair import ModelPair, check_lengths
+from decoding.policies.base import WidthPolicy, check_unloaded
 from decoding.support.checks import whole
 from decoding.support.entry import entry_point
 from decoding.support.in_use import in_use
 from decoding.support.progress import RunProgress
 from decoding.support.provenance import git_sha, library_versions
-from decoding.tasks.base import Prompt, Task
+from decoding.tasks.base import Prompt, Task, check_files
 from decoding.traces.recorder import TraceRecorder
 from decoding.traces.schema import SCHEMA_VERSION, Column, ContextFeatures, own_columns
 from decoding.traces.store import damaged_shards, read_manifest, write_manifest, write_shard
@@ -76,6 +76,10 @@ class Collection:
             )
         policy, task, features = (instantiate(node) for node in (cfg.policy, cfg.data, cfg.features))
         columns = own_columns(cfg.collect.get("columns", []))
+        check_counts(cfg)
+        check_unloaded(policy, config)
+        held_out = ["test"] if cfg.collect.get("test_prompts", 0) != 0 else []
+        check_files(task, ["train", "val", *held_out])
         return cls(cfg, pair or instantiate(cfg.pair), config, policy, task, features, columns)
 
     def describe(self) -> dict[str, Any]:
@@ -161,10 +165,11 @@ def _collect(collection: Collection, directory: Path, manifest: dict[str, Any]) 
     """Decode what is not done yet, a shard at a time."""
     cfg, pair = collection.cfg, collection.pair
     decoder = DSBDDecoder(pair, collection.config, collection.policy)
-    size = whole("collect.batch_size", cfg.collect.batch_size, least=1)
+    size = cfg.collect.batch_size
     if pair.drafter is None:
         raise UserError("Traces are logged of a target with a draft: give the pair one, such as pair.draft=ngram.")
     prompts = _prompts(cfg, collection.task, pair)
+    check_lengths(pair, [prompt for _, prompt in prompts], collection.config)
     with in_use(directory), RunProgress() as progress, _kept(directory, manifest):
         manifest.update(read_manifest(directory) or {})  # another run may have gone on meanwhile
         _forget(manifest, damaged_shards(directory, manifest), directory)
@@ -260,13 +265,16 @@ def _forget(manifest: dict[str, Any], damaged: Sequence[str], directory: Path) -
     manifest.update(shards=kept, done=done, rows=rows, prompts=len(done), complete=False)
 
 
+def check_counts(cfg: DictConfig) -> None:
+    """Refuse numbers of prompts that cannot be (UserError)."""
+    whole("collect.batch_size", cfg.collect.batch_size, least=1)
+    for name, least in (("train_prompts", 1), ("val_prompts", 1), ("test_prompts", 0)):
+        if (count := cfg.collect.get(name, 0 if name == "test_prompts" else None)) is not None:
+            whole(f"collect.{name}", count, least)
+
+
 def _prompts(cfg: DictConfig, task: Task, pair: ModelPair) -> list[tuple[str, Prompt]]:
-    for name in ("train_prompts", "val_prompts"):
-        if cfg.collect[name] is not None:
-            whole(f"collect.{name}", cfg.collect[name], least=1)
     held_out = cfg.collect.get("test_prompts", 0)
-    if held_out is not None:
-        whole("collect.test_prompts", held_out, least=0)
     chosen = [
         (split, prompt)
         for split, limit in (("train", cfg.collect.train_prompts), ("val", cfg.collect.val_prompts), ("test", held_out))

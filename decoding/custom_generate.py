@@ -190,9 +190,9 @@ def dsbd_generate(
 class _Signature(inspect.Signature):
     """The arguments of `dsbd_generate` as transformers asks for them, before it checks a call.
 
-    It has taken the tokenizer out of the arguments then, and would miss it where a generation config holds stop
-    strings: it is put back. And it would take samples that a config asks for, by beams that the call asks for, for
-    assisted sampling: that many beams are then left in the arguments, as if nobody but the config knew them.
+    It has taken the tokenizer out of the arguments then, and would miss it where a generation
+    config holds stop strings: it is put back. And samples that a config asks for, of beams that the
+    call asks for, it would take for assisted sampling: the beams are left to the config, too.
     """
 
     @property

@@ -36,6 +36,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return named or "can't allocate memory" in str(error)  # what torch says of a CPU's, as RuntimeError
 
 
+def one_line(text: str) -> str:
+    """A sentence in one line, whatever a user's value or a library's words hold."""
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that says something, or what kind of error it is."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -28,6 +28,7 @@ from decoding.decoder import DSBDDecoder
 from decoding.errors import UserError
 from decoding.forest_view import ForestRecorder, render
 from decoding.pairs.pair import ModelPair
+from decoding.policies.base import check_unloaded
 from decoding.results import DecodeResult, DecodeStats
 from decoding.support.checks import whole
 from decoding.support.entry import entry_point
@@ -73,7 +74,8 @@ def run(cfg: DictConfig, text: str | None = None) -> DecodeResult:
     text = read_text({"the argument": text, "text": cfg.text, "file": cfg.file})
     recorder = forest_recorder(cfg)
     config: DecodingConfig = instantiate(cfg.decoding)
-    policy = instantiate(cfg.policy)  # before the models are loaded
+    policy = instantiate(cfg.policy)
+    check_unloaded(policy, config)  # before the models are loaded
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     pair: ModelPair = instantiate(cfg.pair)

@@ -301,10 +301,10 @@ def killed_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     taken: list[str] = []
     take_turn = turns._take_turn
 
-    def dies(record: Record, prompts: Any, seed: int, meter: Any) -> Any:
+    def dies(record: Record, *given: Any) -> Any:
         if len(taken) == count:
             raise Killed
-        found = take_turn(record, prompts, seed, meter)
+        found = take_turn(record, *given)
         taken.append(record.row.name)
         return found
 

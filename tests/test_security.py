@@ -235,7 +235,9 @@ def test_all_that_is_needed_is_pinned() -> None:
         Requirement(line)
         for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
         for line in group
+        if not line.startswith("speculators")  # fits the oldest versions alone
     ]
+    assert "speculators" in pins("constraints-oldest.txt")
     seen: set[str] = set()
     while todo:
         requirement = todo.pop()

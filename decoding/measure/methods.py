@@ -71,6 +71,7 @@ class Method:
         batches: it decodes prompts together.
         arguments: names of further settings that it takes, those of a policy that are not worth
             sweeping.
+        policy: makes its policy of a row's settings; None where it has none of its own.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Method:
     drafts: bool = True
     batches: bool = True
     arguments: tuple[str, ...] = ()
+    policy: Callable[[Settings], WidthPolicy] | None = None
 
     def configure(self, config: DecodingConfig, settings: Settings) -> DecodingConfig:
         """The config with the method's and the row's settings; narrower widths pull others along."""
@@ -119,12 +121,13 @@ def policy_method(
     make = make or policy
     options = {"knobs": policy.knobs, "family": policy.family, **options}
 
-    def build(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
-        return partial(
-            DSBDDecoder(pair, config, make(**arguments_of(options["knobs"], settings))).generate, halve=False
-        )
+    def made(settings: Settings) -> WidthPolicy:
+        return make(**arguments_of(options["knobs"], settings))
 
-    return Method(name or policy.name, build, **options)
+    def build(pair: ModelPair, config: DecodingConfig, settings: Settings) -> Generate:
+        return partial(DSBDDecoder(pair, config, made(settings)).generate, halve=False)
+
+    return Method(name or policy.name, build, policy=made, **options)
 
 
 def arguments_of(knobs: tuple[Knob, ...], settings: Settings) -> dict[str, Any]:

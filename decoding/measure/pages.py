@@ -157,6 +157,9 @@ def remark_lines(results: Node) -> list[str]:
     """Lines on what is missing from a run, and why."""
     lines = [f"{name} failed: {sentence}" for name, sentence in results["failed"].items()]
     lines += [results["stopped"]] if results.get("stopped") else []
+    if skipped := results.get("skipped"):
+        names = ", ".join(f"{each['id']}" + (f" ({each['where']})" if each["where"] else "") for each in skipped)
+        lines.append(f"Passed over, since a model returned NaN there: {names}.")
     return lines + ([f"Log-probabilities are missing: {results['unscored']}"] if results["unscored"] else [])
 
 

@@ -13,7 +13,7 @@ from decoding.config import DecodingConfig
 from decoding.errors import UserError
 from decoding.measure.methods import FLAGS, METHODS, PEERS, Generate, Method, find_method
 from decoding.pairs.pair import ModelPair
-from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, TARGET_WIDTH, Knob
+from decoding.policies.base import DRAFT_DEPTH, DRAFT_WIDTH, TARGET_WIDTH, Knob, check_unloaded
 from decoding.support.checks import whole
 from decoding.support.settings import check_type
 
@@ -57,6 +57,11 @@ class Row:
         (M of at most 4).
         """
         return self.alone + (f", batch {self.batch_size}" if (self.batch_size or 1) > 1 else "")
+
+    def check(self) -> None:
+        """Refuse, before models are loaded, widths that its policy cannot work with (UserError)."""
+        if self.method.policy is not None:
+            check_unloaded(self.method.policy(self.settings), self.config)
 
     def build(self, pair: ModelPair) -> Generate:
         """The function that decodes prompts by this row."""

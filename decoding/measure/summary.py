@@ -155,7 +155,7 @@ def summarise(
     Returns:
         What docs/formats.md says of `rows`; metrics that no prompt has are absent from a summary.
     """
-    records = [record for record in records if record.repeats]
+    records = [record for record in records if record.repeats and record.repeats[0]]
     if not records:
         return []
     draws = _draws(records, resamples, seed)

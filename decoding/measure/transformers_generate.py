@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from decoding.config import DecodingConfig
 from decoding.decoder import Prompts, as_token_lists
+from decoding.dice.sampling import NotNumbers, nan_message
 from decoding.pairs.pair import ModelPair, check_prompt, end_tokens
 from decoding.results import DecodeResult, DecodeStats
 from decoding.support.clock import now
@@ -92,7 +93,12 @@ def _hf_one(
         stack.enter_context(own_settings_aside(pair.target))
         target, draft = (stack.enter_context(_count_calls(pair.models.get(role))) for role in ("target", "draft"))
         began = now(pair.device)
-        output = pair.target.generate(ids, attention_mask=torch.ones_like(ids), **options)  # [N, T + new]
+        try:
+            output = pair.target.generate(ids, attention_mask=torch.ones_like(ids), **options)  # [N, T + new]
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            raise NotNumbers(nan_message("target")) from error  # where it draws; its search goes on
         seconds = now(pair.device) - began
     ended = [_cut_at_end(tokens, ends) for tokens in output[:, len(row) :].tolist()]
     sequences = [tokens for tokens, _ in ended]

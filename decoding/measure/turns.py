@@ -6,6 +6,7 @@ Nothing is averaged here: a `Measurement` is one prompt decoded by one row, once
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 import transformers
 
+from decoding.decoder import OutOfDeviceMemory
+from decoding.dice.sampling import NotNumbers
 from decoding.engine.placement import device_of
 from decoding.engine.runner import runner_of
 from decoding.errors import UserError
@@ -51,6 +54,7 @@ class Record:
     repeats: list[list[Measurement]] = field(default_factory=list)  # prompts in order; the last may not be whole
     counters: dict[str, Counter[str]] = field(default_factory=dict)  # of CUDA graphs in its turns, by model
     error: str | None = None  # a row that failed takes no further turns
+    unable: dict[str, None] = field(default_factory=dict)  # ids of prompts at which a model returned NaN
 
 
 def make_records(rows: Sequence[Row], pair: ModelPair, batch_size: int = 1) -> list[Record]:
@@ -98,6 +102,7 @@ def decode_all(
     max_seconds: float | None = None,
     journal: Journal | None = None,
     stage: str = "measure",
+    strict: bool = False,
 ) -> bool:
     """Warm up and take all turns, with a bar; whether Ctrl-C cut it short.
 
@@ -107,6 +112,10 @@ def decode_all(
         max_seconds: after which no row takes a further turn; None: all turns are taken.
         journal: of the turns that were taken, by this run or an earlier one.
         stage: name of these turns in the journal.
+        strict: stop at a prompt that makes a model return NaN; else it is passed over, and told of.
+
+    Raises:
+        NotNumbers: there is such a prompt, and `strict`.
     """
     transformers.logging.set_verbosity_error()  # generate() warns about its own arguments
     with RunProgress() as progress:
@@ -117,7 +126,7 @@ def decode_all(
 
         try:
             warm_up(records, warmup, seed, advance)
-            for _ in take_turns(records, prompts, seed, repeats, advance, max_seconds, journal, stage):
+            for _ in take_turns(records, prompts, seed, repeats, advance, max_seconds, journal, stage, strict):
                 repeated()
         except KeyboardInterrupt:
             progress.stop()
@@ -140,6 +149,7 @@ def warm_up(
         group = [prompts[i % len(prompts)] for i in range(count)]
         _take_turn(record, group, seed, EnergyMeter("cpu"))
         record.counters.clear()  # what is captured now is not captured while timing
+        record.unable.clear()
         advance(len(prompts))
 
 
@@ -152,6 +162,7 @@ def take_turns(
     max_seconds: float | None = None,
     journal: Journal | None = None,
     stage: str = "measure",
+    strict: bool = False,
 ) -> Iterator[int]:
     """Every row decodes all prompts, a batch of the largest row in a turn: machine drift hits all
     rows alike.
@@ -164,10 +175,13 @@ def take_turns(
             says why.
         advance: called with the number of prompts after each turn.
         max_seconds: after which no group of prompts is begun.
-        journal, stage: as for `decode_all`.
+        journal, stage, strict: as for `decode_all`.
 
     Yields:
         Each repeat that is done.
+
+    Raises:
+        NotNumbers: as `decode_all`.
     """
     until = math.inf if max_seconds is None else time.monotonic() + max_seconds
     meter = EnergyMeter(records[0].pair.device)  # all have one target
@@ -188,8 +202,9 @@ def take_turns(
                 if record.error is None and known is not None:
                     measured, record.counters = known
                     record.repeats[-1] += measured
+                    record.unable |= dict.fromkeys(_ids(group) - {each.prompt_id for each in measured})
                 elif record.error is None:
-                    measured = _take_turn(record, group, seed + repeat, meter)
+                    measured = _take_turn(record, group, seed + repeat, meter, strict)
                     record.repeats[-1] += measured
                     if record.error is not None:
                         record.repeats.pop()  # it was not finished
@@ -202,25 +217,60 @@ def take_turns(
         yield repeat
 
 
-def _take_turn(record: Record, prompts: Sequence[Prompt], seed: int, meter: EnergyMeter) -> list[Measurement]:
-    """Decode by one row; nothing if it failed, which the record then says."""
+def _take_turn(
+    record: Record, prompts: Sequence[Prompt], seed: int, meter: EnergyMeter, strict: bool = False
+) -> list[Measurement]:
+    """Decode by one row what it is able to; nothing if it failed, which the record then says."""
     before, measured = graph_counters(record.pair), []
     try:
         with meter:  # one window a turn: the counter moves in steps
-            for group in _groups(prompts, record.batch_size):
-                measured += measure(record.generate, group, seed, record.pair.device)
+            for group in _groups([p for p in prompts if p.id not in record.unable], record.batch_size):
+                measured += _measured(record, group, seed, strict)
     except (UserError, torch.OutOfMemoryError) as error:
+        if strict and isinstance(error, NotNumbers):
+            raise
         record.error = sentence(error)
         print(f"{record.row.name} failed: {record.error}", file=sys.stderr)
         if record.pair.device.type == "cuda":
             torch.cuda.empty_cache()
         return []
-    if meter.joules is not None:
+    if meter.joules is not None and measured:
         total = sum(measurement.wall_seconds for measurement in measured)
         for measurement in measured:
             measurement.joules = meter.joules * measurement.wall_seconds / total
         measured[0].readings = meter.readings
     _add_counters(record.counters, before, graph_counters(record.pair))
+    return measured
+
+
+def _measured(record: Record, prompts: Sequence[Prompt], seed: int, strict: bool) -> list[Measurement]:
+    """Decode prompts together, without those that make a model return NaN, and in halves where the
+    device's memory does not suffice for a batch that no row asked for.
+    """
+    try:
+        return measure(record.generate, prompts, seed, record.pair.device)
+    except NotNumbers as error:
+        if strict:
+            raise
+        if len(prompts) == 1:
+            record.unable[prompts[0].id] = None
+            print(f"{prompts[0].place} is passed over, {record.row.name}: {error}", file=sys.stderr)
+            return []
+        size = 1  # a prompt's tokens do not depend on who is decoded beside
+    except (OutOfDeviceMemory, torch.OutOfMemoryError):
+        size = len(prompts) // 2
+        if not size or record.row.batch_size is not None:
+            raise
+        record.batch_size = size
+        print(
+            f"{record.row.name}: the device ran out of memory with {len(prompts)} prompts at a time; going on with "
+            f"{size}.",
+            file=sys.stderr,
+        )
+    measured: list[Measurement] = []
+    for half in _groups(prompts, size):
+        for group in _groups(half, record.batch_size):  # it may have become less on the way
+            measured += _measured(record, group, seed, strict)
     return measured
 
 
@@ -242,6 +292,38 @@ def measure(generate: Generate, prompts: Sequence[Prompt], seed: int, device: to
 def prompt_stream(seed: int, prompt: Prompt) -> torch.Generator:
     """The random stream of a prompt, the same for all rows."""
     return torch.Generator().manual_seed(stable_hash(f"{seed} {prompt.id}") % 2**62)
+
+
+def leave_out(records: Sequence[Record], prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that no row was unable to decode; the others are taken out of all rows.
+
+    A row that was unable to decode more than half of its prompts has failed instead, and says so.
+    """
+    for record in records:
+        seen = {found.prompt_id for repeat in record.repeats for found in repeat} | record.unable.keys()
+        if record.error is None and 2 * len(record.unable) > len(seen):
+            record.repeats.clear()
+            record.error = (
+                f"{len(record.unable)} of {len(seen)} prompts make a model return NaN, {next(iter(record.unable))!r} "
+                "first; check the weights and try dtype=float32."
+            )
+            print(f"{record.row.name} failed: {record.error}", file=sys.stderr)
+    out = {name for record in records if record.error is None for name in record.unable}
+    kept = [prompt for prompt in prompts if prompt.id not in out]
+    ids = _ids(kept)
+    for record in records:
+        for repeat in record.repeats:
+            for found, after in itertools.pairwise(repeat):
+                if found.prompt_id not in ids and not after.readings:
+                    after.readings = found.readings  # of the turn that both were in
+            repeat[:] = [found for found in repeat if found.prompt_id in ids]
+    return kept
+
+
+def left_out(prompts: Sequence[Prompt], kept: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """The prompts that were passed over, as results.json holds them."""
+    ids = _ids(kept)
+    return [{"id": prompt.id, "where": prompt.where} for prompt in prompts if prompt.id not in ids]
 
 
 def keep_whole(records: Sequence[Record], count: int) -> int:
@@ -321,6 +403,10 @@ def _told_apart(names: Sequence[str]) -> list[str]:
     return [name if name not in names[:i] else f"{name} #{names[:i].count(name)}" for i, name in enumerate(names)]
 
 
+def _ids(prompts: Sequence[Prompt]) -> set[str]:
+    return {prompt.id for prompt in prompts}
+
+
 def _groups(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
     """Consecutive runs of `size`; the last may be shorter."""
     return [prompts[first : first + size] for first in range(0, len(prompts), size)]
@@ -331,18 +417,20 @@ def _groups(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
 
 def score_all(records: Sequence[Record], prompts: Sequence[Prompt], pair: ModelPair, task: Task) -> str | None:
     """Fill in what the target and the task say of every text; after all timing, so that it disturbs
-    no clock.
+    no clock. A row is unable to decode a prompt whose text has a log-probability of NaN.
 
     Returns:
         None, or a sentence where the device's memory did not suffice for it.
     """
-    repeats = [repeat for record in records for repeat in record.repeats]
+    repeats = [(record, repeat) for record in records for repeat in record.repeats]
     with RunProgress() as progress:
-        bar = progress.add_task("scoring", total=sum(map(len, repeats)))
+        bar = progress.add_task("scoring", total=sum(len(repeat) for _, repeat in repeats))
         try:
-            for repeat in repeats:
+            for record, repeat in repeats:
                 for measurement, prompt in zip(repeat, prompts, strict=False):  # an interrupted run has fewer
                     evaluate_text(measurement, prompt, pair, task)
+                    if math.isnan(measurement.log_prob):
+                        record.unable[prompt.id] = None
                     progress.advance(bar)
         except torch.OutOfMemoryError:
             return OUT_OF_MEMORY

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from decoding.pairs.architecture import (
 from decoding.pairs.drafts import Draft, draft_of
 from decoding.pairs.loading import inflated_parts, loaded_parts, tiny_parts
 from decoding.support.checks import choice
+from decoding.tasks.base import Prompt
 
 
 @dataclass
@@ -239,28 +241,50 @@ class ModelPair:
         }
 
 
-def check_prompt(pair: ModelPair, prompt: list[int], config: DecodingConfig, index: int) -> None:
+def check_lengths(pair: ModelPair, prompts: Sequence[Prompt], config: DecodingConfig) -> None:
+    """Refuse a file's prompts that the target cannot take, by their lines, before any is decoded;
+    say which are longer than it was made for.
+    """
+    made_for, longest = context_of(pair.target), max(prompts, key=lambda prompt: len(prompt.tokens))
+    for prompt in prompts:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            check_prompt(pair, prompt.tokens, config, prompt.place)
+    length = len(longest.tokens) + config.max_new_tokens
+    if made_for is not None and length > made_for:
+        print(
+            f"warning: {longest.place} and its new tokens may be {length} tokens, more than the {made_for} that the "
+            "target model was made for: it goes on, perhaps badly. data.max_prompt_tokens leaves such prompts out.",
+            file=sys.stderr,
+        )
+
+
+def check_prompt(pair: ModelPair, prompt: list[int], config: DecodingConfig, name: int | str) -> None:
     """Refuse an empty prompt, foreign token ids, and what the target cannot take; a draft stops
     where its context ends.
+
+    `name` is its index, or what a sentence calls it.
     """
+    name = f"Prompt {name}" if isinstance(name, int) else name
     if not prompt:
-        raise UserError(f"Prompt {index} is empty; give at least one token (for instance the BOS token).")
+        raise UserError(f"{name} is empty; give at least one token (for instance the BOS token).")
     worst = max(prompt) if min(prompt) >= 0 else min(prompt)
     if not 0 <= worst < pair.vocab_size:
         raise UserError(
-            f"Prompt {index} holds token id {worst}, outside the vocabulary of {pair.vocab_size} (0 to "
+            f"{name} holds token id {worst}, outside the vocabulary of {pair.vocab_size} (0 to "
             f"{pair.vocab_size - 1}). Was it made with another tokenizer?"
         )
     length = len(prompt) + config.max_new_tokens
     limit, made_for = limit_of(pair.target), context_of(pair.target)
     if limit is not None and length > limit:
         raise UserError(
-            f"Prompt {index} has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}, together more "
-            f"than the target model's context of {limit}. Shorten the prompt or lower max_new_tokens."
+            f"{name} has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}, together more "
+            f"than the target model's context of {limit}. Shorten the prompt or lower max_new_tokens; "
+            "data.max_prompt_tokens leaves long prompts of a file out."
         )
     if made_for is not None and length > made_for:
         warnings.warn(
-            f"Prompt {index} and its new tokens may be {length} tokens, more than the {made_for} that the target model "
+            f"{name} and its new tokens may be {length} tokens, more than the {made_for} that the target model "
             "was made for: it goes on, perhaps badly.",
             stacklevel=3,
         )

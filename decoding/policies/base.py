@@ -8,6 +8,7 @@ coins of that layer. Contexts are built by the decoder from arrays that hold not
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -259,6 +260,14 @@ class WidthPolicy:
         Files are described by what is in them, not by their paths.
         """
         return {"name": self.name}
+
+
+def check_unloaded(policy: Any, config: DecodingConfig) -> None:
+    """Refuse, before models are loaded, what a decoder would refuse; it says what it warns of."""
+    if isinstance(policy, WidthPolicy):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            policy.check(config)
 
 
 def check_final_width(width: int | None, config: DecodingConfig) -> None:

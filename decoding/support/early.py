@@ -27,7 +27,7 @@ def begun() -> None:
 
 
 def _end(*_: object) -> None:
-    """End at once: an exception would come out of whichever library is being imported, worded by it."""
+    """End at once: an exception could be caught, or worded anew, by the library being imported."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 

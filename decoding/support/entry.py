@@ -28,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from decoding.errors import UserError
+from decoding.errors import UserError, one_line
 from decoding.support.in_use import LOCK, fresh_folder, in_use
 from decoding.support.names import is_dotted
 from decoding.support.plain import terminated_as_interrupted
@@ -112,14 +112,14 @@ def _one_sentence(config_name: str, tracebacks: bool) -> Iterator[None]:
         if tracebacks or (isinstance(error, InstantiationException) and isinstance(error.__cause__, _BUGS)):
             raise
         _discard_empty_output()
-        print(f"error: {hide(_sentence(error, config_name))}", file=sys.stderr)
+        print(f"error: {hide(one_line(_sentence(error, config_name)))}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
         number = _number(error)
         if tracebacks or number not in _DISK:
             raise
         where = f"{error.filename}" if error.filename else "A file"
-        reason = f"{where} cannot be written or read ({os.strerror(number)})."
+        reason = one_line(f"{where} cannot be written or read ({os.strerror(number)}).")
         print(f"error: {reason} Make room, or give another directory; the same command goes on.", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -157,7 +157,7 @@ def _sentence(error: BaseException, config_name: str) -> str:
             return f"{group}={option} is not known; choose one of {', '.join(error.options)}."
     if isinstance(error, OverrideParseException):
         name, equals, value = str(error.override).partition("=")
-        if equals and name and not value.startswith(("'", '"', "[", "{")):
+        if equals and name and value.isprintable() and not value.startswith(("'", '"', "[", "{")):
             quoted = f"{name}={_in_quotes(value)}"
             return (
                 f"The argument {error.override!r} cannot be read ({lines[0]}); a value with signs such as = or a comma "

@@ -36,6 +36,7 @@ class Prompt:
         reference: text that should follow; None where nothing is known.
         text: the prompt as text, as the model reads it.
         references: all accepted texts where there are several; the first is `reference`.
+        where: its place in the user's file, such as "prompts.jsonl, line 7"; None: it has none.
     """
 
     id: str
@@ -43,6 +44,12 @@ class Prompt:
     reference: str | None = None
     text: str | None = None
     references: tuple[str, ...] = ()
+    where: str | None = None
+
+    @property
+    def place(self) -> str:
+        """The prompt's name in a sentence."""
+        return f"Prompt {self.id!r}" + (f" ({self.where})" if self.where is not None else "")
 
     def to_dict(self) -> dict[str, Any]:
         """The prompt as results.json holds it: without its token ids, which its text stands for."""
@@ -79,6 +86,7 @@ class Example:
         text: that the model continues; it also decides the split.
         request: that a user says in a chat; None: `text`.
         messages: a conversation in place of both.
+        line: of the file, from 1, or place among its rows; None where that is not known.
     """
 
     id: str
@@ -86,6 +94,7 @@ class Example:
     references: tuple[str, ...] = ()
     request: str | None = None
     messages: tuple[Message, ...] = ()
+    line: int | None = None
 
     def __post_init__(self) -> None:
         for value in (self.id, self.text, self.request or "", *self.references):
@@ -147,6 +156,24 @@ class FileTask:
         """All rows of the file as text."""
         raise NotImplementedError
 
+    def check(self, splits: Sequence[str] = ()) -> None:
+        """Read the whole file, as far as that needs no tokenizer.
+
+        Raises:
+            UserError: a row that cannot be, or a split without any.
+        """
+        texts = [example.text for example in self.examples()]
+        found = set(SPLITS) if self.shares is None and texts else {self._split_of(text) for text in texts}
+        for split in splits:
+            if split not in found:
+                raise self._without(split)
+
+    def _without(self, split: str) -> UserError:
+        return UserError(
+            f"{self.path} has no prompts in split {split!r}. Use a longer file, raise data.max_prompt_tokens or, "
+            "for evaluation only, set data.shares=null to use every prompt in every split."
+        )
+
     def prompts(self, split: str, limit: int | None, tokenizer: PreTrainedTokenizerBase | None) -> list[Prompt]:
         check_split(split)
         tokenizer = check_tokenizer(tokenizer, self.name)
@@ -159,14 +186,12 @@ class FileTask:
             text, tokens = self._tokenise(example, tokenizer)
             if not tokens:
                 raise UserError(f"{self.path}: the prompt {example.id!r} has no token; remove it from the file.")
+            where = None if example.line is None else f"{self.path}, line {example.line}"
             if self.max_prompt_tokens is None or len(tokens) <= self.max_prompt_tokens:
                 first = example.references[0] if example.references else None
-                found.append(Prompt(example.id, tokens, first, text, example.references))
+                found.append(Prompt(example.id, tokens, first, text, example.references, where))
         if not found:
-            raise UserError(
-                f"{self.path} has no prompts in split {split!r}. Use a longer file, raise data.max_prompt_tokens or, "
-                "for evaluation only, set data.shares=null to use every prompt in every split."
-            )
+            raise self._without(split)
         return found
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
@@ -261,7 +286,7 @@ class JsonlTask(FileTask):
                     "its own."
                 )
             lines[name] = number
-            yield Example(name, text, references, messages=messages)
+            yield Example(name, text, references, messages=messages, line=number)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "file": Path(self.path).name}  # the prompts' ids begin with it
@@ -343,6 +368,19 @@ def read_messages(entry: Mapping[str, Any], name: str, path: str | Path, number:
             "and end with the user."
         )
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+
+def check_files(task: Task, splits: Sequence[str]) -> None:
+    """Refuse, before models are loaded, files and splits that `prompts` would refuse.
+
+    Raises:
+        UserError: what `FileTask.check` says, or a split that there never is.
+    """
+    for split in splits:
+        check_split(split)
+    check = getattr(task, "check", None)  # tasks of users may have none
+    if check is not None:
+        check(splits)
 
 
 def check_split(split: str) -> None:

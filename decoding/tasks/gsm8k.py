@@ -23,7 +23,7 @@ class Gsm8kTask(FileTask):
     def examples(self) -> Iterator[Example]:
         for number, entry in read_jsonl(self.path):
             question, answer = (text_field(entry, key, self.path, number) for key in ("question", "answer"))
-            yield Example(f"gsm8k:{number}", f"Question: {question}\nAnswer:", (answer,), question)
+            yield Example(f"gsm8k:{number}", f"Question: {question}\nAnswer:", (answer,), question, line=number)
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
         """`number_match`: the answer's number equals the reference's. An answer that was cut off

@@ -31,7 +31,7 @@ class HumanEvalTask(FileTask):
             name, text, solution = (
                 text_field(entry, key, self.path, number) for key in ("task_id", "prompt", "canonical_solution")
             )
-            yield Example(name, text, (solution,), f"```python\n{text.rstrip()}\n```")
+            yield Example(name, text, (solution,), f"```python\n{text.rstrip()}\n```", line=number)
 
     def metrics(self, prediction: str, prompt: Prompt, finished: bool = False) -> dict[str, float]:
         return {} if self.chat else super().metrics(prediction, prompt, finished)

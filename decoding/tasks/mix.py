@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from decoding.errors import UserError
 from decoding.support.checks import whole
-from decoding.tasks.base import Prompt, Task
+from decoding.tasks.base import Prompt, Task, check_files
 
 
 class MixTask:
@@ -36,6 +37,11 @@ class MixTask:
         """All that the tasks say of themselves."""
         return " ".join(filter(None, (getattr(task, "note", "") for task in self.tasks.values())))
 
+    def check(self, splits: Sequence[str] = ()) -> None:
+        """Read the files of all tasks."""
+        for task in self.tasks.values():
+            check_files(task, splits)
+
     def prompts(self, split: str, limit: int | None, tokenizer: PreTrainedTokenizerBase | None) -> list[Prompt]:
         """The first `limit` prompts of a split, as many of each task as there are."""
         share = None if limit is None else -(-limit // len(self.tasks))
@@ -57,4 +63,4 @@ class MixTask:
 
 
 def _renamed(prompt: Prompt, id: str) -> Prompt:
-    return Prompt(id, prompt.tokens, prompt.reference, prompt.text, prompt.references)
+    return replace(prompt, id=id)

@@ -36,7 +36,8 @@ class SpecBenchTask(FileTask):
             if self.categories is not None and entry.get("category") not in self.categories:
                 continue
             texts = references if isinstance(references, list) else [references]
-            yield Example(f"{self.name}:{entry.get('question_id', number)}", turns[0], tuple(map(str, texts[:1])))
+            name = f"{self.name}:{entry.get('question_id', number)}"
+            yield Example(name, turns[0], tuple(map(str, texts[:1])), line=number)
 
 
 @dataclass

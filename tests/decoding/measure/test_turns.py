@@ -53,6 +53,11 @@ def ids(record: Record) -> list[list[str]]:
 PROMPTS = [Prompt(f"p{i}", [i]) for i in range(3)]
 
 
+def run_turns(records: list[Record], prompts: list[Prompt]) -> None:
+    """Take all turns once."""
+    list(take_turns(records, prompts, 0))
+
+
 @pytest.mark.parametrize(
     ("stop", "left", "found"),
     [
@@ -139,6 +144,27 @@ def test_a_row_that_fails_loses_no_other_and_keeps_its_whole_repeats() -> None:
     told = [each.error or "" for each in records[1:]]
     assert "Lower batch_size (4)" in told[0] and "lower batch_size" in told[1] and told[2] == "NaN."
     assert records[0].error is None
+
+
+def test_a_batch_that_memory_does_not_suffice_for_is_halved(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no row asked for it; said once, and the next turns begin with what fitted."""
+    sizes: list[int] = []
+
+    def small(prompts: Prompts, streams: Streams) -> None:
+        sizes.append(len(prompts))
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    prompts = [Prompt(f"p{i}", [i]) for i in range(8)]
+    each, asked = record("a", small, batch_size=4), record("b", small, batch_size=4)
+    asked.row = replace(asked.row, batch_size=4)
+    run_turns([each, asked], prompts)
+    assert ids(each) == [[f"p{i}" for i in range(8)]] and each.batch_size == 1 and each.error is None
+    assert sizes[:7] == [4, 2, 1, 1, 1, 1, 4] and set(sizes[7:]) == {1}
+    assert "the device ran out of memory" in (asked.error or "").lower() and not ids(asked)
+    said = capsys.readouterr().err
+    assert said.count("a M=4: the device ran out of memory with 4 prompts at a time; going on with 2.") == 1
+    assert said.count("with 2 prompts at a time; going on with 1.") == 1
 
 
 def test_the_energy_of_a_turn_is_shared_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
