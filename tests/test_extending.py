@@ -131,10 +131,11 @@ def test_a_draft(written: Any) -> None:
     drafted = DSBDDecoder(pair, config).generate(PROMPTS)
     alone = beam_sample(target, PROMPTS, config)
     assert [result.sequences for result in drafted] == [result.sequences for result in alone]
-    assert all(result.stats.passed[0] and result.stats.accepted[0] == 6 for result in drafted), "there it knows P"
-    sampled = config.with_changes(mode="beam_sample", temperature=0.7)
-    results = DSBDDecoder(pair, sampled).generate(PROMPTS, torch.Generator().manual_seed(0))
-    assert all(len(result.sequences[0]) == 12 for result in results)
+    for verification in ("shared_noise", "rejection"):
+        sampled = config.with_changes(mode="beam_sample", temperature=0.7, verification=verification)
+        results = DSBDDecoder(pair, sampled).generate(PROMPTS, torch.Generator().manual_seed(0))
+        assert all(len(result.sequences[0]) == 12 for result in results)
+    assert all(result.stats.passed[0] for result in results), "asked after the prompt, where it says what P is"
 
     own = sys.modules["echo"].Echo(target)
     assert ModelPair(target, own).fingerprint == pair.fingerprint != ModelPair(target, "ngram").fingerprint

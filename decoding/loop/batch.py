@@ -13,6 +13,7 @@ from torch import Tensor
 from decoding.config import DecodingConfig
 from decoding.dice.sampling import entries_needed
 from decoding.forest.node_scorer import ScorerOptions
+from decoding.loop.known_rows import KnownRowsRun
 from decoding.loop.noise_run import NoiseRun
 from decoding.loop.processing import Rules
 from decoding.loop.prompt_run import PromptRun, draft_config
@@ -64,7 +65,7 @@ class Batch:
             draft_top = top and entries_needed(draft_config(config), pair.vocab_size)
         hidden = policy.needs_hidden or any(recorder.needs_hidden for recorder in recorders if recorder is not None)
         forest = config.draft_width * config.draft_depth
-        kept = forest if self._make is NoiseRun else 0  # of the forest before
+        kept = forest if issubclass(self._make, KnownRowsRun) else 0  # of the forest before
         options = ScorerOptions(
             rows=size,
             longest_prompt=max(map(len, prompts)),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from decoding.config import DecodingConfig
 from decoding.dice.dense import DenseJoint, dense_joint
-from decoding.dice.sampling import IntArray, Joint, compact_joint
+from decoding.dice.sampling import FloatArray, IntArray, Joint, compact_joint
 from decoding.forest.node_scorer import NodeScorer, mean_hidden
 from decoding.forest.scorer import ForestScorer
 from decoding.forest.tree import TokenForest
@@ -287,11 +287,24 @@ class PromptRun(ABC):
 
     def _joint(self, scorer: NodeScorer, beams: list[Beam], name: str) -> Joint | DenseJoint:
         """The joint distribution of one model after scored beams."""
-        nodes, weights = [beam.node for beam in beams], [beam.weight for beam in beams]
+        nodes = [beam.node for beam in beams]
         config = self._draft_config if name == "draft" else self.config
         if scorer.top is None:
+            weights = [beam.weight for beam in beams]
             return dense_joint(scorer.log_probs(self.row, nodes), nodes, weights, config, name)
-        return compact_joint(*scorer.tops(self.row, nodes), nodes, weights, config, name)
+        return self._compact(*scorer.tops(self.row, nodes), beams, config, name)
+
+    def _compact(
+        self,
+        values: FloatArray,  # [B, K] log-probabilities
+        tokens: IntArray,  # [B, K]
+        beams: list[Beam],  # B
+        config: DecodingConfig,
+        name: str,
+    ) -> Joint:
+        """The joint distribution after some beams, from the likeliest tokens of each."""
+        nodes, weights = [beam.node for beam in beams], [beam.weight for beam in beams]
+        return compact_joint(values, tokens, nodes, weights, config, name)
 
     def _verify_forest(self, root: RootContext, layers: list[DraftedLayer]) -> list[LayerRecord]:
         """Judge layer after layer; after the last one that passes, take one more from the target."""

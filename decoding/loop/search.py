@@ -1,8 +1,8 @@
 """Deterministic beam search over a drafted forest: the steps of transformers' beam search, taken from fewer passes.
 
 The draft model proposes its likeliest (beam, token) pairs; one target pass scores them; a step is then taken from the
-target's log-probabilities as long as the beams that it leads to were among the proposals. What the draft proposes
-decides how many steps a pass serves, never which beams they keep. Design section 5.5.
+target's log-probabilities as long as the beams that it leads to have been scored. What the draft proposes decides how
+many steps a pass serves, never which beams they keep: shared noise without the noise. Design sections 5.2 and 5.7.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import numpy as np
 from decoding.config import DecodingConfig
 from decoding.dice.dense import DenseJoint
 from decoding.dice.sampling import FloatArray, IntArray, Joint, NotNumbers, nan_message, nothing_left_message
+from decoding.dice.selection import Race
 from decoding.dice.verdict import judge
 from decoding.errors import UserError
-from decoding.forest.node_scorer import NodeScorer
-from decoding.loop.prompt_run import Beam, DraftedLayer, Hypothesis, PromptRun, Proposal
+from decoding.loop.known_rows import KnownRowsRun
+from decoding.loop.prompt_run import Beam, DraftedLayer, Hypothesis
 from decoding.policies.base import LayerRecord, TargetContext
 from decoding.results import LayerEvent
 
@@ -39,7 +40,7 @@ def entries_searched(config: DecodingConfig, ends: int, vocabulary: int) -> int:
     return min(max(candidates_per_beam(ends) * config.target_width, config.draft_width + ends, _TIES), vocabulary)
 
 
-class SearchRun(PromptRun):
+class SearchRun(KnownRowsRun):
     """The state of one prompt while it is searched.
 
     With M = target_width at every layer, the hypotheses are those of `generate(num_beams=M, do_sample=False)`. Weights
@@ -55,25 +56,29 @@ class SearchRun(PromptRun):
         """Continuations looked at for each beam kept."""
         return candidates_per_beam(ends_counted(self.config, self.eos))
 
-    def _joint(self, scorer: NodeScorer, beams: list[Beam], name: str) -> Joint:
+    def _compact(
+        self, values: FloatArray, tokens: IntArray, beams: list[Beam], config: DecodingConfig, name: str
+    ) -> Joint:
         nodes, weights = [beam.node for beam in beams], [beam.weight for beam in beams]
-        count = self.config.draft_width + len(self.eos) * len(beams)  # so many live ones are among them
-        count = max(count, self.candidates * self.config.target_width)
-        return ranked_joint(*scorer.tops(self.row, nodes), nodes, weights, count, name)
+        count = config.draft_width + len(self.eos) * len(beams)  # so many live ones are among them
+        return ranked_joint(values, tokens, nodes, weights, max(count, self.candidates * config.target_width), name)
 
-    def _propose(self, proposal: Proposal, width: int) -> IntArray:
-        """The likeliest entries that can be continued."""
-        return np.flatnonzero(~np.isin(proposal.joint.tokens, list(self.eos)))[:width]
+    def _race(self, joint: Joint | DenseJoint) -> Race:
+        """The entries as they stand, best first: with E = 1 the smallest key is the greatest weight."""
+        assert isinstance(joint, Joint), "a search ranks on the host"
+        with np.errstate(divide="ignore"):  # a share that is too small for a float
+            keys = 1 / joint.probs
+        return Race(np.arange(len(joint)), keys, joint.probs, joint.parents, joint.tokens, joint.weights)
 
     def _commit_drafted(self, context: TargetContext, target: Joint | DenseJoint, layer: DraftedLayer) -> LayerRecord:
-        """Take a step; it goes on while at least M of the best live continuations, in their order, were drafted."""
+        """Take a step; it goes on while the best M live continuations, in their order, need no further pass."""
         config = self.config
         width = self._target_width(context)
         with self.clock.phase("verify"):
             ranking, hits = self._ranked(target)
-            drafted = set(layer.nodes)
             live = [beam.node for beam, hit in zip(ranking, hits, strict=True) if not hit]
-            verdict = judge(range(len(live)), [node in drafted for node in live], len(live), width)
+            known = [self.target.knows(self.row, node) for node in live]
+            verdict = judge(range(len(live)), known, len(live), width)
             kept = width
             if verdict.passed and config.surplus == "keep":
                 kept = max(width, min(verdict.accepted, config.target_width))

@@ -113,7 +113,7 @@ class Candidates:
     """Entries of Q in the order in which they are drafted, as far as they were ranked and may go on."""
 
     entries: IntArray  # [N] of Q
-    keys: FloatArray  # [N] E / Q
+    keys: FloatArray  # [N] E / Q; in a search, which has no noise, 1 / Q
     probs: FloatArray  # [N] Q
     parents: IntArray  # [N] nodes
     rows: IntArray  # [N] of the parents in the context
@@ -139,12 +139,13 @@ class DraftContext:
     drafted: bool = True
     widths: tuple[int, ...] = ()  # draft widths of the layers above
     draft_hidden: FloatArray | None = None  # [H_q] the draft's last hidden state, mean over the parents
-    # Under shared noise, for w and the layers below; where M may be chosen, a TargetContext has no noise or candidates.
+    # Not under the paper's rule. For w and the layers below; where M may be chosen, a TargetContext has no noise or
+    # candidates.
     known: NDArray[np.bool_] | None = None  # [B] parents whose entries of Q are the target's own
     parents: tuple[int, ...] = ()  # [B] nodes
     places: tuple[int, ...] = ()  # [B] as in `Parents`
     candidates: Candidates | None = None  # for policies that choose, and recorders
-    noise: FloatArray | None = None  # [S] E of each entry of Q, whose key is E / Q; None where Q is on the device
+    noise: FloatArray | None = None  # [S] E of each entry of Q, whose key is E / Q; None on the device, or in a search
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,8 @@ class WidthPolicy:
     # "control": a yardstick that nobody tunes.
     family: ClassVar[str] = "hand-set"
     needs_hidden = False  # ask the decoder for hidden states in the contexts
-    needs_candidates = False  # ask for them in the contexts; under shared noise only
-    chooses = False  # asked for drafts by `choose` and `send` in place of `draft_width`; under shared noise only
+    needs_candidates = False  # ask for them in the contexts; not under the paper's rule
+    chooses = False  # asked for drafts by `choose` and `send`, not by `draft_width`; not under the paper's rule
 
     def check(self, config: DecodingConfig) -> None:
         """Refuse a config that this policy cannot work with (UserError)."""
@@ -218,7 +219,7 @@ class WidthPolicy:
     def ask_draft(self, context: RootContext, layer: int, parents: Parents) -> bool:
         """Whether the draft is run for the parents of a layer that the target has not scored yet.
 
-        Asked where there are others, which propose by themselves. Under shared noise only.
+        Asked where there are others, which propose by themselves; not under the paper's rule.
         """
         return parents.unknown_share >= LEAST_SHARE
 

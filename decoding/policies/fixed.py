@@ -35,7 +35,7 @@ class FixedWidth(WidthPolicy):
         final_width: M of the layer that ends an iteration, where nothing can be rejected: more
             beams there cost what they cost to carry, and no pass. None: M.
         least_share: of the parents' weight; where those that the target has not scored hold less,
-            the others propose alone and the draft's pass is left out. Under shared noise only.
+            the others propose alone and the draft's pass is left out; not under the paper's rule.
     """
 
     name = "fixed"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,15 +32,13 @@ from decoding import (
 )
 from decoding.dice import noise
 from decoding.dice.verdict import NEVER, Verdict
-from decoding.loop.noise_run import NoiseRun
 from decoding.loop.processing import Rules
-from decoding.pairs.drafts import named_draft
 from decoding.policies.base import DraftContext, Parents, RootContext, TargetContext
 from decoding.policies.hand_set import EntropyWidth, GapWidth, MassWidth
 from decoding.results import DecodeResult, LayerEvent, Recorder
 from tests.decoding.loop.test_exactness import FIXED_CASES, PROMPT, ByTarget, count_sets, width_by_target
 from tests.decoding.loop.test_exactness import settings as sampling_settings
-from tests.decoding.loop.test_search import sharp_pair
+from tests.decoding.loop.test_search import pair_with
 from tests.decoding.stubs import Reference, chi_square_p, random_pair
 
 PASS, CAUGHT = 1e-3, 1e-6
@@ -61,15 +58,6 @@ def some_prompts(count: int = 8) -> list[list[int]]:
     return [[dice.randrange(40) for _ in range(dice.randint(1, 6))] for _ in range(count)]
 
 
-@cache
-def pair_with(draft: str) -> ModelPair:
-    """A target of 40 tokens with a noisy copy of itself, with one that knows nothing of it, or with a draft by name."""
-    if draft in ("noisy", "unrelated"):
-        return sharp_pair(40, draft)
-    target = sharp_pair(40).target
-    return ModelPair(target, named_draft(draft, target))
-
-
 class Restless(WidthPolicy):
     """Widths, depths and passes of the draft by noise, keys and whatever else is to be seen."""
 
@@ -80,7 +68,7 @@ class Restless(WidthPolicy):
         return parents.unknown_share > 0.3
 
     def draft_width(self, context: DraftContext) -> int:
-        seen = 0.0 if context.noise is None else float(context.noise.min())
+        seen = float((context.joint.probs if context.noise is None else context.noise).min())
         return 1 + int(1000 * seen + context.layer) % context.root.config.draft_width
 
 
@@ -330,54 +318,7 @@ def test_first_slots_of_a_width_chosen_by_the_noise_are_caught() -> None:
         assert p < CAUGHT if peeks else p > PASS
 
 
-# What is known, what stays, and what is told.
-
-
-def test_known_rows_save_passes_of_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = settings(4, 8, 3, 24, top_k=12)
-    pair, prompts = pair_with("noisy"), some_prompts()
-    reused = DSBDDecoder(pair, config).generate(prompts, seed())
-    monkeypatch.setattr(NoiseRun, "_living", lambda self: [beam.node for beam in self.beams])  # nothing stays
-    fresh = DSBDDecoder(pair, config).generate(prompts, seed())
-    assert [r.sequences for r in reused] == [r.sequences for r in fresh]
-    target, draft = (sum(getattr(r.stats, f"{name}_calls") for r in reused) for name in ("target", "draft"))
-    target_fresh, draft_fresh = (sum(getattr(r.stats, f"{n}_calls") for r in fresh) for n in ("target", "draft"))
-    assert target < 0.95 * target_fresh and draft < 0.95 * draft_fresh
-
-
-def test_no_node_is_scored_twice_and_only_descendants_of_beams_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    prune, checks = NoiseRun._prune, []
-
-    def checked(self: NoiseRun) -> list[int]:
-        dead = prune(self)
-        living = set(self._living())
-        above = set()
-        for node in living:
-            while node > 0 and node not in above:
-                above.add(node)
-                node = self.forest.parents[node]
-        for scorer in (self.target, self.draft):
-            table = scorer.cache._tables[self.row]  # type: ignore[union-attr]
-            assert set(table.slot_of) <= above | {0}
-            assert len(set(table.slot_of.values())) == len(table.slot_of)
-        assert set(self.target.known(self.row)) <= living
-        assert set(self.noise._hashes) <= above | {0}
-        starts = {beam.node for beam in self.beams}
-        for node in living - starts:
-            while node not in starts:
-                node = self.forest.parents[node]  # ends at a beam, or at -1 with an error
-                assert node > 0
-        checks.append(len(living) - len(starts))
-        return dead
-
-    monkeypatch.setattr(NoiseRun, "_prune", checked)
-    config = settings(4, 8, 3, 40, top_k=12, eos_token_id=[3])
-    results = DSBDDecoder(pair_with("noisy"), config, Restless()).generate(some_prompts(), seed())
-    assert len(checks) == sum(result.stats.iterations for result in results)
-    assert max(checks) > 3 and max(checks) <= 8 * 3
-    for result in results:
-        assert result.stats.target_calls <= result.stats.iterations
-        assert result.stats.kv_slots_peak <= 6 + result.stats.new_tokens * 4 + 2 * (8 * 3 + 4)
+# What is told.
 
 
 class Watcher(WidthPolicy):

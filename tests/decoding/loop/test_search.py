@@ -21,9 +21,12 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 import decoding.loop.search
 from decoding import DecodingConfig, DSBDDecoder, FixedWidth, ModelPair, RandomWidth, UserError, WidthPolicy
+from decoding.engine.sampled_head import SampledHead
 from decoding.loop.processing import Rules
 from decoding.loop.prompt_run import Beam
 from decoding.loop.search import SearchRun
+from decoding.pairs.drafts import named_draft
+from decoding.pairs.drafts.fspad import FspadDraft
 from decoding.policies.base import LayerRecord, TargetContext
 from decoding.results import DecodeResult, LayerEvent, Recorder
 from tests.decoding.loop.test_exactness import settings as sampling_settings
@@ -46,6 +49,27 @@ def sharp_pair(vocabulary: int = 7, draft: str = "noisy", engine: str = "auto") 
         for weight in noisy.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=generator)
     return ModelPair(target, noisy, engine=engine)
+
+
+@cache
+def pair_with(draft: str) -> ModelPair:
+    """A target of 40 tokens with a noisy copy of itself, with one that knows nothing of it, or with a draft by name."""
+    if draft in ("noisy", "unrelated"):
+        return sharp_pair(40, draft)
+    target = sharp_pair(40).target
+    if draft == "head":
+        return ModelPair(target, FspadDraft(random_head(target)))
+    return ModelPair(target, named_draft(draft, target))
+
+
+def random_head(target: Any) -> SampledHead:
+    """A head that has learned nothing."""
+    head = SampledHead.for_target(target, 40)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=random) + (weight.ndim == 1))
+    return head
 
 
 def ends_of(config: DecodingConfig) -> set[int]:
@@ -118,11 +142,12 @@ class SearchReference(Reference):
         self.margin = min([self.margin, *gaps])
 
 
-def transformers_search(pair: ModelPair, prompt: list[int], config: DecodingConfig) -> tuple[list[Path], list[float]]:
+def transformers_search(
+    pair: ModelPair, prompt: list[int], config: DecodingConfig, **options: Any
+) -> tuple[list[Path], list[float]]:
     """What `generate` finds, without what it fills in where there are fewer hypotheses than were asked for."""
-    options: dict[str, Any] = {}
     if config.target_width > 1:
-        options = dict(
+        options |= dict(
             length_penalty=config.length_penalty,
             early_stopping=config.early_stopping,
             num_return_sequences=config.num_return_sequences,
@@ -208,6 +233,32 @@ def test_hypotheses_are_those_of_transformers(width: int, early_stopping: bool |
             assert not (found := difference(pair, prompt, config, result)), f"vocabulary {vocabulary}, {draft}: {found}"
 
 
+@pytest.mark.parametrize("width", range(1, 9))
+@pytest.mark.parametrize("draft", ["noisy", "unrelated", "layers:1", "ngram", "head"])
+def test_every_draft_finds_at_every_width_what_transformers_finds(draft: str, width: int) -> None:
+    """With what earlier passes scored at hand, alone and in batches; half of them under a repetition penalty."""
+    dice = random.Random(f"{draft} {width}")
+    config = settings(
+        width,
+        max(width, dice.choice([6, 8, 16])),
+        dice.choice([1, 2, 4]),
+        16,
+        eos_token_id=dice.choice([-1, [3], [3, 5, 17]]),
+        early_stopping=dice.choice([False, True, "never"]),
+        length_penalty=dice.choice([0.0, 1.0, 2.0]),
+    )
+    pair, prompts = pair_with(draft), some_prompts(dice, 40, 4)
+    for penalty in (1.0, 1.3):
+        processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)])
+        rules = [Rules(prompt, processors) for prompt in prompts] if penalty > 1 else None
+        expected = [transformers_search(pair, prompt, config, repetition_penalty=penalty) for prompt in prompts]
+        for batch in (1, 3):
+            results = DSBDDecoder(pair, config).generate(prompts, batch_size=batch, rules=rules)
+            for result, (sequences, scores) in zip(results, expected, strict=True):
+                assert [tuple(tokens) for tokens in result.sequences] == sequences, f"{config}, penalty {penalty}"
+                assert result.scores[: len(scores)] == pytest.approx(scores, rel=1e-4, abs=1e-4)
+
+
 def test_the_reference_is_transformers_beam_search() -> None:
     """The margins above, and the tests of dynamic widths below, rest on a search written a second time."""
     dice = random.Random(5)
@@ -291,18 +342,18 @@ def test_of_equal_weights_the_better_parents_child_then_the_lower_token_comes_fi
 
 @dataclass
 class Layers(Recorder):
-    """Records one prompt's layers; `paths` of a layer are its drafts, none where nothing was drafted."""
+    """Records one prompt's layers; `paths` of a layer are all that was drafted by then, none where nothing was."""
 
     records: list[LayerRecord] = field(default_factory=list)
     paths: list[set[Path]] = field(default_factory=list)
-    _drafted: list[set[Path]] = field(default_factory=list)
+    _scored: set[Path] = field(default_factory=set)
 
     def drafted(self, forest: Any, beams: Any, layers: list[list[tuple[int, float]]], contexts: Any) -> None:
-        self._drafted = [{tuple(forest.path(node)) for node, _ in layer} for layer in layers]
+        self._scored = self._scored | {tuple(forest.path(node)) for layer in layers for node, _ in layer}
 
     def layer(self, event: LayerEvent) -> None:
         self.records.append(event.record)
-        self.paths.append(self._drafted.pop(0) if event.record.draft_width else set())
+        self.paths.append(self._scored if event.record.draft_width else set())
 
 
 class Nosy(WidthPolicy):
@@ -356,8 +407,8 @@ def test_every_layer_is_a_step_of_the_width_that_the_rules_keep(
         assert [tuple(tokens) for tokens in result.sequences] == reference.found
         assert result.scores == pytest.approx([reference.score(path) for path in reference.found], rel=1e-4, abs=1e-5)
         assert result.stats.accepted == [record.accepted for record in layers.records]
-        for record, drafted, ranking in zip(layers.records, layers.paths, reference.rankings, strict=True):
-            prefix = next((i for i, path in enumerate(ranking) if path not in drafted), len(ranking))
+        for record, scored, ranking in zip(layers.records, layers.paths, reference.rankings, strict=True):
+            prefix = next((i for i, path in enumerate(ranking) if path not in scored), len(ranking))
             assert record.accepted == prefix
             assert record.passed == (prefix >= record.target_width or not record.draft_width)
             surplus += bool(record.draft_width) and record.accepted > record.target_width
