@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,8 @@ from decoding.support.arrays import FloatArray
 from decoding.support.checks import number
 
 
-class CountedWidth(WidthPolicy):
-    """M by the closed form of K_w, which is exact with replacement and an approximation without.
+class CountedWidth(WidthPolicy, ABC):
+    """M by a rule on the closed form of K_w: exact with replacement, an approximation without.
 
     It sees P, Q and w, and no draft. At the layer that ends an iteration nothing can be rejected,
     so M is the widest.
@@ -25,13 +26,13 @@ class CountedWidth(WidthPolicy):
 
     as_shipped: bool = False
 
+    @abstractmethod
     def asked(self, counts: FloatArray) -> int:
-        """M for a layer, 0 or more; the config limits it.
+        """M by the rule, 0 or more; the config limits it.
 
         Args:
             counts: P(K_w = k) for k = 0..w, [w + 1].
         """
-        raise NotImplementedError
 
     def target_width(self, context: TargetContext) -> int:
         config = context.draft.root.config

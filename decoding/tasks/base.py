@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +114,7 @@ class Shot(NamedTuple):
 
 
 @dataclass
-class FileTask:
+class FileTask(ABC):
     """Prompts read from a file that the user gives; subclasses say how a row becomes text.
 
     Args:
@@ -152,9 +153,9 @@ class FileTask:
         if self.one_shot and self.shot is None:
             raise UserError(f"data.one_shot is true, but {self.name} has no worked example; set data.one_shot=false.")
 
+    @abstractmethod
     def examples(self) -> Iterator[Example]:
         """All rows of the file as text."""
-        raise NotImplementedError
 
     def check(self, splits: Sequence[str] = ()) -> None:
         """Read the whole file, as far as that needs no tokenizer.
