@@ -83,8 +83,8 @@ def test_commands_compose(command: str) -> None:
 
 
 def test_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = blocks("python")
-    exec(compile(block, "README.md", "exec"), {})
+    (block,) = blocks("python", "docs/first-steps.md")
+    exec(compile(block, "docs/first-steps.md", "exec"), {})
     assert "tokens per iteration" in capsys.readouterr().out
 
 
