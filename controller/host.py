@@ -219,12 +219,6 @@ class HostNet:
         standard = _host(net.after_mean).astype(np.float64), _host(net.after_scale).astype(np.float64)
         self._rules = before, (*after, *standard)
 
-    def chances(self, candidates: FloatVector, features: FloatVector, log_parent: FloatVector) -> FloatVector:
-        """log π of a layer's candidates, [C]; arguments as for `log_chances`."""
-        self._check(candidates, features)
-        found: FloatVector = log_chances(candidates, features, log_parent, *self._net)
-        return found
-
     def layer(
         self,
         candidates: FloatVector,

@@ -71,6 +71,13 @@ def test_leftovers_of_a_layer_by_hand() -> None:
     assert torch.isfinite(leftovers(torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool), 2)[0])
 
 
+def of_picks(ours: HostNet, candidates: Any, features: Any, log_parent: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What `HostNet.layer` drafts where all candidates may be drafted, and log π of these."""
+    root, widths = (0.0, 0.0, 0.0, 0.0), (1, ours.target_width, len(candidates))
+    decided = ours.layer(candidates, features, log_parent, root, widths, 1.0, 1, 0.0, np.arange(64.0))
+    return decided.picks, decided.log_chances
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 11, 64])
 def test_the_host_says_what_torch_says(count: int) -> None:
     torch.manual_seed(count)
@@ -82,8 +89,9 @@ def test_the_host_says_what_torch_says(count: int) -> None:
     ours = HostNet(net)
     odds = net.layer(candidates[None], features[None], log_parent[None], torch.ones(1, count, dtype=torch.bool))
     expected = log_parent + torch.nn.functional.logsigmoid(odds[0])
-    found = ours.chances(candidates.numpy(), features.numpy(), log_parent.numpy())
-    assert found == pytest.approx(expected.numpy(), abs=2e-5) and found.dtype == np.float32
+    picks, found = of_picks(ours, candidates.numpy(), features.numpy(), log_parent.numpy())
+    assert len(picks) == max(int((expected.exp() >= plan.LEAST_CHANCE).sum()), 1)
+    assert found == pytest.approx(expected.numpy()[picks], abs=2e-5) and found.dtype == np.float32
     context = torch.randn(len(LAYER))
     odds = net.passes(context[None], torch.tensor([0.7]), torch.tensor([0.4]))[0].sigmoid()
     for j, chance in enumerate(odds.tolist(), 1):
@@ -118,7 +126,9 @@ def test_a_layer_is_decided_as_written_out(seed: int) -> None:
     net, given = random_net(seed), situation(seed)
     ours, scored = HostNet(net), given["candidates"][:, CANDIDATE.index("scored")] > 0
     layer, width, most = given["widths"]
-    found = ours.chances(given["candidates"], given["features"], given["log_parent"])
+    of_layer = [torch.from_numpy(given[name])[None] for name in ("candidates", "features", "log_parent")]
+    odds = net.layer(*of_layer, torch.ones(1, len(scored), dtype=torch.bool))[0]
+    found = given["log_parent"] + torch.nn.functional.logsigmoid(odds).numpy()
     chances = np.exp(found)
     order = np.argsort(-chances, kind="stable")[:most]
     order = order[chances[order] >= plan.LEAST_CHANCE] if (chances[order] >= plan.LEAST_CHANCE).any() else order[:1]
@@ -128,7 +138,8 @@ def test_a_layer_is_decided_as_written_out(seed: int) -> None:
     sent = int(np.argmax(gains)) + 1 if len(gains) and gains.max() > 0 else 0
     expected = [place for place in order if scored[place] or place in fresh[:sent]] or list(order[:1])
     decided = ours.layer(**given)
-    assert decided.picks.tolist() == expected and decided.log_chances.tolist() == found[expected].tolist()
+    assert decided.picks.tolist() == expected
+    assert decided.log_chances == pytest.approx(found[expected], abs=2e-5)
     assert decided.fresh == (~scored[expected]).sum()
     worth = np.where(scored, plan.SCORED, chances * (plan.KEPT + (1 - plan.KEPT) * given["reach"]))
     assert decided.values == pytest.approx(worth[expected], abs=1e-6)

@@ -23,6 +23,7 @@ from decoding.policies.base import DraftContext
 from decoding.support.arrays import FloatVector
 from decoding.support.entry import CONF_DIR
 from tests.controller.synthetic import CONFIG, prompts, random_policy, streams
+from tests.controller.test_network import of_picks
 from tests.small_pair import small_pair
 
 
@@ -114,15 +115,17 @@ def test_columns_are_found_by_name() -> None:
     candidates, features, log_parent = np.random.default_rng(0).standard_normal((3, 7, 9)).astype(np.float32)
     candidates, features, log_parent = candidates[:, :5].copy(), features[0], log_parent[:, 0].copy()
     wide = np.insert(candidates, 0, 1.0, axis=1), np.insert(features, 0, 1.0)
-    expected = HostNet(built_in.eval()).chances(candidates, features, log_parent)
+    picks, expected = of_picks(HostNet(built_in.eval()), candidates, features, log_parent)
     host = HostNet(own.eval())
-    assert host.chances(*wide, log_parent) == pytest.approx(expected, abs=1e-6)
+    own_picks, found = of_picks(host, *wide, log_parent)
+    assert own_picks.tolist() == picks.tolist() and len(picks) > 3
+    assert found == pytest.approx(expected, abs=1e-6)
     tensors = [torch.from_numpy(value)[None] for value in (*wide, log_parent)]
     odds = own.layer(*tensors, torch.ones(1, 7, dtype=torch.bool))[0]
     chances = log_parent + torch.nn.functional.logsigmoid(odds).detach().numpy()
-    assert chances == pytest.approx(expected, abs=1e-5)
+    assert chances[picks] == pytest.approx(expected, abs=1e-5)
     with pytest.raises(UserError, match="trained with 6 and 10"):
-        host.chances(candidates, features, log_parent)
+        of_picks(host, candidates, features, log_parent)
 
 
 def _with_zeros(weight: torch.Tensor, columns: tuple[int, ...]) -> torch.Tensor:
