@@ -208,11 +208,11 @@ class LearnedWidth(WidthPolicy):
     def draft_further(self, context: RootContext, layer: int, widths: tuple[int, ...]) -> bool:
         if layer == 1:
             self._layers, self._features = [], []
-            self._root, self._unknown = root_features(context), context.unknown_share
             if self.width_value is None and context.iteration:
                 self._ask_experience()
-            if not self._drafting:
+            if not self._drafting:  # where nothing is drafted, deciding costs next to nothing
                 return False
+            self._root, self._unknown = root_features(context), context.unknown_share
             width = context.config.target_width
             chance = self._host.expects(self._before(1), context.config.draft_width, width)
             return self.plan.goes_deeper(chance, 0.0, len(context.weights), self._rate)
@@ -287,7 +287,9 @@ class LearnedWidth(WidthPolicy):
         }
 
     def _ask_experience(self) -> None:
-        self._drafting, self._rate = self.experience.drafts(), self.experience.rate()
+        self._drafting = self.experience.drafts()
+        if self._drafting:
+            self._rate = self.experience.rate()
 
     @property
     def _reach(self) -> float:
