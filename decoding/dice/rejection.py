@@ -106,6 +106,9 @@ def verify_layer(
     return verdict
 
 
+_FAINT = 1e-200  # of Q, left by a cold one: a scale that makes up for less would be infinite
+
+
 class _Judge:
     """The state of a layer's verification: T (the open slot's distribution), R (what is left of it), Q_i.
 
@@ -146,6 +149,9 @@ class _Judge:
             before, self._draft[x] = float(self._draft[x]), 0.0
             rest = float(self._draft.sum())
             if rest > 0:
+                if rest < _FAINT:
+                    self._draft /= rest
+                    rest = float(self._draft.sum())
                 self._draft_sum = rest
             else:
                 self._draft[x] = before

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from decoding import DecodingConfig, DSBDDecoder
 from decoding.dice.rejection import LayerVerdict, align, verify_layer
 from decoding.dice.sampling import Dice, FloatArray, Joint, draw
+from tests.small_pair import small_pair
 
 Slots = tuple[int, ...]
 
@@ -202,6 +204,34 @@ def test_bits_are_calibrated_by_their_probabilities(replacement: bool) -> None:
         surprise += verdict.bits - chance
         variance += chance * (1 - chance)
     assert (abs(surprise) < 4 * np.sqrt(variance)).all()  # 4 sigma, 8 numbers, fixed seeds
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("faint", [1e-100, 1e-199, 1e-250, 1e-310])
+def test_what_a_cold_draft_hardly_has_is_judged_by_its_shares(faint: float) -> None:
+    """After draft 0, which has all but traces of Q, Q_1 is (0, 1/3, 2/3) and R is (0, .2, .8): 1 passes by .6."""
+    p, q = np.array([0.5, 0.1, 0.4]), np.array([1.0, faint, 2 * faint])
+    for coin, accepted in ((0.59, True), (0.61, False)):
+        dice = ScriptedDice([0.9, coin])
+        verdict = verify_layer(p, q, np.array([0, 1]), 2, 2, 2, False, dice)
+        assert verdict.bits == [False, accepted], (coin, verdict)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1e4])
+@pytest.mark.parametrize("verification", ["rejection", "shared_noise"])
+def test_cold_and_hot_drafts_raise_no_warning(verification: str, temperature: float) -> None:
+    config = DecodingConfig(
+        target_width=4,
+        draft_width=8,
+        max_new_tokens=8,
+        temperature=temperature,
+        top_k=None,
+        verification=verification,
+        eos_token_id=-1,
+    )
+    (result,) = DSBDDecoder(small_pair(), config).generate([[5, 6, 7]], torch.Generator().manual_seed(0))
+    assert len(result.sequences[0]) == 8
 
 
 def test_verdict_counts_and_limits() -> None:

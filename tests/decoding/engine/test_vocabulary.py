@@ -110,6 +110,20 @@ def test_special_tokens_that_the_target_lacks_are_never_proposed() -> None:
     assert found.to_draft([4]) == [0], "the target's <s> is no <pad>"
 
 
+def test_a_few_ordinary_tokens_that_the_target_lacks_are_never_proposed() -> None:
+    """Three of forty: a fine-tuned draft's tokenizer may have them; wherever they stand."""
+    words = [*LETTERS, *"0123456789#"]
+    for extra in ([*words, "ä", "ö", "ü"], ["ä", *words[:9], "ö", *words[9:], "ü"]):
+        found = match_vocabularies(len(words), len(extra), tokenizer(words), tokenizer(extra))
+        assert found is not None and found.shared == len(words)
+        mapped = found.to_target(torch.arange(float(len(extra)))[None])[0]
+        assert mapped.tolist() == [float(extra.index(word)) for word in words]
+        assert found.to_draft(range(len(words))) == [extra.index(word) for word in words]
+    few = [*words[:30], "ä", "ö", "ü", "ß"]
+    with pytest.raises(UserError, match="4 of the draft's 34 tokens are not among the target's 37"):
+        match_vocabularies(len(words), len(few), tokenizer(words), tokenizer(few))
+
+
 def test_tokens_beyond_a_models_rows_are_left_out() -> None:
     found = match_vocabularies(3, 2, tokenizer("abcd"), tokenizer("dcba"))
     assert found is not None and found.shared == 1 and found.to_draft([2]) == [1]
