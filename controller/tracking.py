@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from decoding.errors import UserError
+from decoding.errors import UserError, first_line
 from decoding.support.provenance import provenance, to_plain
 
 if TYPE_CHECKING:  # evaluate.py needs none of Lightning but this
     from lightning.pytorch.loggers import WandbLogger
+
+PATIENCE = 60.0  # seconds at the end of a run for what is not uploaded yet; it stays on the disk
+_SILENCE = ("timed out", "deadline exceeded", "while retrying")  # in what wandb says of a server that does not answer
 
 
 @contextmanager
@@ -50,18 +53,27 @@ def _start(cfg: DictConfig) -> WandbLogger | None:
 
     # wandb would record the command line and a patch of uncommitted code by itself; the provenance is enough.
     quiet = wandb.Settings(silent=True, disable_git=True, save_code=False, x_disable_meta=True, console="off")
+    if "finish_timeout" in type(quiet).model_fields:  # older ones wait as long as it takes
+        quiet.finish_timeout = PATIENCE
     build = instantiate(cfg.logger[name], _partial_=True, _convert_="all")
     about = {**to_plain(cfg), "provenance": provenance()}
-    try:
-        logger: WandbLogger = build(settings=quiet)
+
+    def begun(**changes: Any) -> WandbLogger:
+        logger: WandbLogger = build(settings=quiet, **changes)
         Path(logger.save_dir or ".").mkdir(parents=True, exist_ok=True)
         logger.log_hyperparams(about)  # starts the run
+        return logger
+
+    try:
+        return begun()
     except (wandb.Error, MisconfigurationException, TypeError, ValueError) as error:
+        if isinstance(error, wandb.errors.CommError) and any(words in str(error).lower() for words in _SILENCE):
+            print(f"warning: wandb cannot be reached ({first_line(error)}); the run is kept offline.", file=sys.stderr)
+            return begun(offline=True, mode="offline", log_model=False)
         raise UserError(
             f"wandb does not start with the settings of logger.{name} ({' '.join(str(error).split())}). Mend them; "
             f"without an account, set logger.{name}.offline=true."
         ) from error
-    return logger
 
 
 def is_wandb(node: Any) -> bool:
@@ -70,13 +82,15 @@ def is_wandb(node: Any) -> bool:
 
 
 def finish(logger: WandbLogger | None, failed: bool = False) -> None:
-    """Close the run and, where it is offline, print the command that uploads it."""
+    """Close the run and, where it is offline, or its server was gone for as long as `PATIENCE`, print the command that
+    uploads it.
+    """
     if logger is None:
         return
     run = logger.experiment
     offline, folder = run.offline, Path(run.settings.sync_dir)
     run.finish(exit_code=1 if failed else 0)
-    if offline:
+    if offline or getattr(run, "_finish_timed_out", False):
         print(f"wandb run kept offline; to upload it: wandb sync {folder}", file=sys.stderr)
 
 

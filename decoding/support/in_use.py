@@ -6,6 +6,7 @@ import functools
 import getpass
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from decoding.errors import UserError
 
 # A lock of the system, which goes with its process, and the name of who holds it.
 LOCK, OWNER = ".lock", ".in_use"
+_UNFINISHED = re.compile(r"\.\d+\.(tmp|partial)$")  # by the number of the process that was writing it
 
 
 @contextmanager
@@ -26,6 +28,7 @@ def in_use(directory: Path) -> Iterator[None]:
     """Keep other runs out of a directory, which is made, while this one writes into it.
 
     A run that was killed leaves its name behind, but no lock: that is said, and the next goes on.
+    Files that it had not written to the end are removed.
 
     Raises:
         UserError: another run is at work there, or nothing can be written there.
@@ -37,6 +40,9 @@ def in_use(directory: Path) -> Iterator[None]:
         if owner.exists():
             print(f"warning: {_described(owner)} ended in {directory} without a word; going on there.", file=sys.stderr)
         owner.write_text(json.dumps(_this_process()))
+        for path in directory.iterdir():
+            if _UNFINISHED.search(path.name):
+                path.unlink(missing_ok=True)
     except Timeout:
         raise UserError(
             f"{directory} is in use by {_described(owner)}; wait for its end, or give another directory."

@@ -1,7 +1,13 @@
-"""What reaches Weights & Biases, always offline: settings, refusals in a sentence, an evaluation's tables."""
+"""What reaches Weights & Biases, offline or on this machine: settings, refusals in a sentence, an evaluation's tables;
+and what becomes of a run whose server cannot be reached, or is gone before its end."""
 
 from __future__ import annotations
 
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +122,78 @@ def test_comparisons_tuning_and_failures_are_logged() -> None:
 def test_an_evaluation_without_comparisons_logs_none() -> None:
     run = logged({"rows": [], "failed": {}, "tuned": None, "comparisons": {"clock": []}})
     assert run.logged == run.summary == {}
+
+
+class Answers(BaseHTTPRequestHandler):
+    """As much of a W&B server as a run needs to start."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        project = {"id": "p", "name": "dsbd", "entity": {"id": "e", "name": "us"}}
+        bucket = {"id": "b", "name": "x1", "displayName": "x1", "project": project, "historyLineCount": 0}
+        content = json.dumps({"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """The address of a server, for as long as the block takes."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def on_line(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """An account, and little patience; wandb reads the environment once."""
+    wandb.teardown()
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    monkeypatch.setattr("controller.tracking.PATIENCE", 2.0)
+    yield monkeypatch
+    wandb.teardown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://no.such.host.invalid"])
+def test_a_server_out_of_reach_keeps_the_run_offline(
+    tmp_path: Path, on_line: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str
+) -> None:
+    """The run goes on; nothing waits for the server."""
+    on_line.setenv("WANDB_BASE_URL", address)
+    settings = ["logger.wandb.offline=false", "logger.wandb.log_model=true", "+logger.wandb.mode=online"]
+    with tracked(config(tmp_path / "run", *settings)) as logger:
+        assert logger is not None and logger.experiment.offline
+        logger.log_metrics({"loss": 1.0})
+    said = capsys.readouterr().err
+    assert "warning: wandb cannot be reached (" in said and f"wandb sync {tmp_path / 'run'}" in said
+    assert wandb.run is None and list((tmp_path / "run").rglob("*.wandb"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("finish_timeout" not in wandb.Settings.model_fields, reason="older wandb waits for its server")
+def test_a_server_that_is_gone_before_the_end_is_not_waited_for(
+    tmp_path: Path, on_line: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was logged is on the disk, and the command that uploads it is told."""
+    with serving() as address:
+        on_line.setenv("WANDB_BASE_URL", address)
+        run = tracked(config(tmp_path / "run", "logger.wandb.offline=false"))
+        logger = run.__enter__()
+        assert logger is not None and not logger.experiment.offline
+    logger.log_metrics({"loss": 1.0})
+    run.__exit__(None, None, None)
+    assert f"wandb sync {tmp_path / 'run'}" in capsys.readouterr().err
+    assert wandb.run is None and list((tmp_path / "run").rglob("*.wandb"))

@@ -38,6 +38,15 @@ def test_a_directory_in_use_is_refused_until_its_process_is_gone(
         assert not capsys.readouterr().err
 
 
+def test_what_a_killed_run_had_not_written_to_the_end_is_removed(tmp_path: Path) -> None:
+    """By the names that writers of this project give it; nothing else is."""
+    stay = ["results.json", "traces-00001.parquet", "notes.tmp", ".a.tmp", "b.partial", "c.12.csv"]
+    for name in [*stay, ".results.json.4711.tmp", "traces-00001.28695.partial"]:
+        (tmp_path / name).write_text("x")
+    with in_use(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*stay, ".in_use", ".lock"])
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root writes everywhere")
 def test_an_unwritable_directory_is_a_sentence(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
