@@ -39,7 +39,13 @@ def run(tmp_path: Path, command: list[str], module: str, number: int) -> tuple[i
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": paths, "SIGNAL_AT": module, "SIGNAL": str(number)}
     ran = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
     )
     return ran.returncode, ran.stderr
 
