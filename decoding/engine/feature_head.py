@@ -91,6 +91,22 @@ class _Block(nn.Module):
         self.mlp = LlamaMLP(config)
 
 
+class ContextBlock(nn.Module):
+    """A block that reads its own width, as Llama's does.
+
+    Args:
+        config, shape: as for `DraftHead`.
+        mlp: makes what follows the attention.
+    """
+
+    def __init__(self, config: LlamaConfig, shape: HeadShape, mlp: Callable[[LlamaConfig], nn.Module]) -> None:
+        super().__init__()
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = HeadAttention(config, config.hidden_size, shape.qk_norm)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = mlp(config)
+
+
 class DraftHead(nn.Module):
     """One block over hidden states of a target, with a vocabulary of its own.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from decoding.engine.feature_head import Attend, DraftHead, HeadAttention, HeadShape
+from decoding.engine.feature_head import Attend, ContextBlock, DraftHead, HeadShape
 from decoding.engine.forward import PassInputs, PassOutput
 from decoding.engine.fused import FusedStore, Norm, linear, residual
 from decoding.engine.head_forward import BlockForward
@@ -50,15 +50,8 @@ class _Sampler(nn.Module):
         return both + self.mlp(embedded, self.norm(both))
 
 
-class _Block(nn.Module):
-    """The head's one block, whose MLP gives two vectors."""
-
-    def __init__(self, config: LlamaConfig, shape: HeadShape) -> None:
-        super().__init__()
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = HeadAttention(config, config.hidden_size, shape.qk_norm)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = _Gated(config, 2 * config.hidden_size)
+def _two_vectors(config: LlamaConfig) -> nn.Module:
+    return _Gated(config, 2 * config.hidden_size)
 
 
 class SampledHead(DraftHead):
@@ -71,7 +64,7 @@ class SampledHead(DraftHead):
     def __init__(self, config: LlamaConfig, shape: HeadShape, embedding: Tensor | None = None) -> None:
         super().__init__(config, shape, embedding)
         self.sampler = _Sampler(config)
-        self.midlayer = _Block(config, shape)
+        self.midlayer = ContextBlock(config, shape, _two_vectors)
         self.lm_head = nn.Linear(config.hidden_size, shape.draft_vocab_size, bias=False)
 
     def fuse(self, states: Tensor) -> Tensor:

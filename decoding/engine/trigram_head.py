@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from decoding.engine.feature_head import Attend, DraftHead, HeadAttention, HeadShape
+from decoding.engine.feature_head import Attend, ContextBlock, DraftHead, HeadShape
 from decoding.engine.forward import PassInputs, PassOutput
 from decoding.engine.fused import FusedStore, linear, residual
 from decoding.engine.head_forward import BlockForward
@@ -51,17 +51,6 @@ class _Trigram(nn.Module):
         return self.fc(self.block(embedded))
 
 
-class _Block(nn.Module):
-    """The full-context encoder."""
-
-    def __init__(self, config: LlamaConfig, shape: HeadShape) -> None:
-        super().__init__()
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = HeadAttention(config, config.hidden_size, shape.qk_norm)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
-
-
 class TrigramHead(DraftHead):
     """Chimera's head.
 
@@ -72,7 +61,7 @@ class TrigramHead(DraftHead):
     def __init__(self, config: LlamaConfig, shape: HeadShape, embedding: Tensor | None = None) -> None:
         super().__init__(config, shape, embedding)
         self.trigram = _Trigram(config.hidden_size)
-        self.midlayer = _Block(config, shape)
+        self.midlayer = ContextBlock(config, shape, LlamaMLP)
         self.residual = _Residual(config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, shape.draft_vocab_size, bias=False)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError, beam_sample
+from decoding import DSBDDecoder, ModelPair, UserError, beam_sample
 from decoding.engine.feature_head import DraftHead
 from decoding.engine.runner import runner_of
 from decoding.engine.sampled_head import SampledHead
@@ -29,7 +29,18 @@ from decoding.pairs.drafts.head import HeadDraft, load_own, save_own
 from decoding.results import Recorder
 from tests.decoding import stubs
 from tests.decoding.engine.test_graphs import Static
-from tests.decoding.pairs.test_eagle3 import KNOWN, PROMPTS, chain, normed, row_of, states_of, target_of, turned
+from tests.decoding.pairs.test_eagle3 import (
+    KNOWN,
+    PROMPTS,
+    chain,
+    check_sampled,
+    check_searched,
+    normed,
+    row_of,
+    states_of,
+    target_of,
+    turned,
+)
 from tests.decoding.stubs import seeded
 
 settings = partial(stubs.settings, verification="shared_noise")
@@ -197,25 +208,13 @@ def test_in_16_bits_a_head_says_nearly_the_same(kind: str) -> None:
 def test_sampled_tokens_are_the_targets_whatever_the_head_guesses(
     kind: str, changes: dict[str, Any], width: int
 ) -> None:
-    pair = pair_of(kind)
-    if "oversample" in changes:
-        changes = {**changes, "warp": "beam"}
-    config = settings(width, 2 * width, 3, 12, **changes)
-    for batch in (1, 4):
-        drafted = DSBDDecoder(pair, config).generate(PROMPTS, seeded(), batch_size=batch)
-        alone = beam_sample(pair.target, PROMPTS, config, generator=seeded())
-        assert [r.sequences for r in drafted] == [r.sequences for r in alone]
-    assert sum(r.stats.draft_calls for r in drafted) > 4
+    check_sampled(pair_of(kind), width, changes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [1, 3])
 def test_searched_tokens_are_the_targets(kind: str, width: int) -> None:
-    pair = pair_of(kind)
-    config = DecodingConfig(mode="beam_search", target_width=width, draft_width=6, draft_depth=3, max_new_tokens=12)
-    drafted = DSBDDecoder(pair, config).generate(PROMPTS)
-    alone = DSBDDecoder(ModelPair(pair.target, None), config).generate(PROMPTS)
-    assert [r.sequences for r in drafted] == [r.sequences for r in alone]
+    check_searched(pair_of(kind), width)
 
 
 @pytest.mark.parametrize("kind", KINDS)
