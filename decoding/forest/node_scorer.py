@@ -50,7 +50,7 @@ class NodeScorer(Protocol):
 
     def open(self, row: int, prompt: Sequence[int], forest: TokenForest, shared: tuple[int, int] | None = None) -> None:
         """A prompt takes a row; its last token is node 0 of `forest`, scored at once. The target's
-        scorer comes first.
+        scorer comes first; the draft's when its first guess is asked for, the forest grown or not.
 
         Args:
             row: that the prompt takes.

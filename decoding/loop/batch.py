@@ -12,6 +12,7 @@ from torch import Tensor
 
 from decoding.config import DecodingConfig
 from decoding.dice.sampling import entries_needed
+from decoding.forest.late_scorer import LateScorer
 from decoding.forest.node_scorer import ScorerOptions
 from decoding.loop.known_rows import KnownRowsRun
 from decoding.loop.noise_run import NoiseRun
@@ -78,6 +79,8 @@ class Batch:
         )
         self.scorers = pair.scorers(options, drafting=config.draft_depth > 0, draft_top=draft_top)
         self._prefix = shared_prefix(prompts)
+        if "draft" in self.scorers and not hidden:  # a policy may read the draft's states before it asks for a guess
+            self.scorers["draft"] = LateScorer(self.scorers["draft"], self._prefix)
         self._opened: set[int] = set()  # rows that hold the shared prefix
 
     def close(self) -> None:
@@ -137,6 +140,10 @@ class Batch:
     def _pass(self, name: str, served: list[PromptRun]) -> None:
         """One pass for all; its seconds are split evenly."""
         self._serves, scorer = name, self.scorers[name]
+        if isinstance(scorer, LateScorer):
+            for run in served:
+                with run.clock.phase("prompt"):
+                    scorer.arrive(run.row)
         before, began = scorer.model_seconds, time.perf_counter()
         scorer.score({run.row: run.request.nodes for run in served})
         model = scorer.model_seconds - before
