@@ -416,19 +416,25 @@ def _groups(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
 
 
 def score_all(records: Sequence[Record], prompts: Sequence[Prompt], pair: ModelPair, task: Task) -> str | None:
-    """Fill in what the target and the task say of every text; after all timing, so that it disturbs
-    no clock. A row is unable to decode a prompt whose text has a log-probability of NaN.
+    """Fill in what the target and the task say of every text, of those that are the same once;
+    after all timing, so that it disturbs no clock. A row is unable to decode a prompt whose text
+    has a log-probability of NaN.
 
     Returns:
         None, or a sentence where the device's memory did not suffice for it.
     """
     repeats = [(record, repeat) for record in records for repeat in record.repeats]
+    scored: dict[tuple[Any, ...], Measurement] = {}
     with RunProgress() as progress:
         bar = progress.add_task("scoring", total=sum(len(repeat) for _, repeat in repeats))
         try:
             for record, repeat in repeats:
                 for measurement, prompt in zip(repeat, prompts, strict=False):  # an interrupted run has fewer
-                    evaluate_text(measurement, prompt, pair, task)
+                    key = prompt.id, measurement.finished, *measurement.tokens
+                    if key not in scored:
+                        evaluate_text(measurement, prompt, pair, task)
+                    same = scored.setdefault(key, measurement)
+                    measurement.log_prob, measurement.text, measurement.metrics = same.log_prob, same.text, same.metrics
                     if math.isnan(measurement.log_prob):
                         record.unable[prompt.id] = None
                     progress.advance(bar)

@@ -184,6 +184,32 @@ def test_the_energy_of_a_turn_is_shared_by_seconds(monkeypatch: pytest.MonkeyPat
     assert [measurement.joules for measurement in each.repeats[0]] == pytest.approx([2.0, 2.0, 2.0])
 
 
+def test_texts_that_are_the_same_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one prompt, and with the same end: rows whose tokens are equal have equal numbers, for one pass."""
+
+    stats = DecodeStats(new_tokens=2, iterations=1, seconds={"target": 0.5})
+
+    def generate(prompts: Prompts, streams: Streams) -> list[DecodeResult]:
+        return [DecodeResult([[1, 3]], [0.0], [True], replace(stats)) for _ in prompts]
+
+    other = record("c")
+    other.generate = generate
+    records = [record("a"), record("b"), other]
+    run_turns(records, PROMPTS)
+    scored: list[tuple[str, list[int], bool]] = []
+
+    def told(measurement: Measurement, prompt: Prompt, pair: Any, task: Any) -> None:
+        scored.append((prompt.id, measurement.tokens, measurement.finished))
+        measurement.log_prob, measurement.metrics = -float(len(scored)), {"n": float(len(scored))}
+
+    monkeypatch.setattr(turns, "evaluate_text", told)
+    turns.score_all(records, PROMPTS, PAIR, SimpleNamespace())  # type: ignore[arg-type]
+    assert scored == [(p.id, tokens, tokens == [1, 3]) for tokens in ([1, 2], [1, 3]) for p in PROMPTS]
+    log_probs = [[m.log_prob for m in each.repeats[0]] for each in records]
+    assert log_probs == [[-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]]
+    assert records[1].repeats[0][2].metrics == {"n": 3.0}
+
+
 def test_log_probability_is_that_of_one_token_at_a_time() -> None:
     model, prompt, text = small_pair().target, [3, 4, 5], [6, 7, 8, 9]
     total = 0.0
