@@ -26,6 +26,7 @@ FILES = {
     "one_split.jsonl": '{"prompt": "def f():"}\n',
 }
 COMMANDS = {"evaluate": "evaluate", "bench": "decoding.bench", "collect": "decoding.collect", "train": "train"}
+MODULES = COMMANDS | {"train_draft": "decoding.train_draft.__main__"}
 
 
 class Loaded(Exception):
@@ -49,7 +50,7 @@ def run(command: str, directory: Path, *overrides: str) -> None:
     if command == "generate":
         importlib.import_module("decoding.generate").run(cfg, "def f():")
     else:
-        importlib.import_module(COMMANDS[command]).main(cfg)
+        importlib.import_module(MODULES[command]).main(cfg)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -94,6 +95,26 @@ MISTAKES = [
     ("train", ["controller.hidden=0"], "controller.hidden is 0"),
     ("train", ["controller.lr=-1"], "controller.lr is -1"),
     ("train", ["trainer.accelerator=warp"], "warp"),
+    ("train_draft", ["kind=medusa"], "kind is 'medusa'"),
+    ("train_draft", ["ckpt_path=/nowhere/last.ckpt"], "There is no checkpoint at /nowhere/last.ckpt"),
+    ("train_draft", ["text.source=/nowhere/prompts.jsonl"], "text.source is '/nowhere/prompts.jsonl'"),
+    ("train_draft", ["text.source=3"], "text.source is 3"),
+    ("train_draft", ["text.tokens=0"], "text.tokens is 0"),
+    ("train_draft", ["text.longest=0"], "text.longest is 0"),
+    ("train_draft", ["text.batch=0"], "text.batch is 0"),
+    ("train_draft", ["text.temperature=0"], "text.temperature is 0"),
+    ("train_draft", ["text.top_k=-1"], "text.top_k is -1"),
+    ("train_draft", ["head.draft_vocab_size=0"], "head.draft_vocab_size is 0"),
+    ("train_draft", ["head.layers=last"], "head.layers is 'last'"),
+    ("train_draft", ["kind=fspad", "head.layers=[1,2]"], "a head of kind=fspad reads one layer"),
+    ("train_draft", ["kind=model", "model.hidden_size=100"], "model.hidden_size is 100"),
+    ("train_draft", ["fit.steps=0"], "fit.steps is 0"),
+    ("train_draft", ["fit.batch_tokens=0"], "fit.batch_tokens is 0"),
+    ("train_draft", ["fit.lr=0"], "fit.lr is 0"),
+    ("train_draft", ["fit.decay=-1"], "fit.decay is -1"),
+    ("train_draft", ["fit.weight_decay=-1"], "fit.weight_decay is -1"),
+    ("train_draft", ["fit.max_seconds=0"], "fit.max_seconds is 0"),
+    ("train_draft", ["fit.room_gb=0"], "fit.room_gb is 0"),
     ("generate", ["policy=fixed", "policy.draft_width=1"], "draft_width"),
     ("generate", ["policy=learned", "policy.path=/nowhere/controller"], "No controller at /nowhere/controller"),
 ]
@@ -108,7 +129,7 @@ def test_settings(tmp_path: Path, command: str, overrides: list[str], sentence: 
     assert isinstance(error.value, UserError | InstantiationException)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "generate"])
+@pytest.mark.parametrize("command", [*MODULES, "generate"])
 def test_without_a_mistake_the_pair_is_asked_for(tmp_path: Path, command: str) -> None:
     with pytest.raises(Exception, match=r"Loaded|loading"):
         run(command, tmp_path)

@@ -72,10 +72,10 @@ def check_counts(cfg: DictConfig, least: Mapping[str, int]) -> None:
             whole(name, value, smallest)
 
 
-def check_seconds(value: Any) -> None:
-    """Refuse a `max_seconds` that is neither a number above 0 nor null (UserError)."""
+def check_seconds(value: Any, name: str = "max_seconds") -> None:
+    """Refuse a limit that is neither a number above 0 nor null (UserError)."""
     if value is not None:
-        number("max_seconds", value, above=0, hint="or null for no limit")
+        number(name, value, above=0, hint="or null for no limit")
 
 
 def unknown_setting(key: str, defaults: DictConfig, config_name: str, groups: Iterable[str]) -> str:

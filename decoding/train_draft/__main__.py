@@ -23,11 +23,12 @@ from decoding.errors import UserError
 from decoding.pairs.drafts.eagle3 import save_head
 from decoding.pairs.drafts.head import save_own
 from decoding.pairs.pair import ModelPair
-from decoding.support.checks import choice
+from decoding.support.checks import choice, is_whole, number
 from decoding.support.entry import build_all, entry_point
 from decoding.support.fits import interruptible
 from decoding.support.progress import RunProgress
 from decoding.support.provenance import provenance, to_plain
+from decoding.support.settings import check_counts, check_seconds
 from decoding.train_draft.chimera import ChimeraModule
 from decoding.train_draft.eagle3 import HeadModule
 from decoding.train_draft.fit import DraftModule, TextData
@@ -55,13 +56,10 @@ HEADS = {
 @entry_point(config_name="train_draft")
 def main(cfg: DictConfig) -> float:
     """Write text, fit a head to it, save the best; returns its acceptance on held-out text."""
-    choice("kind", cfg.kind, (*HEADS, "model"))
-    checkpoint = cfg.ckpt_path
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise UserError(f"There is no checkpoint at {checkpoint}; leave ckpt_path out to start afresh.")
+    text, checkpoint = read_settings(cfg), cfg.ckpt_path
     seed_everything(cfg.seed, workers=True, verbose=False)
     pair: ModelPair = instantiate(cfg.pair)
-    text = TextConfig(**OmegaConf.to_container(cfg.text, resolve=True))  # type: ignore[arg-type]
+    check_layers(cfg, pair)
     with RunProgress() as progress:
         texts = documents(pair, text, Path(cfg.text_dir), progress)
     data = TextData(texts, cfg.fit.batch_tokens, cfg.seed)
@@ -94,6 +92,40 @@ def main(cfg: DictConfig) -> float:
         print(f"{name:24s} {value:.4f}")
     print(f"draft saved in {out}; use it with pair.draft={named}")
     return metrics["val/accepted"]
+
+
+def read_settings(cfg: DictConfig) -> TextConfig:
+    """The text's settings; whatever cannot be is refused, before a model is loaded.
+
+    Raises:
+        UserError: a value that cannot be, or a file that is not there.
+    """
+    choice("kind", cfg.kind, (*HEADS, "model"))
+    check_counts(cfg, {"seed": 0, "head.draft_vocab_size": 1, "model.hidden_size": 2, "model.layers": 1})
+    check_counts(cfg, {"fit.steps": 1, "fit.batch_tokens": 1})
+    check_seconds(cfg.fit.max_seconds, "fit.max_seconds")
+    for name in ("lr", "decay", "room_gb"):
+        number(f"fit.{name}", cfg.fit[name], above=0)
+    number("fit.weight_decay", cfg.fit.weight_decay, least=0)
+    size = cfg.model.hidden_size
+    if size % (64 if size > 64 else 2):
+        raise UserError(f"model.hidden_size is {size}; give a multiple of 64, or an even number below.")
+    layers = cfg.head.layers
+    if layers is not None and (not OmegaConf.is_list(layers) or not all(map(is_whole, layers))):
+        raise UserError(f"head.layers is {layers!r}; give a list of whole numbers, or null.")
+    if cfg.kind in HEADS and HEADS[cfg.kind].head is not FeatureHead and len(layers or ()) > 1:
+        raise UserError(f"head.layers is {list(layers)}; a head of kind={cfg.kind} reads one layer: give one, or null.")
+    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
+        raise UserError(f"There is no checkpoint at {cfg.ckpt_path}; leave ckpt_path out to start afresh.")
+    return TextConfig(**OmegaConf.to_container(cfg.text, resolve=True))  # type: ignore[arg-type]
+
+
+def check_layers(cfg: DictConfig, pair: ModelPair) -> None:
+    """Refuse layers that the target does not have, before any text is written (UserError)."""
+    blocks = pair.target.config.get_text_config().num_hidden_layers
+    for layer in cfg.head.layers or ():
+        if not 0 <= layer <= blocks:
+            raise UserError(f"head.layers holds {layer}; the target has 0, its embeddings, to {blocks}, its last block.")
 
 
 def what_is_kept(trainer: Trainer, cfg: DictConfig) -> str:
@@ -132,10 +164,8 @@ def new_head(pair: ModelPair, cfg: DictConfig, texts: list[Any]) -> Any:
     """A head that proposes the tokens that occur most, and begins with the target's output for
     them.
     """
-    kind, layers = HEADS[cfg.kind].head, tuple(cfg.head.layers or ())
-    if len(layers) > 1 and kind is not FeatureHead:
-        raise UserError(f"head.layers is {list(layers)}; a head of kind={cfg.kind} reads one layer: give one, or null.")
-    head = kind.for_target(pair.target, cfg.head.draft_vocab_size, layers or None)
+    layers = tuple(cfg.head.layers or ())
+    head = HEADS[cfg.kind].head.for_target(pair.target, cfg.head.draft_vocab_size, layers or None)
     counts = token_counts(iter(texts), pair.vocab_size)
     ids = counts.argsort(descending=True, stable=True)[: head.shape.draft_vocab_size].sort().values
     head.t2d.zero_()

@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 from decoding.engine.placement import device_of
 from decoding.errors import UserError
 from decoding.pairs.pair import ModelPair
+from decoding.support.checks import number, whole
 from decoding.support.progress import RunProgress
 
 _MARK = "\x00here\x00"  # stands for a user's turn in a rendered template
@@ -56,6 +57,9 @@ class TextConfig:
         longest: tokens of a text at most.
         temperature, top_k: of the sampling.
         seed: of the sampling.
+
+    Raises:
+        UserError: a value that cannot be, or a source that cannot be read.
     """
 
     source: str = "chat"
@@ -65,6 +69,39 @@ class TextConfig:
     temperature: float = 1.0
     top_k: int | None = 10
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 1), ("batch", 1), ("longest", 2), ("seed", 0)):
+            whole(f"text.{name}", getattr(self, name), least)
+        number("text.temperature", self.temperature, above=0)
+        if self.top_k is not None:
+            whole("text.top_k", self.top_k, 1, hint="or null for all tokens")
+        if self.source != "chat":
+            if not isinstance(self.source, str) or not self.path.is_file() or self.path.suffix not in (".jsonl", ".txt"):
+                raise UserError(f"text.source is {self.source!r}; give chat, or the path of a .jsonl or .txt file.")
+            if self.path.suffix == ".jsonl":
+                self.prompts()
+
+    @property
+    def path(self) -> Path:
+        """Of the file that `source` names."""
+        return Path(self.source).expanduser()
+
+    def prompts(self) -> list[str]:
+        """The prompts of a .jsonl file.
+
+        Raises:
+            UserError: a line that holds none.
+        """
+        prompts = []
+        for place, line in enumerate(self.path.read_text(encoding="utf-8-sig").splitlines(), 1):
+            try:
+                prompts += [str(json.loads(line)["prompt"])] if line.strip() else []
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f'{self.path}, line {place}, is no object with a "prompt"; write {{"prompt": "..."}}.'
+                ) from None
+        return prompts
 
 
 def documents(
@@ -114,10 +151,7 @@ def documents(
 
 def _of_file(pair: ModelPair, config: TextConfig) -> list[Document]:
     """A text file, cut into documents of `longest` tokens."""
-    path = Path(config.source).expanduser()
-    if not path.is_file():
-        raise UserError(f"text.source is {config.source!r}: there is no such file. Give chat, a .jsonl or a .txt file.")
-    ids = pair.tokenizer(path.read_text(encoding="utf-8-sig"), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = pair.tokenizer(config.path.read_text(encoding="utf-8-sig"), add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise UserError(f"text.source is {config.source!r}, which holds {len(ids)} tokens; give a longer text.")
     rows = torch.tensor(ids[: config.tokens], dtype=torch.int32).split(config.longest)
@@ -126,24 +160,11 @@ def _of_file(pair: ModelPair, config: TextConfig) -> list[Document]:
 
 def _prompts(pair: ModelPair, config: TextConfig) -> list[list[int]]:
     """Token ids of a file's prompts, in the chat template where there is one."""
-    path = Path(config.source).expanduser()
-    if not path.is_file() or path.suffix != ".jsonl":
-        raise UserError(f"text.source is {config.source!r}; give chat, or the path of a .jsonl or .txt file.")
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f'{path}, line {number}, is no object with a "prompt"; write {{"prompt": "..."}}.'
-            ) from None
-        prompts.append(_templated(pair.tokenizer, str(text)))
+    prompts = [_templated(pair.tokenizer, text) for text in config.prompts()]
     prompts = [prompt for prompt in prompts if 0 < len(prompt) < config.longest]
     if not prompts:
         raise UserError(
-            f"{path} has no prompt of less than {config.longest} tokens; give others, or raise text.longest."
+            f"{config.path} has no prompt of less than {config.longest} tokens; give others, or raise text.longest."
         )
     return prompts
 

@@ -219,9 +219,10 @@ def test_going_on_equals_not_having_stopped(
         door.main(config(tmp_path / "other", target, f"kind={other}", f"ckpt_path={last}"))
 
 
-def test_layers_that_a_kind_cannot_read_are_told(target: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="reads one layer"):
-        door.main(config(tmp_path, target, "kind=chimera", "head.layers=[1,2]"))
+def test_layers_that_the_target_lacks_are_told_before_text_is_written(target: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="head.layers holds 99; the target has 0"):
+        door.main(config(tmp_path, target, "kind=chimera", "head.layers=[99]", f"text_dir={tmp_path / 'text'}"))
+    assert not (tmp_path / "text").exists()
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_files(tmp_path: Path) -> None:
     [
         ("chat", None, "no chat template"),
         ("nowhere.jsonl", None, "chat, or the path"),
-        ("nowhere.txt", None, "no such file"),
+        ("nowhere.txt", None, "or the path"),
         ("bad.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2"),
         ("long.jsonl", '{"prompt": "' + "a " * 40 + '"}\n', "less than 24 tokens"),
     ],
