@@ -42,7 +42,17 @@ from decoding.support.checks import number
 CLOCKS = ("wall", "table")
 _NONE = np.zeros(0, np.float32)
 # Settings that shape P and Q: a controller trained under others is used out of its element.
-_TRAINED_UNDER = ("mode", "temperature", "top_k", "top_p", "warp", "oversample", "draft_top_k", "one_beam_cache")
+_TRAINED_UNDER = (
+    "mode",
+    "target_width",
+    "temperature",
+    "top_k",
+    "top_p",
+    "warp",
+    "oversample",
+    "draft_top_k",
+    "one_beam_cache",
+)
 
 
 class LearnedWidth(WidthPolicy):
