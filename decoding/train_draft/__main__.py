@@ -125,7 +125,9 @@ def check_layers(cfg: DictConfig, pair: ModelPair) -> None:
     blocks = pair.target.config.get_text_config().num_hidden_layers
     for layer in cfg.head.layers or ():
         if not 0 <= layer <= blocks:
-            raise UserError(f"head.layers holds {layer}; the target has 0, its embeddings, to {blocks}, its last block.")
+            raise UserError(
+                f"head.layers holds {layer}; the target has 0, its embeddings, to {blocks}, its last block."
+            )
 
 
 def what_is_kept(trainer: Trainer, cfg: DictConfig) -> str:

@@ -77,7 +77,11 @@ class TextConfig:
         if self.top_k is not None:
             whole("text.top_k", self.top_k, 1, hint="or null for all tokens")
         if self.source != "chat":
-            if not isinstance(self.source, str) or not self.path.is_file() or self.path.suffix not in (".jsonl", ".txt"):
+            if (
+                not isinstance(self.source, str)
+                or not self.path.is_file()
+                or self.path.suffix not in (".jsonl", ".txt")
+            ):
                 raise UserError(f"text.source is {self.source!r}; give chat, or the path of a .jsonl or .txt file.")
             if self.path.suffix == ".jsonl":
                 self.prompts()
@@ -151,7 +155,9 @@ def documents(
 
 def _of_file(pair: ModelPair, config: TextConfig) -> list[Document]:
     """A text file, cut into documents of `longest` tokens."""
-    ids = pair.tokenizer(config.path.read_text(encoding="utf-8-sig"), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = pair.tokenizer(config.path.read_text(encoding="utf-8-sig"), add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
     if len(ids) < 2:
         raise UserError(f"text.source is {config.source!r}, which holds {len(ids)} tokens; give a longer text.")
     rows = torch.tensor(ids[: config.tokens], dtype=torch.int32).split(config.longest)
