@@ -34,6 +34,7 @@ from decoding import (
     dsbd_generate,
 )
 from decoding.forest.cache import ForestCache
+from decoding.forest.late_scorer import LateScorer
 from decoding.loop.batch import Batch
 from tests.fuzzing import TRIED, counted, examples
 from tests.small_pair import small_pair
@@ -154,6 +155,7 @@ def batches() -> Iterator[list[Batch]]:
 def check_freed(batch: Batch) -> None:
     """No prompt holds a slot, no scorer a KV buffer."""
     for scorer in batch.scorers.values():
+        scorer = scorer.scorer if isinstance(scorer, LateScorer) else scorer
         assert getattr(scorer, "_store", None) is None
         cache = getattr(scorer, "cache", None)
         assert cache is None or cache._tables == [None] * cache.rows

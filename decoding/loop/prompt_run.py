@@ -182,7 +182,7 @@ class PromptRun(ABC):
     # One iteration: draft, verify, commit.
 
     def _iterate(self) -> Generator[Request]:
-        seconds_before = self.stats.total_seconds
+        seconds_before = self._seconds()
         committed_before = self.stats.new_tokens
         root = self._root_context()
         layers = (yield from self._draft_forest(root)) if self.draft is not None else []
@@ -201,12 +201,16 @@ class PromptRun(ABC):
         self._prune()
         self._tell()
         self.stats.iterations += 1
-        tokens, seconds = self.stats.new_tokens - committed_before, self.stats.total_seconds - seconds_before
+        tokens, seconds = self.stats.new_tokens - committed_before, self._seconds() - seconds_before
         record = IterationRecord(self.history, tokens, seconds, roots, drafts, scored, tuple(self._asked))
         self._asked.clear()
         self.stats.records.append(record)
         with self.clock.phase("policy"):
             self.policy.observe(record)
+
+    def _seconds(self) -> float:
+        """Spent so far, but for the prompt, which the draft reads in the iteration that first asks it."""
+        return self.stats.total_seconds - self.stats.seconds["prompt"]
 
     def _root_context(self) -> RootContext:
         best, weights = self.beams[0].node, np.array([beam.weight for beam in self.beams])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -102,3 +103,18 @@ def test_what_never_drafts_leaves_the_draft_alone(kind: str, monkeypatch: pytest
     assert [result.sequences for result in results] == [result.sequences for result in alone]
     assert not arrived and all(result.stats.draft_calls == 0 for result in results)
     assert all(result.stats.seconds["draft"] == 0 for result in results)
+
+
+def test_what_the_draft_reads_of_the_prompt_is_no_time_of_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies that learn by the clock would take it for what drafting costs."""
+    arrive = LateScorer.arrive
+
+    def slow(self: LateScorer, row: int) -> None:
+        time.sleep(0.2 if row in self._waiting else 0.0)
+        arrive(self, row)
+
+    monkeypatch.setattr(LateScorer, "arrive", slow)
+    config = settings(2, 3, 2, 8, verification="shared_noise", eos_token_id=-1)
+    (result,) = DSBDDecoder(pair_with("model"), config, DraftsAtTimes(3, 4)).generate([[1, 2, 3]], seeded())
+    assert result.stats.seconds["prompt"] > 0.2
+    assert all(record.seconds < 0.2 for record in result.stats.records)
