@@ -61,7 +61,7 @@ class KnownRowsRun(PromptRun):
             self._asked.append(len(nodes))
             yield Request("draft", nodes)
             asked = scorer.proposes(self.row, nodes)
-        if not known and not asked:
+        if not asked and not (known and self.target.proposes(self.row, [beam.node for beam in known])):
             return None
         # A forest's first parents are the beams themselves: where all are known, so is what the target will select.
         guess = self._guess(known, unknown if asked else [], certain=layer == 1 and not unknown)

@@ -132,7 +132,7 @@ class GapWidth(HandSetWidth):
 
     def asked(self, context: TargetContext) -> int:
         probs = context.target.probs
-        return int((probs >= probs.max() * math.exp(-self.gap) * (1 - 1e-12)).sum())
+        return int((probs >= probs.max(initial=0.0) * math.exp(-self.gap) * (1 - 1e-12)).sum())
 
 
 @dataclass

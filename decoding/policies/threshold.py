@@ -37,6 +37,7 @@ class CountedWidth(WidthPolicy, ABC):
     def target_width(self, context: TargetContext) -> int:
         config = context.draft.root.config
         if context.draft_width == 0:
+            self._expected = 0.0
             return config.target_width
         both = align(context.target, context.draft.joint)
         accept = accept_probabilities(both.p, both.q, context.draft_width, as_shipped=self.as_shipped)
