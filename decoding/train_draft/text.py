@@ -88,7 +88,7 @@ class TextConfig:
 
     @property
     def path(self) -> Path:
-        """Of the file that `source` names."""
+        """The file that `source` names."""
         return Path(self.source).expanduser()
 
     def prompts(self) -> list[str]:
