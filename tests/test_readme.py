@@ -76,8 +76,10 @@ def test_commands_compose(command: str) -> None:
         key, _, value = re.sub(r"<\w+>|\.\.\.", "x", word).partition("=")  # an elided path is any path
         if words[0] == "evaluate.py" and key == "controller":
             key = "controller_path"
-        # a sweep's first value stands for all
-        overrides.append(f"{key}={value if value.startswith(('[', '{')) else value.split(',')[0]}")
+        # a sweep's first value stands for all; what is left out has none
+        overrides.append(
+            key if key.startswith("~") else f"{key}={value if value.startswith(('[', '{')) else value.split(',')[0]}"
+        )
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         compose(ENTRIES[words[0]], overrides)
 
