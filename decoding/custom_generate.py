@@ -49,7 +49,10 @@ from decoding.support.checks import whole
 # Fields of GenerationConfig that ask for something this decoder does not do, with their neutral values.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "assistant_ensemble_weight": (None,),
-    "cache_implementation": (None, "static", "offloaded", "offloaded_static", "hybrid", "dynamic"),  # not quantized
+    "cache_implementation": (
+        *(None, "dynamic", "offloaded", "static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked"),
+        *("offloaded_hybrid", "offloaded_hybrid_chunked"),
+    ),  # where keys lie; not "quantized", which rounds them
     "constraints": (None,),
     "diversity_penalty": (None, 0.0),
     "dola_layers": (None,),
@@ -326,8 +329,9 @@ def _check_positions(positions: Tensor | None, lengths: Sequence[int], copies: i
     for row, length in zip(positions[::copies].expand(len(lengths), -1), lengths, strict=True):
         if row[len(row) - length :].tolist() != list(range(length)):
             raise UserError(
-                "position_ids do not count the tokens of each prompt from 0, which is all that dsbd_generate does; "
-                "leave them out, or call generate without custom_generate."
+                "The positions of a prompt's tokens do not count from 0, which is all that dsbd_generate does. They are "
+                "those of position_ids, or else of attention_mask: give a mask with a number for each of input_ids and "
+                "no position_ids, or call generate without custom_generate."
             )
 
 

@@ -32,6 +32,13 @@ def check_architecture(config: Any, role: str) -> None:
         )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = set(getattr(text, "layer_types", None) or [])
+    chosen = layers & {"indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention"}
+    if chosen:
+        raise UserError(
+            f"The {role} model ({kind}) chooses or compresses the tokens that it attends to (layers: "
+            f"{', '.join(sorted(chosen))}), which no mask over a forest of beams can follow; use a model whose layers "
+            "attend to all tokens, or to a window of them."
+        )
     recurrent = layers - {"full_attention", "sliding_attention", "chunked_attention"}
     state = any(hasattr(text, name) for name in _STATE)
     if recurrent or state or not hasattr(text, "num_attention_heads"):

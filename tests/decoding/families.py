@@ -170,6 +170,7 @@ class Refused:
 
 
 _RECURRENT = "recurrent state: one for a whole path, so it cannot branch"
+_CHOOSING = "it chooses or compresses the tokens that it attends to, which no mask can follow"
 _ENCODER = "encoder-decoder"
 _DECODER = dict(
     d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=40, max_position_embeddings=128
@@ -193,6 +194,9 @@ REFUSED: dict[str, Refused] = {
         "short convolutions: their state is one for a whole path, so it cannot branch",
         "keeps a recurrent state",
     ),
+    "DeepSeek V3.2": Refused("deepseek_v32", {}, _CHOOSING, "chooses or compresses the tokens"),
+    "GLM MoE DSA": Refused("glm_moe_dsa", {}, _CHOOSING, "chooses or compresses the tokens"),
+    "DeepSeek V4": Refused("deepseek_v4", {}, _CHOOSING, "chooses or compresses the tokens"),
     "T5": Refused("t5", {}, _ENCODER, "is an encoder-decoder"),
     "BART": Refused("bart", {}, _ENCODER, "is an encoder-decoder"),
     "MPT": Refused(

@@ -194,6 +194,8 @@ CASES: dict[str, dict[str, Any] | ByOwnRules] = {
     "default length": {"max_new_tokens": None},
     "without cache": {"use_cache": False},
     "static cache": {"cache_implementation": "static"},
+    "sliding cache": {"cache_implementation": "sliding_window"},
+    "hybrid cache": {"cache_implementation": "hybrid_chunked"},
 }
 
 
@@ -211,8 +213,20 @@ def test_tensors_are_those_of_plain_generate(case: str, width: int) -> None:
     assert found.tolist() == plain.tolist()
 
 
+@pytest.mark.parametrize("length", [2, 5])
+def test_a_mask_of_another_length_is_told(length: int) -> None:
+    """`generate` makes positions of it, which then do not count the prompt's tokens."""
+    with pytest.raises(UserError, match="attention_mask"):
+        mask = torch.ones(1, length, dtype=torch.int64)
+        target().generate(
+            torch.tensor([[1, 2, 3]]), attention_mask=mask, custom_generate=dsbd_generate, max_new_tokens=4
+        )
+
+
 # Of these the tokens are the plain ones, or other only where rows are filled up.
-WITHOUT_EFFECT = {"plain", "pad is EOS", "pad 9", "default length", "without cache", "static cache"}
+WITHOUT_EFFECT = {"plain", "pad is EOS", "pad 9", "default length", "without cache"} | {
+    case for case in CASES if case.endswith(" cache")
+}
 
 
 def test_the_cases_change_the_outcome() -> None:
