@@ -126,7 +126,7 @@ def check_layers(cfg: DictConfig, pair: ModelPair) -> None:
     for layer in cfg.head.layers or ():
         if not 0 <= layer <= blocks:
             raise UserError(
-                f"head.layers holds {layer}; the target has 0, its embeddings, to {blocks}, its last block."
+                f"head.layers holds {layer}; give layers from 0, the embeddings, to {blocks}, the last block."
             )
 
 

@@ -220,7 +220,7 @@ def test_going_on_equals_not_having_stopped(
 
 
 def test_layers_that_the_target_lacks_are_told_before_text_is_written(target: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds 99; the target has 0"):
+    with pytest.raises(UserError, match="holds 99; give layers from 0"):
         door.main(config(tmp_path, target, "kind=chimera", "head.layers=[99]", f"text_dir={tmp_path / 'text'}"))
     assert not (tmp_path / "text").exists()
 
