@@ -19,6 +19,7 @@ from torch import Tensor
 from decoding.config import DecodingConfig
 from decoding.dice.dense import DenseJoint, dense_joint
 from decoding.dice.sampling import FloatArray, IntArray, Joint, compact_joint
+from decoding.errors import UserError
 from decoding.forest.node_scorer import NodeScorer, mean_hidden
 from decoding.forest.scorer import ForestScorer
 from decoding.forest.tree import TokenForest
@@ -156,6 +157,11 @@ class PromptRun(ABC):
         scores = logits if alone else logits.log_softmax(-1)
         if self.rules is not None and self.rules.processors is not None:
             scores = self.rules.process([self.forest.path(node) for node in nodes], scores)
+            if bool((scores.isnan() | (scores == torch.inf)).any()) and not bool(logits.isnan().any()):
+                raise UserError(
+                    "A logits processor made NaN or infinity of scores that were numbers; mend it, or leave it out (a "
+                    "temperature or a penalty close to 0 overflows)."
+                )
         early = [i for i, node in enumerate(nodes) if self.forest.depths[node] < self.config.min_new_tokens]
         if early and self.eos:
             scores = scores.clone()

@@ -113,3 +113,17 @@ def test_a_search_whose_beams_are_all_dead_returns_what_ended(policy: WidthPolic
         eos_token_id=[0, 1, 2, 3],
     )
     assert decoded(pair, config, policy, [1, 2, 3], 0, Dead([], longest=6)) == [[1]]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("mode", ["beam_sample", "beam_search"])
+def test_what_a_processor_made_is_not_laid_to_the_weights(mode: str, width: int, value: float) -> None:
+    class Overflowing(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return scores.index_fill(1, torch.tensor([3]), value)
+
+    config = DecodingConfig(mode=mode, target_width=width, draft_width=4, draft_depth=2, max_new_tokens=4)
+    pair, rules = ModelPair(small_llama(9), small_llama(9, seed=4)), Rules([1, 2], LogitsProcessorList([Overflowing()]))
+    with pytest.raises(UserError, match="A logits processor made NaN or infinity"):
+        DSBDDecoder(pair, config).generate([[1, 2]], torch.Generator(), rules=rules)
