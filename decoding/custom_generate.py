@@ -330,8 +330,8 @@ def _check_positions(positions: Tensor | None, lengths: Sequence[int], copies: i
         if row[len(row) - length :].tolist() != list(range(length)):
             raise UserError(
                 "The positions of a prompt's tokens do not count from 0, which is all that dsbd_generate does. They "
-                "are those of position_ids, or else of attention_mask: give a mask with a number for each of input_ids and "
-                "no position_ids, or call generate without custom_generate."
+                "are those of position_ids, or else of attention_mask: give a mask with a number for each of input_ids "
+                "and no position_ids, or call generate without custom_generate."
             )
 
 
