@@ -98,6 +98,11 @@ def _refusal(model: Any, role: str, fault: str) -> UserError:
         if attention in (None, "sdpa", "eager")
         else f"Its attn_implementation is {attention!r}; load it with 'sdpa' or 'eager'."
     )
+    if any(type(module).__module__.startswith("torch.ao.nn.quantized.dynamic") for module in model.modules()):
+        why = (
+            "its quantize_dynamic layers scale by all tokens of a pass, so a token's scores depend on those beside it."
+        )
+        what = "Quantise the weights alone, as torchao does, or use the model as it was."
     return UserError(f"The {role} model ({_kind(model)}) {fault}{'' if 'cannot run' in fault else f': {why}'} {what}")
 
 
