@@ -229,5 +229,7 @@ def test_an_attention_set_later_is_probed_again() -> None:
 def test_layers_quantised_as_they_go_are_told_from_a_broken_mask() -> None:
     """They scale a pass's numbers by the largest of all its tokens, as no mask forbids."""
     quantised = torch.ao.quantization.quantize_dynamic(small_llama(40), {torch.nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(UserError, match=r"quantize_dynamic layers scale by all tokens of a pass.* Quantise the weights"):
+    with pytest.raises(
+        UserError, match=r"quantize_dynamic layers scale by all tokens of a pass.* Quantise the weights"
+    ):
         check_forest_pass(quantised, "target")
