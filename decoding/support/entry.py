@@ -60,25 +60,33 @@ def entry_point(
     tracebacks = os.environ.get(_FULL_ERROR) == "1"
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[..., Any]:
+        at_work = False
+
         @functools.wraps(task)
         def job(cfg: DictConfig) -> Any:
+            nonlocal at_work
+            at_work = True
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"(lightning|torch)\.")  # not ours to mend
             with _one_sentence(config_name, tracebacks):  # inside the job: Hydra reports failed jobs itself
                 _hide_keys()
                 check_settings(cfg, _compose(config_name, _chosen_groups()), open_nodes)
                 hydra.utils.instantiate(cfg.get("decoding"))  # widths that cannot work, before a pair is loaded
                 with in_use(Path(cfg.output_dir)) if "output_dir" in cfg else nullcontext():
-                    return task(cfg)
+                    value = task(cfg)
+            at_work = False
+            return value
 
         OmegaConf.register_new_resolver("fresh_folder", fresh_folder, replace=True)
         launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)
 
         @functools.wraps(task)
         def main(cfg: DictConfig | None = None) -> Any:
+            nonlocal at_work
             if cfg is not None:
                 return task(cfg)
+            at_work = False
             with (
-                _one_sentence(config_name, tracebacks),
+                _one_sentence(config_name, tracebacks, lambda: not at_work),  # Hydra makes the folders of runs
                 terminated_as_interrupted(),
                 _hydra_raises(),
                 hidden_in_logs(),
@@ -101,8 +109,13 @@ def build_all(nodes: DictConfig | None) -> list[Any]:
 
 
 @contextmanager
-def _one_sentence(config_name: str, tracebacks: bool) -> Iterator[None]:
-    """Turn a user's mistake into one sentence and exit code 2; bugs keep their traceback."""
+def _one_sentence(config_name: str, tracebacks: bool, any_folder: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn a user's mistake into one sentence and exit code 2; bugs keep their traceback.
+
+    Args:
+        any_folder: whether every error of the system is one of a folder that the user has named; a
+            file that is missing may be a bug elsewhere.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -116,7 +129,7 @@ def _one_sentence(config_name: str, tracebacks: bool) -> Iterator[None]:
         raise SystemExit(2) from None
     except OSError as error:
         number = _number(error)
-        if tracebacks or number not in _DISK:
+        if tracebacks or not (number in _DISK or (number and any_folder())):
             raise
         where = f"{error.filename}" if error.filename else "A file"
         reason = one_line(f"{where} cannot be written or read ({os.strerror(number)}).")

@@ -6,15 +6,18 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from decoding import UserError
 from decoding.support.entry import build_all, entry_point
+from decoding.support.in_use import fresh_folder, in_use
 from decoding.support.settings import check_settings
 
 Cli = Callable[..., tuple[int, str]]
@@ -163,6 +166,46 @@ def test_sweep_runs_every_job_and_gets_values(cli: Cli, tmp_path: Path) -> None:
     seeds: list[int] = []
     code, err = cli("-m", "seed=1,2", task=lambda cfg: seeds.append(cfg.seed))
     assert (code, seeds) == (0, [1, 2]), err
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+@pytest.mark.parametrize("place", ["/proc/x", "{}/file", "{}/file/below", "{}/" + "x" * 300])
+def test_a_folder_that_cannot_be_made_is_one_sentence(cli: Cli, tmp_path: Path, place: str, sweep: bool) -> None:
+    """Whoever runs this, root included; in a task, a file that is missing may be a bug."""
+    (tmp_path / "file").write_text("")
+    place = place.format(tmp_path)
+    code, err = cli(*(["-m", f"hydra.sweep.dir={place}"] if sweep else [f"hydra.run.dir={place}"]))
+    assert code == 2 and err.startswith(f"error: {place}") and err.count("\n") == 1, err
+    with pytest.raises(FileNotFoundError):
+        cli(task=lambda cfg: (tmp_path / "absent").read_text())
+
+
+def test_a_second_command_in_a_folder_is_refused(cli: Cli, tmp_path: Path) -> None:
+    ran: list[str] = []
+    given = f"output_dir={tmp_path}/same"
+    with in_use(tmp_path / "same"):
+        code, err = cli(given, task=lambda cfg: ran.append("beside"))
+    assert code == 2 and err.startswith(f"error: {tmp_path}/same is in use by process "), err
+    assert cli(given, task=lambda cfg: ran.append("after")) == (0, "")
+    assert ran == ["after"]
+
+
+@pytest.mark.parametrize("given", [(), ("-m", "seed=1,2")])
+def test_commands_of_one_second_have_folders_of_their_own(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]
+) -> None:
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Stopped:
+            return cls(2026, 11, 27)
+
+    monkeypatch.setattr("hydra.core.utils.datetime", Stopped)
+    seen: list[str] = []
+    for _ in range(3):
+        fresh_folder.cache_clear()  # as other processes have none of it
+        assert cli(*given, task=lambda cfg: seen.append(HydraConfig.get().runtime.output_dir)) == (0, "")
+    assert len(set(seen)) == len(seen) == 3 * max(1, len(given))
+    assert sum("2026-11-27_00-00-00-3" in folder for folder in seen) == max(1, len(given))
 
 
 def test_called_with_a_config_it_returns_the_value() -> None:
