@@ -39,7 +39,7 @@ from controller.tracking import is_wandb, tracked
 from decoding.collect import ensure_traces
 from decoding.errors import UserError
 from decoding.support.entry import build_all, entry_point
-from decoding.support.fits import interruptible
+from decoding.support.fits import interruptible, this_job
 from decoding.support.provenance import provenance, to_plain
 
 _AGAIN = "Give a checkpoint that train.py wrote with these settings, or leave ckpt_path out to start afresh."
@@ -214,8 +214,8 @@ def what_is_kept(trainer: Trainer) -> str:
     kept = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     last = next((callback.best_model_path for callback in kept if callback.monitor is None), "")
     if not last or not Path(last).is_file():
-        return "No epoch of this fit is kept; the same command starts it again, with the traces that are there."
-    return f"The best and the last epoch are kept; the same command with ckpt_path={last} goes on from there."
+        return f"No epoch of this fit is kept; {this_job()} starts it again, with the traces that are there."
+    return f"The best and the last epoch are kept; {this_job(f'ckpt_path={last}')} goes on from there."
 
 
 def logged_before(path: str | None, checkpoint: dict[str, Any] | None) -> list[dict[str, Any]]:

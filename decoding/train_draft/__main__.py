@@ -25,7 +25,7 @@ from decoding.pairs.drafts.head import save_own
 from decoding.pairs.pair import ModelPair
 from decoding.support.checks import choice, is_whole, number
 from decoding.support.entry import build_all, entry_point
-from decoding.support.fits import interruptible
+from decoding.support.fits import interruptible, this_job
 from decoding.support.progress import RunProgress
 from decoding.support.provenance import provenance, to_plain
 from decoding.support.settings import check_counts, check_seconds
@@ -136,8 +136,8 @@ def what_is_kept(trainer: Trainer, cfg: DictConfig) -> str:
     last = next((callback.best_model_path for callback in kept if callback.monitor is None), "")
     text = f"text_dir={cfg.text_dir}"
     if not last or not Path(last).is_file():
-        return f"The text is kept, no epoch yet; the same command with {text} fits anew."
-    return f"The last epoch is kept; the same command with {text} ckpt_path={last} goes on from there."
+        return f"The text is kept, no epoch yet; {this_job(text)} fits anew."
+    return f"The last epoch is kept; {this_job(text, f'ckpt_path={last}')} goes on from there."
 
 
 def new_module(pair: ModelPair, cfg: DictConfig, texts: list[Document], data: TextData) -> DraftModule:

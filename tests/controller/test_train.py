@@ -7,7 +7,9 @@ import functools
 import json
 import logging
 import re
+import shlex
 import signal
+import struct
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -181,6 +183,42 @@ def test_an_interrupted_fit_says_how_to_go_on(
         assert load_controller(tmp_path / "again" / "controller")
 
 
+def test_a_job_of_a_sweep_that_is_interrupted_goes_on_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its jobs differ, so none may be given the checkpoint of another one."""
+    fixed = ["trainer.max_epochs=2", "callbacks.progress_bar=null", "logger=none", "controller.hidden=8"]
+    stop = f"+callbacks.stop={{_target_: {Interrupts.__module__}.Interrupts, epoch: 9}},{{_target_: "
+    stop += f"{Interrupts.__module__}.Interrupts, epoch: 1}}"
+    arguments = ["-m", f"hydra.sweep.dir={tmp_path}", *fixed, "+trainer.enable_progress_bar=false", stop]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.chdir(tmp_path)
+    before, root = signal.signal(signal.SIGINT, signal.default_int_handler), logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        with pytest.raises(SystemExit):
+            train.main()
+    finally:
+        root.handlers[:], root.level = handlers, level
+        signal.signal(signal.SIGINT, before)
+    said = capsys.readouterr().err.splitlines()[-2]
+    found = re.search(
+        "for this job of the sweep, the command without -m and with these settings alone, (.*), goes", said
+    )
+    assert found, said
+    settings = shlex.split(found[1])
+    assert settings[-1] == f"ckpt_path={tmp_path}/1/checkpoints/last.ckpt" and Path(settings[-1][10:]).is_file()
+    assert set(fixed) < set(settings) and sum("callbacks.stop" in setting for setting in settings) == 1
+    train.main(
+        config(
+            tmp_path / "again",
+            *(setting for setting in settings if "enable_progress" not in setting),
+            "callbacks.stop.epoch=9",
+        )
+    )
+    assert load_controller(tmp_path / "again" / "controller")
+
+
 class GetsWorse(Callback):
     """Every epoch after the first is worse than the one before."""
 
@@ -208,13 +246,17 @@ def test_last_is_the_last_epoch_and_its_metrics_go_on(tmp_path: Path) -> None:
     with (tmp_path / "csv" / "metrics.csv").open() as file:
         epochs = [row["epoch"] for row in csv.DictReader(file) if row["val/loss"]]
     assert epochs == ["0", "1", "2"]
-    content = bytearray(last.read_bytes())
+    content = last.read_bytes()
     with zipfile.ZipFile(last) as archive:
-        largest = max(archive.infolist(), key=lambda info: info.file_size)
-    content[largest.header_offset + 500] ^= 1
-    last.write_bytes(content)
-    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
-        train.main(config(tmp_path / "other", f"ckpt_path={last}", "trainer.max_epochs=4"))
+        weights = [info for info in archive.infolist() if "/data/" in info.filename]
+    assert len(weights) > 5
+    for info in weights:
+        lengths = struct.unpack_from("<HH", content, info.header_offset + 26)  # of its name, of what pads it
+        place = info.header_offset + 30 + sum(lengths) + info.file_size // 2
+        last.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        torch.load(last, weights_only=True)  # does not notice
+        with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+            train.read_checkpoint(str(last))
 
 
 def test_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
