@@ -38,6 +38,8 @@ REFUSED = [
     ({"early_stopping": 1}, "early_stopping is 1; choose one of True, False, 'never'"),
     ({"length_penalty": "long"}, "length_penalty is 'long'"),
     ({"length_penalty": float("nan")}, "length_penalty is nan"),
+    ({"length_penalty": 30.5}, "length_penalty is 30.5; give a number from -30 to 30"),
+    ({"length_penalty": -31}, "length_penalty is -31; give a number from -30 to 30"),
     ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; give a token id, a list of them"),
     ({"eos_token_id": [2, None]}, "eos_token_id is"),
     ({"verification": "coins"}, "verification is 'coins'; choose one of 'rejection', 'shared_noise'"),
@@ -66,6 +68,7 @@ def test_what_cannot_work_is_refused(fields: dict[str, Any], sentence: str) -> N
 
 def test_edges_are_allowed() -> None:
     DecodingConfig(top_p=1.0, top_k=4, temperature=1e-3, min_width=4, num_return_sequences=4, draft_width=4)
+    DecodingConfig(length_penalty=30), DecodingConfig(length_penalty=-30.0)
     DecodingConfig(draft_width=1, draft_depth=0)  # nothing is drafted, so nothing can fail
     DecodingConfig(top_k=1, warp="beam", early_stopping="never", length_penalty=-1, eos_token_id=[1, 2])
 
