@@ -18,7 +18,6 @@ import logging
 import time
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ from controller.tracking import is_wandb, tracked
 from decoding.collect import ensure_traces
 from decoding.errors import UserError
 from decoding.support.entry import build_all, entry_point
-from decoding.support.fits import interruptible, this_job
+from decoding.support.fits import interruptible, load_whole, read_fit, this_job
 from decoding.support.provenance import provenance, to_plain
 
 _AGAIN = "Give a checkpoint that train.py wrote with these settings, or leave ckpt_path out to start afresh."
@@ -100,29 +99,7 @@ def read_checkpoint(path: str | None) -> dict[str, Any] | None:
     Raises:
         UserError: missing, unreadable, or not a training checkpoint.
     """
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise UserError(f"There is no checkpoint at {path}. {_AGAIN}")
-    try:
-        checkpoint = load_whole(path)
-    except Exception as error:  # whatever a damaged file leads to
-        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}). {_AGAIN}") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "epoch", "optimizer_states", "loops"} <= set(checkpoint):
-        raise UserError(f"{path} is not a training checkpoint of this project. {_AGAIN}")
-    return checkpoint
-
-
-def load_whole(path: str | Path) -> Any:
-    """Load what `torch.save` wrote, its checksums compared: torch itself does not look at them.
-
-    Raises:
-        BadZipFile, or whatever else damaged content leads to.
-    """
-    with ZipFile(path) as archive:
-        if (damaged := archive.testzip()) is not None:
-            raise BadZipFile(damaged)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return None if path is None else read_fit(path, _AGAIN)
 
 
 def check_fit(cfg: DictConfig, features: Any) -> None:

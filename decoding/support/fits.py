@@ -1,4 +1,4 @@
-"""Fits that Ctrl-C and SIGTERM may end."""
+"""Fits that Ctrl-C and SIGTERM may end, and the checkpoints that they go on from."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from decoding.errors import UserError
 from decoding.support.secret import hide_argument
 
 
@@ -41,3 +46,35 @@ def this_job(*settings: str) -> str:
     own = [override for override in HydraConfig.get().overrides.task if override.partition("=")[0] not in given]
     alone = shlex.join([hide_argument(override) for override in own] + list(settings))
     return f"for this job of the sweep, the command without -m and with these settings alone, {alone or '(none)'},"
+
+
+def read_fit(path: str | Path, again: str) -> dict[str, Any]:
+    """The checkpoint of a fit of Lightning, looked at before anything else is done.
+
+    Args:
+        again: what to do about one that is none; the end of the sentence.
+
+    Raises:
+        UserError: missing, unreadable, or not a training checkpoint.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"There is no checkpoint at {path}. {again}")
+    try:
+        checkpoint = load_whole(path)
+    except Exception as error:  # whatever a damaged file leads to
+        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}). {again}") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "epoch", "optimizer_states", "loops"} <= set(checkpoint):
+        raise UserError(f"{path} is not a training checkpoint of this project. {again}")
+    return checkpoint
+
+
+def load_whole(path: str | Path) -> Any:
+    """Load what `torch.save` wrote, its checksums compared: torch itself does not look at them.
+
+    Raises:
+        BadZipFile, or whatever else damaged content leads to.
+    """
+    with ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise BadZipFile(damaged)
+    return torch.load(path, map_location="cpu", weights_only=True)

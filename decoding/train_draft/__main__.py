@@ -25,7 +25,7 @@ from decoding.pairs.drafts.head import save_own
 from decoding.pairs.pair import ModelPair
 from decoding.support.checks import choice, is_whole, number
 from decoding.support.entry import build_all, entry_point
-from decoding.support.fits import interruptible, this_job
+from decoding.support.fits import interruptible, load_whole, read_fit, this_job
 from decoding.support.progress import RunProgress
 from decoding.support.provenance import provenance, to_plain
 from decoding.support.settings import check_counts, check_seconds
@@ -74,7 +74,7 @@ def main(cfg: DictConfig) -> float:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best and Path(best).is_file():
-        module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+        module.load_state_dict(load_whole(best)["state_dict"])
     metrics = {name: float(value) for name, value in trainer.validate(module, data, verbose=False)[0].items()}
     out = Path(cfg.out)
     named = save(module, pair, cfg.kind, out)
@@ -115,8 +115,8 @@ def read_settings(cfg: DictConfig) -> TextConfig:
         raise UserError(f"head.layers is {layers!r}; give a list of whole numbers, or null.")
     if cfg.kind in HEADS and HEADS[cfg.kind].head is not FeatureHead and len(layers or ()) > 1:
         raise UserError(f"head.layers is {list(layers)}; a head of kind={cfg.kind} reads one layer: give one, or null.")
-    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
-        raise UserError(f"There is no checkpoint at {cfg.ckpt_path}; leave ckpt_path out to start afresh.")
+    if cfg.ckpt_path is not None:
+        read_fit(cfg.ckpt_path, "Give one that this command wrote, or leave ckpt_path out to start afresh.")
     return TextConfig(**OmegaConf.to_container(cfg.text, resolve=True))  # type: ignore[arg-type]
 
 

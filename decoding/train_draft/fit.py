@@ -132,6 +132,11 @@ class DraftModule(LightningModule):
         """The clock of max_seconds starts, or goes on."""
         self._began = time.monotonic() - self._spent
 
+    def on_train_start(self) -> None:
+        """This fit's weight decay holds, not that of the checkpoint it goes on from."""
+        matrices, _ = self.trainer.optimizers[0].param_groups
+        matrices["weight_decay"] = self.weight_decay
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what is fitted, and how long it has run, so that a fit that goes on has the rest of
         max_seconds.

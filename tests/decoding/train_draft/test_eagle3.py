@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,31 @@ def test_going_on_equals_not_having_stopped(
     other = next(name for name in door.HEADS if name != kind)
     with pytest.raises(UserError, match="give that kind"):
         door.main(config(tmp_path / "other", target, f"kind={other}", f"ckpt_path={last}"))
+
+
+def test_a_fit_that_goes_on_takes_the_rate_and_the_decay_that_are_asked_for(target: Path, tmp_path: Path) -> None:
+    """As recipe.json tells; and a checkpoint with a flipped bit, which torch takes, is refused."""
+    door.main(config(tmp_path / "before", target, "trainer.max_epochs=1"))
+    asked, last, rates = ["trainer.max_epochs=2", "fit.weight_decay=0.5"], tmp_path / "before" / "last.ckpt", []
+    for rate in (1e-3, 5e-3):
+        after = tmp_path / str(rate)
+        door.main(config(after, target, *asked, f"fit.lr={rate}", f"ckpt_path={last}"))
+        kept = torch.load(after / "last.ckpt", weights_only=True)
+        matrices, flat = kept["optimizer_states"][0]["param_groups"]
+        assert (matrices["weight_decay"], flat["weight_decay"]) == (0.5, 0.0)
+        rates.append(matrices["lr"])
+        recipe = json.loads((after / "head" / "recipe.json").read_text())
+        assert recipe["fit"]["weight_decay"] == 0.5 and recipe["fit"]["lr"] == rate
+    assert rates[1] == pytest.approx(5 * rates[0])
+
+    content = last.read_bytes()
+    with zipfile.ZipFile(last) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    place = largest.header_offset + largest.file_size // 2
+    last.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    torch.load(last, weights_only=True)
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        door.main(config(tmp_path / "other", target, *asked, f"ckpt_path={last}"))
 
 
 def test_layers_that_the_target_lacks_are_told_before_text_is_written(target: Path, tmp_path: Path) -> None:
