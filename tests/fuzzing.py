@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.errors import HypothesisException
 
 SCALE = int(os.environ.get("DSBD_FUZZ", "0"))
 SECONDS = 60.0  # of one input: more is a hang
+HANG, FOREIGN = "HANG", "FOREIGN ERROR"  # how an input may not end
 TRIED: Counter[str] = Counter()  # by what was fuzzed and how it ended
 
 
@@ -34,13 +36,17 @@ def examples(count: int) -> Callable[[Any], Any]:
     )
 
 
+class Late(AssertionError):
+    """An input took too long."""
+
+
 @contextmanager
 def counted(what: str, *allowed: type[BaseException]) -> Iterator[None]:
     """Try an input: it may end well, or in one of the allowed errors, whose message is one sentence or more; not in
     another error, and not never."""
 
     def late(*_: Any) -> None:
-        raise AssertionError(f"{what} took more than {SECONDS:.0f} seconds")
+        raise Late(f"{what} took more than {SECONDS:.0f} seconds")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -51,6 +57,14 @@ def counted(what: str, *allowed: type[BaseException]) -> Iterator[None]:
         TRIED[f"{what}: refused"] += 1
         text = str(error)
         assert len(text) > 20 and "Traceback" not in text, text
+    except Late:
+        TRIED[f"{what}: {HANG}"] += 1
+        raise
+    except (AssertionError, HypothesisException):  # a wrong result; an input that hypothesis takes back
+        raise
+    except Exception:
+        TRIED[f"{what}: {FOREIGN}"] += 1
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -5,8 +5,11 @@ half-written, and the same command goes on afterwards.
 from __future__ import annotations
 
 import json
+import random
 import resource
 import signal
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,9 @@ from decoding import UserError
 from decoding.measure.results_file import read_results
 from decoding.support.files import write_whole
 from decoding.traces.store import load_traces
+from tests import fuzzing
 from tests.controller.synthetic import ABOUT, random_net, write_traces
-from tests.torture import command, forked, write_prompts
+from tests.torture import Hang, Kills, command, ended, forked, rows_lost, write_prompts
 
 SMALL = ["pair=tests.small_pair.small_pair", "data=jsonl", "decoding.max_new_tokens=4", "decoding.target_width=2"]
 SMALL += ["decoding.draft_width=3", "decoding.draft_depth=1", "policy=exploring"]
@@ -88,6 +92,31 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
         said = log.read_text()
         assert status == 2 and said.splitlines()[-1].startswith("error: "), said
         assert place in said and "Traceback" not in said
+
+
+def test_what_does_not_end_is_killed_and_counted(tmp_path: Path) -> None:
+    """In `make torture`: a command that hangs, one that fails, one that forgets a row and doubles another one."""
+    with pytest.raises(Hang, match="not done after"):
+        forked(lambda: time.sleep(600), tmp_path / "log", limit=0.2)
+    broken = Kills("broken", lambda place: lambda: [].pop(), lambda place: None)
+    broken.torture(tmp_path / "broken", 3, random.Random(0))
+    assert (broken.failed, broken.hangs, broken.lost, broken.killed) == (1, 0, 0, 0)
+    assert rows_lost({"rows": [1, 2, 3, 3], "n": 4}, {"rows": [1, 3, 3, 3], "n": 4}) == 2
+
+
+def test_inputs_that_hang_or_meet_a_foreign_error_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzzing, "TRIED", Counter())
+    monkeypatch.setattr(fuzzing, "SECONDS", 0.1)
+    with pytest.raises(fuzzing.Late), fuzzing.counted("a", UserError):
+        time.sleep(60)
+    with pytest.raises(KeyError), fuzzing.counted("a", UserError):
+        raise KeyError
+    with pytest.raises(AssertionError), fuzzing.counted("a", UserError):
+        raise AssertionError
+    with fuzzing.counted("a", UserError):
+        pass
+    assert fuzzing.TRIED == {"a: HANG": 1, "a: FOREIGN ERROR": 1, "a: done": 1}
+    assert ended(fuzzing.TRIED, fuzzing.HANG) == ended(fuzzing.TRIED, fuzzing.FOREIGN) == 1
 
 
 @pytest.mark.parametrize("change", ["cut", "flip", "foreign", "gone"])

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,14 +29,31 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pyarrow.parquet as pq
 import torch
 
+from tests.fuzzing import FOREIGN, HANG
+
 KILLS, IN_A_ROW = 30, 3
+SECONDS = 300.0  # of a command that takes ten: more is a hang
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["pair=tests.small_pair.small_pair", "data=jsonl", "decoding.max_new_tokens=6", "decoding.target_width=2"]
 SMALL += ["decoding.draft_width=3", "decoding.draft_depth=2"]
 
 
-def forked(work: Callable[[], object], log: Path, kill_after: float | None = None) -> int | None:
-    """Run something in a process of its own; its exit status, None where it was killed in time."""
+class Failed(AssertionError):
+    """A command ended in an error."""
+
+
+class Hang(AssertionError):
+    """A command did not end."""
+
+
+def forked(
+    work: Callable[[], object], log: Path, kill_after: float | None = None, limit: float = SECONDS
+) -> int | None:
+    """Run something in a process of its own; its exit status, None where it was killed in time.
+
+    Raises:
+        Hang: it had not ended after `limit` seconds, and was killed.
+    """
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -60,8 +78,14 @@ def forked(work: Callable[[], object], log: Path, kill_after: float | None = Non
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(pid, signal.SIGKILL)
-    _, ended = os.waitpid(pid, 0)
-    return None if os.WIFSIGNALED(ended) else os.WEXITSTATUS(ended)
+    late = time.monotonic() + limit
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > late:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise Hang(f"not done after {limit:.0f} seconds: {log.read_text()[-2000:]}")
+        time.sleep(0.005)
+    return None if os.WIFSIGNALED(ended[1]) else os.WEXITSTATUS(ended[1])
 
 
 def command(module: str, *arguments: str) -> Callable[[], object]:
@@ -85,10 +109,20 @@ class Kills:
 
     def __init__(self, name: str, make: Callable[[Path], Callable[[], object]], outcome: Callable[[Path], Any]) -> None:
         self.name, self.make, self.outcome = name, make, outcome
-        self.killed = self.chains = self.wrong = 0
+        self.killed = self.chains = self.lost = self.hangs = self.failed = 0
 
     def torture(self, folder: Path, kills: int, draw: random.Random) -> None:
-        """Kill it so many times."""
+        """Kill it so many times; a hang or a failure ends that, and is counted."""
+        try:
+            self._torture(folder, kills, draw)
+        except Hang as error:
+            self.hangs += 1
+            print(f"{self.name}: {error}", file=sys.stderr)
+        except Failed as error:
+            self.failed += 1
+            print(f"{self.name}: {error}", file=sys.stderr)
+
+    def _torture(self, folder: Path, kills: int, draw: random.Random) -> None:
         whole = folder / "whole"
         whole.mkdir(parents=True)
         began = time.perf_counter()
@@ -102,20 +136,30 @@ class Kills:
                 if status is None:
                     self.killed += 1
                 elif status:
-                    raise AssertionError(f"{self.name}: exit {status}: {(place / 'log').read_text()[-2000:]}")
+                    raise Failed(f"exit {status}: {(place / 'log').read_text()[-2000:]}")
                 else:
                     seconds *= 0.8  # it was done before: the first run was slow, on a machine that was busy
                     break
             self._to_the_end(place)
             found = self.outcome(place)
             if found != expected:
-                self.wrong += 1
+                self.lost += max(1, rows_lost(expected, found))
                 print(f"{self.name}, {place}: {differences(expected, found)}", file=sys.stderr)
             self.chains += 1
 
     def _to_the_end(self, place: Path) -> None:
         if status := forked(self.make(place), place / "log"):
-            raise AssertionError(f"{self.name}: exit {status}: {(place / 'log').read_text()[-2000:]}")
+            raise Failed(f"exit {status}: {(place / 'log').read_text()[-2000:]}")
+
+
+def rows_lost(expected: Any, found: Any) -> int:
+    """Count what one outcome has and the other has not: rows, steps, results, one too many of them included."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        return sum(rows_lost(expected.get(key), found.get(key)) for key in expected.keys() | found.keys())
+    if isinstance(expected, list) and isinstance(found, list):
+        ours, theirs = Counter(map(repr, expected)), Counter(map(repr, found))
+        return ((ours - theirs) + (theirs - ours)).total()
+    return int(expected != found)
 
 
 def differences(expected: Any, found: Any, path: str = "") -> str:
@@ -283,14 +327,22 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         found = kills(Path(folder), seed)
     for one in found:
-        print(f"{one.name}: {one.killed} kills survived in {one.chains} places, {one.wrong} of them ended otherwise")
+        print(f"{one.name}: {one.killed} kills survived in {one.chains} places, {one.lost} rows lost or doubled")
     status, tried = fuzz(scale=30)
     for name, number in sorted(tried.items()):
         print(f"{name}: {number}")
-    killed, wrong = sum(one.killed for one in found), sum(one.wrong for one in found)
-    print(f"{killed} kills survived, {wrong} results lost or doubled; {sum(tried.values())} inputs tried, faults and")
-    print(f"fuzz {'held' if status == 0 else 'FAILED'}; {time.perf_counter() - began:.0f} seconds")
-    raise SystemExit(bool(status or wrong))
+    killed, lost = sum(one.killed for one in found), sum(one.lost for one in found)
+    hangs = sum(one.hangs for one in found) + ended(tried, HANG)
+    foreign = sum(one.failed for one in found) + ended(tried, FOREIGN)
+    print(f"{killed} kills survived, {lost} rows lost or doubled, {sum(tried.values())} inputs tried, {hangs} hangs,")
+    print(f"{foreign} foreign tracebacks; faults and fuzz {'held' if status == 0 else 'FAILED'};", end=" ")
+    print(f"{time.perf_counter() - began:.0f} seconds")
+    raise SystemExit(bool(status or lost or hangs or foreign))
+
+
+def ended(tried: dict[str, int], how: str) -> int:
+    """Inputs that ended so."""
+    return sum(number for name, number in tried.items() if name.endswith(f": {how}"))
 
 
 if __name__ == "__main__":
