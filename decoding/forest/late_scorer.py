@@ -22,14 +22,9 @@ class LateScorer:
 
     def __init__(self, scorer: NodeScorer, prefix: int) -> None:
         self.scorer, self.prefix = scorer, prefix
-        self.top = scorer.top
+        self.top, self.model_seconds = scorer.top, scorer.model_seconds
         self._waiting: dict[int, tuple[Sequence[int], TokenForest]] = {}
         self._filled: set[int] = set()  # rows whose slots hold a prompt, this one's or one before
-
-    @property
-    def model_seconds(self) -> float:
-        """Spent in passes."""
-        return self.scorer.model_seconds
 
     def open(self, row: int, prompt: Sequence[int], forest: TokenForest, shared: tuple[int, int] | None = None) -> None:
         """A prompt takes a row, and waits in it until `arrive`."""
@@ -42,6 +37,7 @@ class LateScorer:
             source = row if row in self._filled else min(self._filled, default=None)
             self.scorer.open(row, *waiting, (source, self.prefix) if source is not None else None)
             self._filled.add(row)
+            self.model_seconds = self.scorer.model_seconds
 
     def close_row(self, row: int) -> None:
         """The prompt in a row is done."""
@@ -52,7 +48,9 @@ class LateScorer:
         """Make sure that all nodes of `wanted` (row -> nodes) are scored; returns how many are new."""
         for row in wanted:
             self.arrive(row)
-        return self.scorer.score(wanted)
+        count = self.scorer.score(wanted)
+        self.model_seconds = self.scorer.model_seconds
+        return count
 
     def proposes(self, row: int, nodes: Sequence[int]) -> bool:
         """True if any token may follow any of some scored nodes."""

@@ -46,11 +46,7 @@ class NodeScorer(Protocol):
     """Nodes in, log-probabilities of the next token out, in the target's ids, for a batch."""
 
     top: int | None  # `tops` gives at most so many tokens of a node; None: `log_probs` gives all, on the device
-
-    @property
-    def model_seconds(self) -> float:
-        """Spent in `score`, in passes or what stands for them."""
-        ...
+    model_seconds: float  # spent in `score`, in passes or what stands for them
 
     def open(self, row: int, prompt: Sequence[int], forest: TokenForest, shared: tuple[int, int] | None = None) -> None:
         """A prompt takes a row; its last token is node 0 of `forest`, scored at once. The target's

@@ -286,3 +286,9 @@ def chi_square_tail(statistic: float, freedom: int) -> float:
         return 1.0
     half = torch.tensor([freedom, statistic], dtype=torch.float64) / 2
     return float(torch.special.gammaincc(half[0], half[1]))
+
+
+def open_scorers(run: Any) -> list[Any]:
+    """The scorers of a prompt that hold slots of it: the target's, and the draft's once it has read the prompt."""
+    late = run.draft
+    return [run.target] if run.row in late._waiting else [run.target, late.scorer]

@@ -15,7 +15,7 @@ from decoding import DecodingConfig, DSBDDecoder, ModelPair, RandomWidth, beam_s
 from decoding.forest.cache import QUERY_BUCKETS, SLOT_BUCKET, SLOT_STEP, ForestCache
 from decoding.forest.scorer import ForestScorer
 from decoding.forest.tree import TokenForest
-from tests.decoding.stubs import Reference, chi_square_p, llama_pair, settings, small_llama
+from tests.decoding.stubs import Reference, chi_square_p, llama_pair, open_scorers, settings, small_llama
 
 PROMPT = [1, 2, 0, 3, 2]
 
@@ -202,14 +202,14 @@ def check_slots(run: Any) -> None:
         while node > 0:
             wanted.add(node)
             node = run.forest.parents[node]
-    for scorer in (run.target, run.draft):
+    for scorer in open_scorers(run):
         table = scorer.cache._tables[run.row]
         slots = table.slot_of
         assert set(slots) <= wanted
         assert len(set(slots.values())) == len(slots)
         assert not set(slots.values()) & set(table.free)
         # All but the newest layers must have been scored by the target, or the next pass would score them twice.
-        assert scorer is run.draft or {n for n in wanted if run.forest._children[n]} <= set(slots)
+        assert scorer is not run.target or {n for n in wanted if run.forest._children[n]} <= set(slots)
 
 
 @pytest.mark.parametrize("changes", [{}, {"one_beam_cache": True}, {"exact": True}, {"replacement": True}], ids=str)

@@ -21,7 +21,7 @@ from decoding.results import DecodeResult
 from decoding.tasks.stdlib import StdlibTask
 from tests.decoding.loop.test_noise_run import Restless, some_prompts
 from tests.decoding.loop.test_search import pair_with, transformers_search
-from tests.decoding.stubs import Path, seeded
+from tests.decoding.stubs import Path, open_scorers, seeded
 from tests.decoding.stubs import settings as any_settings
 
 MODES: dict[str, dict[str, Any]] = {
@@ -100,8 +100,8 @@ def test_only_descendants_of_beams_stay(mode: str, monkeypatch: pytest.MonkeyPat
             while node > 0 and node not in above:
                 above.add(node)
                 node = self.forest.parents[node]
-        for scorer in (self.target, self.draft):
-            table = scorer.cache._tables[self.row]  # type: ignore[union-attr]
+        for scorer in open_scorers(self):
+            table = scorer.cache._tables[self.row]
             assert set(table.slot_of) <= above | {0}
             assert len(set(table.slot_of.values())) == len(table.slot_of)
         assert set(self.target.known(self.row)) <= living
