@@ -9,11 +9,12 @@ before it is used.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,31 +120,28 @@ class FusedStore:
 class Norm:
     """RMSNorm before a projection: x -> x * w / sqrt(mean(x^2) + eps).
 
-    On the CPU it costs as much as the projection of a few tokens when it is five operations; with w
-    folded into the projection's weight it is three: x / hypot(|x|, sqrt(H eps)), since sqrt(H) is
-    folded in too.
+    On the CPU it costs as much as the projection of a few tokens when it is five operations;
+    without its weight it is three, x / hypot(|x|, sqrt(H eps)), and `after` has the projection that
+    follows apply the weight and sqrt(H).
     """
 
     def __init__(self, norm: Any) -> None:
         self.weight, self.eps = norm.weight, norm.variance_epsilon
         self._width = len(self.weight)
-        self._folded = self.weight.dtype == torch.float32 and _packs(self.weight)
-        self._floor = torch.tensor((self._width * self.eps) ** 0.5) if self._folded else None
-
-    def fold(self, weight: Tensor) -> Tensor:
-        """The weight of a projection that reads what this norm gives."""
-        return weight * (self.weight * self._width**0.5) if self._folded else weight
+        lighter = self.weight.dtype == torch.float32 and _packs(self.weight)
+        self.left = self.weight.detach() * self._width**0.5 if lighter else None  # [H] what follows applies
+        self._floor = torch.tensor((self._width * self.eps) ** 0.5) if lighter else None
 
     def then(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """The projection that follows."""
-        return linear(self.fold(weight), bias)
+        return after([self], weight, bias)
 
     def whole(self, states: Tensor) -> Tensor:
         """Normalise as the model's own norm does, its weight included; [T, H] both ways."""
         return F.rms_norm(states, (self._width,), self.weight, self.eps)
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Normalise states, [T, H] both ways."""
+        """Normalise states, [T, H] both ways, but for what is `left`."""
         if self._floor is None:
             return self.whole(states)
         return states / torch.linalg.vector_norm(states, dim=-1, keepdim=True).hypot_(self._floor)
@@ -367,10 +365,80 @@ def _packed(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 16)
 
 
+class _Halves(NamedTuple):
+    """A float32 weight that 16 bits hold, times a power of two; products are those of float32."""
+
+    packed: Any
+    multiply: Any  # (x, packed) -> product, the bias added
+    down: float  # one over the power
+
+
+def _halves(weight: Tensor, bias: Tensor | None = None, scales_bias: bool = False) -> _Halves | None:
+    """Hold a float32 weight in float16, at half the memory to read; None where the rounded weight
+    would be another one.
+
+    Checkpoints of 16 bits that are computed with in float32 lose nothing: a power of two brings the
+    largest value near float16's end, and what is rounded then is below 2^-32 of it (bfloat16 has
+    the wider range). The kernel (FBGEMM's) widens the weights as it reads them, and multiplies and
+    adds in float32.
+
+    Args:
+        scales_bias: the product is taken as it comes, `down` still to apply, its bias too.
+    """
+    if weight.dtype != torch.float32 or not _multiplies_halves():
+        return None
+    largest = max(-float(weight.min()), float(weight.max()))
+    if not 0 < largest < math.inf:
+        return None
+    up = 2.0 ** (15 - math.frexp(largest)[1])  # the largest is in [2^14, 2^15) then
+    if not all(_rounds_little(rows * up) for rows in weight.detach().split(4096)):
+        return None
+    bias = bias.detach() * (up if scales_bias else 1.0) if bias is not None else None
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.detach() * up, bias)
+    operator = torch.ops.quantized.linear_dynamic_fp16.default
+    return _Halves(packed, getattr(operator, "_op", operator), 1 / up)  # without Python's part of the dispatch, 6 us
+
+
+def _rounds_little(rows: Tensor) -> bool:
+    """True if float16 changes no value by more than a quarter of what float32 rounds its row's
+    largest by.
+    """
+    largest = rows.abs().amax(1)
+    return bool((rows.half().float().sub_(rows).abs_().amax(1) <= 2.0**-26 * largest).all())
+
+
+@functools.cache
+def _multiplies_halves() -> bool:
+    """True if torch has FBGEMM's product of float32 and float16 here, and it does what it should."""
+    try:
+        weight = torch.arange(-32.0, 32.0).view(4, 16)
+        packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+        found = torch.ops.quantized.linear_dynamic_fp16(torch.ones(3, 16), packed)
+        return found.tolist() == weight.sum(1).expand(3, 4).tolist()
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+
+
+def after(norms: Sequence[Norm], weight: Tensor, bias: Tensor | None) -> Linear:
+    """Make a projection of what norms give side by side; [T, in] -> [T, out]."""
+    left = [norm.left for norm in norms if norm.left is not None]
+    if not left:
+        return linear(weight, bias)
+    scale = torch.cat(left)
+    halves = _halves(weight, bias)
+    if halves is None:
+        return linear(weight * scale, bias)
+    packed, multiply, down = halves
+    scale = scale * down
+    return lambda x: multiply(x * scale, packed)
+
+
 def linear(weight: Tensor, bias: Tensor | None) -> Linear:
     """Make a projection, its weight laid out for this device; [T, in] -> [T, out]."""
     if not _packs(weight):
         return lambda x: F.linear(x, weight, bias)
+    if (halves := _halves(weight, bias)) is not None:
+        return lambda x: halves.multiply(x * halves.down, halves.packed)
     bias = bias.detach() if bias is not None else None
     if _stays_plain(weight):
         columns = weight.detach().t().contiguous()  # [in, out]
@@ -389,6 +457,8 @@ def residual(weight: Tensor, bias: Tensor | None) -> Residual:
         if bias is None:
             return lambda x, residual: residual.addmm_(x, weight.t())  # one kernel
         return lambda x, residual: F.linear(x, weight, bias).add_(residual)
+    if (halves := _halves(weight, bias, scales_bias=True)) is not None:
+        return lambda x, residual: residual.add_(halves.multiply(x, halves.packed), alpha=halves.down)
     bias = bias.detach() if bias is not None else None
     if _stays_plain(weight):
         columns = weight.detach().t().contiguous()

@@ -17,6 +17,7 @@ from decoding.engine.fused import (
     FusedForward,
     FusedStore,
     Norm,
+    after,
     joined,
     linear,
     pairs_together,
@@ -82,10 +83,7 @@ class HeadForward(BlockForward):
         super().__init__(head)
         block, mlp = head.midlayer, head.midlayer.mlp
         self._shape, self._hidden = head.shape, Norm(block.hidden_norm)
-        weight, bias = self._projections(block.self_attn)
-        left, right = weight.chunk(2, -1)  # of the embedding, of the feature
-        folded = torch.cat([self._before.fold(left), self._hidden.fold(right)], -1)
-        self._qkv = linear(folded, bias)
+        self._qkv = after([self._before, self._hidden], *self._projections(block.self_attn))
         gate_up, gate_up_bias = joined(
             [(mlp.gate_proj.weight, mlp.gate_proj.bias), (mlp.up_proj.weight, mlp.up_proj.bias)]
         )

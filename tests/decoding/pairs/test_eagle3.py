@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from decoding.pairs.drafts.eagle3 import Eagle3Draft, load_head, save_head
 from tests.decoding import stubs
 from tests.decoding.engine.test_graphs import Static
 from tests.decoding.engine.test_vocabulary import tokenizer
-from tests.decoding.stubs import seeded, small_llama
+from tests.decoding.stubs import in_16_bits, seeded, small_llama
 
 VOCABULARY, KNOWN = 23, [0, 2, 3, 7, 11, 12, 19, 20]
 PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 6], [9], [1, 2, 3, 0]]
@@ -159,12 +160,13 @@ def row_of(scorer: HeadScorer, node: int) -> Tensor:
     return scorer.log_probs(0, [node])[0][KNOWN]
 
 
+@pytest.mark.parametrize("rounded", [lambda model: model, in_16_bits], ids=["", "of 16 bits"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
-def test_a_chain_is_scored_as_the_paper_has_it(variant: str) -> None:
+def test_a_chain_is_scored_as_the_paper_has_it(variant: str, rounded: Callable[[Any], Any]) -> None:
     """By the target's states as far as it has been, by own features from there, and anew once it has come."""
-    target = target_of()
-    head = head_of(target, **VARIANTS[variant]).eval()
+    target = rounded(target_of())
+    head = rounded(head_of(target, **VARIANTS[variant]).eval())
     prompt, tokens = [5, 3, 8, 1], [4, 9, 2, 7]
     theirs, ours = scorers(target, head)
     forest = TokenForest()

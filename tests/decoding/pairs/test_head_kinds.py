@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from tests.decoding.pairs.test_eagle3 import (
     target_of,
     turned,
 )
-from tests.decoding.stubs import seeded
+from tests.decoding.stubs import in_16_bits, seeded
 
 settings = partial(stubs.settings, verification="shared_noise")
 KINDS: dict[str, tuple[type[DraftHead], type[HeadDraft]]] = {
@@ -130,13 +131,14 @@ def scorers(target: Any, draft: HeadDraft, **changes: Any) -> tuple[ForestScorer
     return first, scorer
 
 
+@pytest.mark.parametrize("rounded", [lambda model: model, in_16_bits], ids=["", "of 16 bits"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prompt", [[5, 3, 8, 1], [6, 2], [9]], ids=len)
 @torch.inference_mode()
-def test_a_chain_is_scored_as_written_out(kind: str, prompt: list[int]) -> None:
+def test_a_chain_is_scored_as_written_out(kind: str, prompt: list[int], rounded: Callable[[Any], Any]) -> None:
     """By the target's states as far as it has been, by its own from there, and anew once it has come."""
-    target, tokens, count = target_of(), [4, 9, 2, 7], len(prompt)
-    head, reference = head_of(kind, target), REFERENCES[kind]
+    target, tokens, count = rounded(target_of()), [4, 9, 2, 7], len(prompt)
+    head, reference = rounded(head_of(kind, target)), REFERENCES[kind]
     theirs, ours = scorers(target, KINDS[kind][1](head))
     forest = TokenForest()
     theirs.open(0, prompt, forest)
