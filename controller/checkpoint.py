@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from controller.network import ARGUMENTS, CALIBRATED, COLUMNS, LARGEST, WidthNet
 from decoding.errors import UserError, reading
@@ -44,9 +44,10 @@ def save_controller(net: WidthNet, directory: str | Path, provenance: dict[str, 
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
         fresh, old = Path(scratch) / "new", Path(scratch) / "old"
         fresh.mkdir()
-        save_file(net.state_dict(), fresh / WEIGHTS)
+        weights = save(net.state_dict())
+        (fresh / WEIGHTS).write_bytes(weights)
         written = json.loads(json.dumps(config))  # as it will be read
-        written["sha256"] = _digest(written, (fresh / WEIGHTS).read_bytes())
+        written["sha256"] = _digest(written, weights)
         (fresh / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         if directory.exists():
             os.replace(directory, old)

@@ -8,22 +8,30 @@ import json
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 
 from controller.checkpoint import load_controller, save_controller
 from decoding import UserError
-from decoding.measure.results_file import read_results
+from decoding.engine.feature_head import FeatureHead
+from decoding.measure.results_file import SCHEMA_VERSION, read_results, write_results
+from decoding.pairs.drafts.eagle3 import save_head
+from decoding.support.entry import _DISK, _number
 from decoding.support.files import write_whole
 from decoding.traces.store import load_traces
+from decoding.train_draft.text import Document, _save
 from tests import fuzzing
 from tests.controller.synthetic import ABOUT, random_net, write_traces
-from tests.torture import Hang, Kills, command, ended, forked, rows_lost, write_prompts
+from tests.decoding.stubs import small_llama
+from tests.torture import ROOT, Hang, Kills, command, ended, forked, rows_lost, write_prompts
 
 SMALL = ["pair=tests.small_pair.small_pair", "data=jsonl", "decoding.max_new_tokens=4", "decoding.target_width=2"]
 SMALL += ["decoding.draft_width=3", "decoding.draft_depth=1", "policy=exploring"]
@@ -59,26 +67,39 @@ def test_a_full_disk(tmp_path: Path, most: int) -> None:
     assert manifest["prompts"] == 35 and len(rows) == manifest["rows"] > 0
 
 
-def full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No byte can be written any more."""
+@contextmanager
+def no_room(most: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: the system's own error, whichever library writes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    def no_room(*_: Any, **__: Any) -> Any:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", no_room)
-    monkeypatch.setattr("controller.checkpoint.save_file", no_room)
-
-
-def test_what_was_there_stays_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_there_stays_where_the_disk_is_full(tmp_path: Path) -> None:
     about = {"features": ABOUT, "pair": {}, "decoding": {}}
-    saved = save_controller(random_net(1), tmp_path / "controller", about)
-    kept = write_whole(tmp_path / "results.json", b"old")
-    full(monkeypatch)
-    for write in (lambda: save_controller(random_net(2), saved, about), lambda: write_whole(kept, b"new")):
-        with pytest.raises(OSError, match="No space left"):
-            write()
-    assert kept.read_bytes() == b"old" and sorted(p.name for p in tmp_path.iterdir()) == ["controller", "results.json"]
-    assert load_controller(saved)[0].fingerprint == random_net(1).fingerprint
+    target, text = small_llama(8, layers=3), {"tokens": torch.arange(2000)}
+    head = FeatureHead.for_target(target, 8, None)
+
+    def write(what: int) -> list[Callable[[], object]]:
+        return [
+            lambda: save_controller(random_net(what), tmp_path / "controller", about),
+            lambda: save_head(head, tmp_path / "head"),
+            lambda: write_whole(tmp_path / "results.json", b"%d" % what * 2000),
+            lambda: _save(tmp_path / "text-00000.safetensors", [Document((text["tokens"] * what).int(), 0)]),
+        ]
+
+    for one in write(1):
+        one()
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for one in write(2):
+        with no_room(1000), pytest.raises(OSError, match="File too large") as told:
+            one()
+        assert _number(told.value) in _DISK, "one sentence of the command"
+    assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert load_controller(tmp_path / "controller")[0].fingerprint == random_net(1).fingerprint
 
 
 @pytest.mark.slow
@@ -100,8 +121,22 @@ def test_what_does_not_end_is_killed_and_counted(tmp_path: Path) -> None:
         forked(lambda: time.sleep(600), tmp_path / "log", limit=0.2)
     broken = Kills("broken", lambda place: lambda: [].pop(), lambda place: None)
     broken.torture(tmp_path / "broken", 3, random.Random(0))
-    assert (broken.failed, broken.hangs, broken.lost, broken.killed) == (1, 0, 0, 0)
+    assert str(broken) == "broken killed=0 lost=0 hangs=0 failed=1"
     assert rows_lost({"rows": [1, 2, 3, 3], "n": 4}, {"rows": [1, 3, 3, 3], "n": 4}) == 2
+
+
+@pytest.mark.slow
+def test_killed_commands_lose_nothing() -> None:
+    """`make torture` in short: each command is killed twice in one place, and then left to end."""
+    code = (
+        "import sys; from pathlib import Path; from tempfile import TemporaryDirectory; from tests.torture import kills"
+    )
+    code += "\nwith TemporaryDirectory() as folder:"
+    code += "\n  for one in kills(Path(folder), seed=1, count=2): print(one)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    told = [line for line in ran.stdout.splitlines() if line.startswith(("collection", "training", "eval", "publish"))]
+    names = ("collection", "training", "evaluation", "publishing")
+    assert told == [f"{name} killed=2 lost=0 hangs=0 failed=0" for name in names], ran.stdout + ran.stderr
 
 
 def test_inputs_that_hang_or_meet_a_foreign_error_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +182,25 @@ def test_results_that_are_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "results.json").write_bytes(content)
     with pytest.raises(UserError, match="The results"):
         read_results(tmp_path / "results.json")
+
+
+def test_a_flipped_bit_of_results_is_noticed(tmp_path: Path) -> None:
+    """Most leave the JSON whole: another digit, another letter."""
+    path = tmp_path / "results.json"
+    row = {"method": "fixed", "settings": {}, "config": {}, "summary": {"tokens_per_second": 151.25, "log_prob": None}}
+    content = write_results(path, {"schema_version": SCHEMA_VERSION, "rows": [row], "failed": []}).read_bytes()
+    told = dict(read_results(path))
+    assert told["rows"] == [row]
+    refused = 0
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            found = read_results(path)
+        except UserError:
+            refused += 1
+            continue
+        assert found["rows"] == told["rows"], "only the checksum's own name may change in silence"
+    assert refused > 0.9 * len(content)
+    del told["sha256"]
+    path.write_text(json.dumps({**told, "rows": [{**row, "method": "mine"}]}))
+    assert read_results(path)["rows"][0]["method"] == "mine", "who changes results takes their checksum out"

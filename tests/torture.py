@@ -111,6 +111,9 @@ class Kills:
         self.name, self.make, self.outcome = name, make, outcome
         self.killed = self.chains = self.lost = self.hangs = self.failed = 0
 
+    def __str__(self) -> str:
+        return f"{self.name} killed={self.killed} lost={self.lost} hangs={self.hangs} failed={self.failed}"
+
     def torture(self, folder: Path, kills: int, draw: random.Random) -> None:
         """Kill it so many times; a hang or a failure ends that, and is counted."""
         try:

@@ -4,6 +4,7 @@ has the fields.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,13 @@ Results = str | Path | Mapping[str, Any]  # the path of a results.json, or what 
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> Path:
-    """Write results; returns the path."""
-    return write_whole(path, json_bytes(results))
+    """Write results, with a checksum of the rest as the last entry; returns the path."""
+    return write_whole(path, json_bytes({**results, "sha256": _digest(results)}))
+
+
+def _digest(results: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of all entries but this one."""
+    return hashlib.sha256(json_bytes({name: v for name, v in results.items() if name != "sha256"})).hexdigest()
 
 
 def read_results(results: Results) -> Mapping[str, Any]:
@@ -29,10 +35,10 @@ def read_results(results: Results) -> Mapping[str, Any]:
         results: its path, or what it holds, which is checked all the same.
 
     Raises:
-        UserError: it cannot be read, is of another version, or has no rows as evaluate.py writes
-            them.
+        UserError: it cannot be read, is of another version, was changed since it was written, or
+            has no rows as evaluate.py writes them.
     """
-    where = name_of(results)
+    where, of_file = name_of(results), isinstance(results, str | Path)
     if isinstance(results, str | Path):
         try:
             results = json.loads(Path(results).expanduser().read_bytes())
@@ -51,6 +57,11 @@ def read_results(results: Results) -> Mapping[str, Any]:
         isinstance(row, Mapping) and "method" in row and all(isinstance(row.get(part), Mapping) for part in parts)
         for row in rows
     )
+    if whole and of_file and results.get("sha256", digest := _digest(results)) != digest:
+        raise UserError(
+            f"{where} were changed since they were written, or are damaged; evaluate again, or take the entry sha256 "
+            "out of what you changed yourself."
+        )
     if not whole:
         raise UserError(
             f"{where} hold no rows with method, settings, config and summary; give what evaluate.py wrote, unchanged."

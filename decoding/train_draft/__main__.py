@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,9 @@ from decoding.pairs.drafts.head import save_own
 from decoding.pairs.pair import ModelPair
 from decoding.support.checks import choice, is_whole, number
 from decoding.support.entry import build_all, entry_point
+from decoding.support.files import write_whole
 from decoding.support.fits import interruptible, load_whole, read_fit, this_job
+from decoding.support.in_use import in_use
 from decoding.support.progress import RunProgress
 from decoding.support.provenance import provenance, to_plain
 from decoding.support.settings import check_counts, check_seconds
@@ -56,10 +59,18 @@ HEADS = {
 @entry_point(config_name="train_draft")
 def main(cfg: DictConfig) -> float:
     """Write text, fit a head to it, save the best; returns its acceptance on held-out text."""
-    text, checkpoint = read_settings(cfg), cfg.ckpt_path
+    text = read_settings(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     pair: ModelPair = instantiate(cfg.pair)
     check_layers(cfg, pair)
+    with ExitStack() as held:  # other runs may be told to write there, too
+        for folder in {Path(cfg[name]).resolve() for name in ("out", "text_dir")} - {Path(cfg.output_dir).resolve()}:
+            held.enter_context(in_use(folder))
+        return train(cfg, pair, text)
+
+
+def train(cfg: DictConfig, pair: ModelPair, text: TextConfig) -> float:
+    """What the command does once its directories are its own; returns acceptance on held-out text."""
     with RunProgress() as progress:
         texts = documents(pair, text, Path(cfg.text_dir), progress)
     data = TextData(texts, cfg.fit.batch_tokens, cfg.seed)
@@ -71,7 +82,7 @@ def main(cfg: DictConfig) -> float:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         with interruptible(lambda: what_is_kept(trainer, cfg)):
-            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best and Path(best).is_file():
         module.load_state_dict(load_whole(best)["state_dict"])
@@ -87,7 +98,7 @@ def main(cfg: DictConfig) -> float:
         "fit": to_plain(cfg.fit) | {"batches": trainer.global_step, "epochs": trainer.current_epoch},
         "metrics": metrics,
     }
-    (out / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    write_whole(out / "recipe.json", json.dumps(recipe, indent=2).encode() + b"\n")
     for name, value in sorted(metrics.items()):
         print(f"{name:24s} {value:.4f}")
     print(f"draft saved in {out}; use it with pair.draft={named}")

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -24,6 +25,7 @@ from decoding.engine.placement import device_of
 from decoding.errors import UserError
 from decoding.pairs.pair import ModelPair
 from decoding.support.checks import number, whole
+from decoding.support.files import write_whole
 from decoding.support.progress import RunProgress
 
 _MARK = "\x00here\x00"  # stands for a user's turn in a rendered template
@@ -112,7 +114,7 @@ def documents(
     pair: ModelPair, config: TextConfig, directory: Path, progress: RunProgress | None = None
 ) -> list[Document]:
     """The texts of a config, written into a directory batch by batch; what is there already is not
-    written again.
+    written again, but for a batch that is damaged.
 
     Args:
         pair: its target writes; a tokenizer is needed.
@@ -135,7 +137,8 @@ def documents(
     task = progress.add_task("text: tokens", total=config.tokens) if progress is not None else None
     while count < config.tokens:
         shard = directory / f"text-{batch:05d}.safetensors"
-        if not shard.exists():
+        new = _read(shard)
+        if new is None:
             with torch.random.fork_rng(devices=[pair.device] if pair.device.type == "cuda" else []):
                 torch.manual_seed(config.seed * 1_000_003 + batch)
                 if prompts is None:
@@ -143,8 +146,7 @@ def documents(
                 else:
                     chosen = [prompts[(batch * config.batch + i) % len(prompts)] for i in range(config.batch)]
                     written = _continued(pair, config, chosen)
-            _save(shard, written)
-        new = _read(shard)
+            new = _save(shard, written)
         found += new
         count += sum(len(document.tokens) for document in new)
         batch += 1
@@ -247,20 +249,41 @@ def _ends(pair: ModelPair) -> set[int]:
     return {int(end) for end in [*ids, *([] if own is None else [own])]}
 
 
-def _save(path: Path, written: Sequence[Document]) -> None:
-    """A shard, under its name once it is whole."""
-    part = path.with_suffix(".part")
+def _save(path: Path, written: Sequence[Document]) -> list[Document]:
+    """Write a shard, under its name once it is whole; returns what `_read` finds in it."""
     flat = torch.cat([document.tokens for document in written])
     lengths = torch.tensor([len(document.tokens) for document in written])
-    save_file({"tokens": flat, "lengths": lengths, "starts": torch.tensor([d.start for d in written])}, part)
-    part.replace(path)
+    shard = {"tokens": flat, "lengths": lengths, "starts": torch.tensor([d.start for d in written])}
+    write_whole(path, save(shard, {"sha256": _checksum(shard)}))
+    return _documents(shard)
 
 
-def _read(path: Path) -> list[Document]:
-    with safe_open(path, "pt") as shard:
-        flat, lengths, starts = (shard.get_tensor(name) for name in ("tokens", "lengths", "starts"))
-    rows = flat.split(lengths.tolist())
-    return [Document(row.clone(), int(start)) for row, start in zip(rows, starts, strict=True) if len(row) > 1]
+def _read(path: Path) -> list[Document] | None:
+    """The texts of a shard; None where it has to be written (again): missing, or not what was written."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            shard = {name: file.get_tensor(name) for name in ("tokens", "lengths", "starts")}
+            if (file.metadata() or {}).get("sha256") == _checksum(shard):
+                return _documents(shard)
+    except (SafetensorError, OSError):
+        pass
+    print(f"warning: {path} is not what was written there; it is written again.", file=sys.stderr)
+    return None
+
+
+def _checksum(shard: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a shard's tokens, lengths and starts."""
+    digest = hashlib.sha256()
+    for name in sorted(shard):
+        digest.update(shard[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _documents(shard: Mapping[str, Tensor]) -> list[Document]:
+    rows = shard["tokens"].split(shard["lengths"].tolist())
+    return [Document(row.clone(), int(s)) for row, s in zip(rows, shard["starts"], strict=True) if len(row) > 1]
 
 
 def _check_same(directory: Path, settings: dict[str, Any]) -> None:
@@ -270,7 +293,7 @@ def _check_same(directory: Path, settings: dict[str, Any]) -> None:
         raise UserError(
             f"{directory} holds text of other settings or of another target; give another directory, or remove it."
         )
-    path.write_text(told)
+    write_whole(path, told.encode())
 
 
 def token_counts(texts: Iterator[Document], vocab_size: int) -> Tensor:

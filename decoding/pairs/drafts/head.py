@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
@@ -26,6 +26,7 @@ from decoding.forest.node_scorer import NodeScorer, ScorerOptions
 from decoding.forest.scorer import ForestScorer
 from decoding.pairs.architecture import text_config, weight_sample
 from decoding.pairs.drafts.base import Draft
+from decoding.support.files import write_whole
 
 SHIPPED = Path(__file__).parent / "heads"  # heads that come with the package, by name
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -214,12 +215,10 @@ def write_head(head: DraftHead, directory: str | Path, fields: Mapping[str, Any]
     is not written.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in head.state_dict().items()}
-    save_file({name: w.cpu().contiguous() for name, w in weights.items()}, folder / "model.safetensors.part")
-    (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+    write_whole(folder / "model.safetensors", save({name: w.cpu().contiguous() for name, w in weights.items()}))
     told = {**head.config.to_diff_dict(), **fields}
-    (folder / "config.json").write_text(json.dumps(told, indent=2, default=str) + "\n")
+    write_whole(folder / "config.json", json.dumps(told, indent=2, default=str).encode() + b"\n")
 
 
 def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from decoding import DecodingConfig, DSBDDecoder, ModelPair, UserError, beam_sample
 from decoding.engine.feature_head import FeatureHead
 from decoding.support.entry import CONF_DIR
+from decoding.support.in_use import in_use
 from decoding.train_draft import __main__ as door
 from decoding.train_draft.chimera import encoded
 from decoding.train_draft.eagle3 import HeadModule, unrolled
@@ -210,7 +211,7 @@ def test_going_on_equals_not_having_stopped(
         door.main(config(tmp_path / "part", target, *asked))
     monkeypatch.undo()
     last = tmp_path / "part" / "last.ckpt"
-    assert last.is_file() and not (tmp_path / "part" / "head").exists()
+    assert last.is_file() and not list((tmp_path / "part" / "head").glob("*.json"))
     door.main(config(tmp_path / "again", target, *asked, f"ckpt_path={last}"))
     whole, again = (load_file(tmp_path / name / "head" / "model.safetensors") for name in ("whole", "again"))
     for name, value in whole.items():
@@ -243,6 +244,20 @@ def test_a_fit_that_goes_on_takes_the_rate_and_the_decay_that_are_asked_for(targ
     torch.load(last, weights_only=True)
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
         door.main(config(tmp_path / "other", target, *asked, f"ckpt_path={last}"))
+
+
+@pytest.mark.parametrize("folder", ["text_dir", "out"])
+def test_a_directory_that_another_run_writes_is_refused(folder: str, target: Path, tmp_path: Path) -> None:
+    with in_use(tmp_path / "shared"), pytest.raises(UserError, match=r"shared is in use by process \d+ of"):
+        door.main(config(tmp_path / "run", target, "trainer.max_epochs=1", f"{folder}={tmp_path / 'shared'}"))
+    assert not list(tmp_path.rglob("*.safetensors")), "no text was written before"
+    door.main(config(tmp_path / "run", target, "trainer.max_epochs=1", f"{folder}={tmp_path / 'shared'}"))
+
+
+def test_one_directory_for_all(target: Path, tmp_path: Path) -> None:
+    everything = [f"{name}={tmp_path}" for name in ("out", "text_dir")]
+    door.main(config(tmp_path, target, "trainer.max_epochs=1", *everything))
+    assert {"config.json", "recipe.json", "text-00000.safetensors"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_layers_that_the_target_lacks_are_told_before_text_is_written(target: Path, tmp_path: Path) -> None:

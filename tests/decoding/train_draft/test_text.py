@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from transformers import PreTrainedTokenizerFast
 
 from decoding import ModelPair, UserError
-from decoding.train_draft.text import TextConfig, documents, token_counts
+from decoding.train_draft import text as texts_of
+from decoding.train_draft.text import TextConfig, _chats, documents, token_counts
 from tests.decoding.stubs import small_llama
 
 WORDS = ["<end>", "<user>", "<bot>", "a", "b", "c", "d", "e"]
@@ -63,6 +65,30 @@ def test_goes_on_where_it_stopped_and_knows_other_settings(tmp_path: Path) -> No
     assert [t.tokens.tolist() for t in resumed] == [t.tokens.tolist() for t in whole]
     with pytest.raises(UserError, match="other settings"):
         documents(pair, TextConfig(**{**vars(CONFIG), "temperature": 0.5}), tmp_path / "a")
+
+
+@pytest.mark.parametrize("what", ["flipped", "cut", "foreign", "emptied"])
+def test_a_damaged_batch_alone_is_written_again(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, whole = pair_of(), documents(pair_of(), CONFIG, tmp_path)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    before = shards[1].read_bytes()
+    place = len(before) - 12  # of the tokens, whose sign or size alone changes
+    damaged = {
+        "flipped": before[:place] + bytes([before[place] ^ 1]) + before[place + 1 :],
+        "cut": before[:-4],
+        "foreign": save({"tokens": torch.zeros(3)}),
+        "emptied": b"",
+    }
+    shards[1].write_bytes(damaged[what])
+    written = []
+    monkeypatch.setattr(texts_of, "_chats", lambda *given: written.append(1) or _chats(*given))
+    again = documents(pair, CONFIG, tmp_path)
+    assert len(written) == 1 and shards[1].read_bytes() == before
+    assert [t.tokens.tolist() for t in again] == [t.tokens.tolist() for t in whole]
+    assert f"warning: {shards[1]} is not what was written there" in capsys.readouterr().err
 
 
 def test_equal_texts_are_on_one_side(tmp_path: Path) -> None:
