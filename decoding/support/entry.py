@@ -29,14 +29,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from decoding.errors import UserError, one_line
+from decoding.support.files import write_whole
 from decoding.support.in_use import LOCK, fresh_folder, in_use
 from decoding.support.names import is_dotted
 from decoding.support.plain import terminated_as_interrupted
-from decoding.support.secret import hidden_in_logs, hide, hide_in_file
+from decoding.support.secret import hidden_in_logs, hide, hide_in_file, without_secrets
 from decoding.support.settings import check_settings, unknown_setting
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+NOTES = ".hydra"  # the folder of a job's settings
 _DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _BUGS = (LookupError, AttributeError, NameError, AssertionError, ArithmeticError)  # inside a callable that we built
 
@@ -72,6 +74,7 @@ def entry_point(
                 check_settings(cfg, _compose(config_name, _chosen_groups()), open_nodes)
                 hydra.utils.instantiate(cfg.get("decoding"))  # widths that cannot work, before a pair is loaded
                 with in_use(Path(cfg.output_dir)) if "output_dir" in cfg else nullcontext():
+                    _note_settings(cfg)
                     value = task(cfg)
             at_work = False
             return value
@@ -209,17 +212,26 @@ def _groups(config_name: str) -> set[str]:
 
 
 def _hide_keys() -> None:
-    """Take keys out of the settings that Hydra has written into the folders of a job and of its
-    sweep.
-    """
+    """Take keys out of the settings that Hydra has written into the folder of a sweep."""
     about = HydraConfig.get()
-    folders = [Path(about.runtime.output_dir, about.output_subdir)] if about.output_subdir else []
-    found = [path for folder in folders for path in folder.glob("*.yaml")]
     if about.mode == RunMode.MULTIRUN:  # else its folder would be made by being named
-        found.append(Path(about.sweep.dir, "multirun.yaml"))
-    for path in found:
+        path = Path(about.sweep.dir, "multirun.yaml")
         if path.is_file():
             hide_in_file(path)
+
+
+def _note_settings(cfg: DictConfig) -> None:
+    """Write the settings of a job into the folder of its own, without keys, under Hydra's names.
+
+    Hydra itself would do so before the folder is known to be free (conf/hydra/default.yaml).
+    """
+    about = cast(DictConfig, HydraConfig.instance().cfg)
+    folder = Path(about.hydra.runtime.output_dir)
+    if folder == Path.cwd():
+        return
+    for name, node in (("config", cfg), ("hydra", about), ("overrides", about.hydra.overrides.task)):
+        told = OmegaConf.create(without_secrets(OmegaConf.to_container(node)))
+        write_whole(folder / NOTES / f"{name}.yaml", OmegaConf.to_yaml(told).encode())
 
 
 def _discard_empty_output() -> None:
@@ -229,7 +241,7 @@ def _discard_empty_output() -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if not folder.is_dir() or folder == Path.cwd():
         return
-    if all(p.name in (".hydra", LOCK) or (p.suffix == ".log" and p.stat().st_size == 0) for p in folder.iterdir()):
+    if all(p.name in (NOTES, LOCK) or (p.suffix == ".log" and p.stat().st_size == 0) for p in folder.iterdir()):
         shutil.rmtree(folder, ignore_errors=True)
 
 

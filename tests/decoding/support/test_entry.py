@@ -181,13 +181,16 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(cli: Cli, tmp_path: Path, 
 
 
 def test_a_second_command_in_a_folder_is_refused(cli: Cli, tmp_path: Path) -> None:
+    """And leaves nothing there, not even its settings beside those of the first."""
     ran: list[str] = []
-    given = f"output_dir={tmp_path}/same"
+    given, notes = f"hydra.run.dir={tmp_path}/same", tmp_path / "same" / ".hydra"
     with in_use(tmp_path / "same"):
         code, err = cli(given, task=lambda cfg: ran.append("beside"))
+        assert not notes.exists()
     assert code == 2 and err.startswith(f"error: {tmp_path}/same is in use by process "), err
-    assert cli(given, task=lambda cfg: ran.append("after")) == (0, "")
-    assert ran == ["after"]
+    assert cli(given, "seed=5", task=lambda cfg: ran.append("after")) == (0, "")
+    assert ran == ["after"] and "seed: 5" in (notes / "config.yaml").read_text()
+    assert (notes / "overrides.yaml").read_text() == "- seed=5\n"
 
 
 @pytest.mark.parametrize("given", [(), ("-m", "seed=1,2")])
