@@ -20,20 +20,27 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForImageTextToText,
     BloomConfig,
     BloomForCausalLM,
     DynamicCache,
     EosTokenCriteria,
     Gemma3Config,
-    Gemma3ForConditionalGeneration,
     GenerationConfig,
+    Idefics3Config,
+    InternVLConfig,
     LlamaForCausalLM,
+    LlavaConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
     MinPLogitsWarper,
+    Mistral3Config,
     PrefixConstrainedLogitsProcessor,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -605,19 +612,39 @@ def test_inferred_masks() -> None:
 # Vision-language models.
 
 
+TEXT = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+TEXT |= {"vocab_size": 40, "num_key_value_heads": 2, "initializer_range": 0.3}
+EYE = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, image_size=16)
+EYE |= {"patch_size": 8}
+QWEN_EYE = dict(hidden_size=32, depth=1, num_heads=4, patch_size=8)
+# Models with an eye, both of a few weights: the config, and what it takes beside text_config.
+SEEING: dict[str, Callable[[], PreTrainedConfig]] = {
+    "Gemma 3": lambda: Gemma3Config(text_config=TEXT, vision_config=EYE, mm_tokens_per_image=4, image_token_index=39),
+    "LLaVA": lambda: LlavaConfig(
+        text_config={**TEXT, "model_type": "llama"}, vision_config={**EYE, "model_type": "clip_vision_model"}
+    ),
+    "Mistral 3": lambda: Mistral3Config(
+        text_config={**TEXT, "model_type": "mistral"}, vision_config={**EYE, "model_type": "pixtral", "head_dim": 8}
+    ),
+    "Qwen2-VL": lambda: Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+        vision_config={**QWEN_EYE, "embed_dim": 32, "mlp_ratio": 2},
+    ),
+    "Qwen2.5-VL": lambda: Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+        vision_config={**QWEN_EYE, "out_hidden_size": 32, "intermediate_size": 40},
+    ),
+    "InternVL": lambda: InternVLConfig(
+        text_config={**TEXT, "model_type": "qwen2"}, vision_config={**EYE, "image_size": [16, 16], "patch_size": [8, 8]}
+    ),
+    "Idefics 3": lambda: Idefics3Config(text_config={**TEXT, "model_type": "llama"}, vision_config=EYE),
+}
+
+
 @cache
-def seeing() -> Any:
-    """Gemma 3 with an eye, both of a few weights."""
-    text = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
-    eye = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, image_size=16)
-    config = Gemma3Config(
-        text_config={**text, "vocab_size": 40, "num_key_value_heads": 2, "initializer_range": 0.3},
-        vision_config={**eye, "patch_size": 8},
-        mm_tokens_per_image=4,
-        image_token_index=39,
-    )
+def seeing(name: str = "Gemma 3") -> Any:
     torch.manual_seed(0)
-    return Gemma3ForConditionalGeneration(config).eval()
+    return AutoModelForImageTextToText.from_config(SEEING[name]()).eval()
 
 
 @pytest.mark.parametrize("ours", [{}, {"assistant_model": "layers:1"}], ids=str)
@@ -625,6 +652,13 @@ def seeing() -> Any:
 def test_text_to_a_vision_language_model(said: dict[str, Tensor], ours: dict[str, Any]) -> None:
     """transformers adds an empty mm_encoder_outputs, and processors say that all tokens are text."""
     check_equal({**one(5, 9, 30), **said}, 3, ours, seeing())
+
+
+@pytest.mark.parametrize("name", [name for name in SEEING if name != "Gemma 3"])
+def test_text_to_other_models_that_see(name: str) -> None:
+    model = seeing(name)
+    check_equal(one(5, 9, 30), 3, {}, model)
+    check_equal(one(5, 9, 30), 1, {}, model)
 
 
 @pytest.mark.parametrize("name", ["pixel_values", "token_type_ids"])

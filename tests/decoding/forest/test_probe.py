@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import decoding.forest.probe as probe
 from decoding import ModelPair, UserError
@@ -233,3 +234,20 @@ def test_layers_quantised_as_they_go_are_told_from_a_broken_mask() -> None:
         UserError, match=r"quantize_dynamic layers scale by all tokens of a pass.* Quantise the weights"
     ):
         check_forest_pass(quantised, "target")
+
+
+def test_an_attention_of_someone_elses_is_named() -> None:
+    """What is wrong may be the attention and not the family: the sentence says which to take."""
+    model = FAMILIES["GPT-NeoX, Pythia"].model()
+    whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def blind(module: Any, query: Any, key: Any, value: Any, mask: Any, **given: Any) -> Any:
+        return whole(module, query, key, value, None, **given)
+
+    ALL_ATTENTION_FUNCTIONS["blind"] = blind
+    try:
+        model.set_attn_implementation("blind")
+        with pytest.raises(UserError, match=r"attn_implementation is 'blind'; load it with 'sdpa' or 'eager'\."):
+            check_forest_pass(model, "target")
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["blind"]
