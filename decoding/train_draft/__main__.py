@@ -70,7 +70,7 @@ def main(cfg: DictConfig) -> float:
 
 
 def train(cfg: DictConfig, pair: ModelPair, text: TextConfig) -> float:
-    """What the command does once its directories are its own; returns acceptance on held-out text."""
+    """Do what the command is for, in directories of its own; returns acceptance on held-out text."""
     with RunProgress() as progress:
         texts = documents(pair, text, Path(cfg.text_dir), progress)
     data = TextData(texts, cfg.fit.batch_tokens, cfg.seed)

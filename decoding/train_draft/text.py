@@ -259,7 +259,7 @@ def _save(path: Path, written: Sequence[Document]) -> list[Document]:
 
 
 def _read(path: Path) -> list[Document] | None:
-    """The texts of a shard; None where it has to be written (again): missing, or not what was written."""
+    """The texts of a shard; None where it is missing, or is not what was written there."""
     if not path.exists():
         return None
     try:
