@@ -195,6 +195,21 @@ def test_weights_of_16_bits_are_held_in_16_bits_and_say_the_same(family: str) ->
     torch.testing.assert_close(fused_pass(model, tokens)[0], own_logits(model, tokens), **CLOSE)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("not supported by QNNPACK"), AttributeError("no such operator")])
+def test_without_the_kernel_weights_are_laid_out_as_before(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> Any:
+        raise error
+
+    fused._multiplies_halves.cache_clear()
+    monkeypatch.setattr(torch.ops.quantized, "linear_prepack_fp16", missing)
+    try:
+        model, tokens = in_16_bits(made("grouped heads")), tokens_of(30)
+        assert not fused._multiplies_halves() and not held(model.lm_head.weight)
+        torch.testing.assert_close(fused_pass(model, tokens)[0], own_logits(model, tokens), **CLOSE)
+    finally:
+        fused._multiplies_halves.cache_clear()
+
+
 @pytest.mark.skipif(not fused._multiplies_halves(), reason="this torch has no FBGEMM")
 def test_what_16_bits_hold() -> None:
     """Whatever float16 or bfloat16 can say, however small or large it is as a whole; nothing else."""
